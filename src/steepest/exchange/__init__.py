@@ -1,0 +1,1 @@
+"""Where a stack is computed, and how gradients get there and directions back."""

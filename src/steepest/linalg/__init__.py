@@ -1,0 +1,1 @@
+"""Dense linear algebra on batches ``[..., m, n]``; no optimizer in sight."""

@@ -1,0 +1,114 @@
+"""Eigenvectors of symmetric positive semidefinite matrices ``K [..., d, d]``, found anew or followed as K drifts.
+
+Everywhere eigenvalues descend, and column i of ``Q`` belongs to eigenvalue i.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+
+def eigh_with_fallback(K: Tensor, force_double: bool = False, eps: float | None = None) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (descending) and eigenvectors (columns) of symmetric ``K [..., d, d]``.
+
+    LAPACK's and cuSOLVER's float32 solvers fail to converge on some nearly singular matrices; those are tried again in
+    float64, and as a last resort in float64 on the CPU.
+
+    Args:
+        K: symmetric matrices; only the lower triangles are read.
+        force_double: compute in float64 at once. The result has K's dtype all the same.
+        eps: added to the diagonal first, if given; the eigenvalues returned include it.
+
+    Returns:
+        ``(eigenvalues [..., d], eigenvectors [..., d, d])``, in K's dtype.
+
+    Raises:
+        torch.linalg.LinAlgError: if every solver fails, as they do on matrices with NaN or infinity.
+
+    Example:
+        >>> values, vectors = eigh_with_fallback(torch.diag(torch.tensor([1.0, 3.0, 2.0])))
+        >>> values
+        tensor([3., 2., 1.])
+    """
+    _check_square(K, "K")
+    if eps is not None:
+        K = K + eps * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    try:
+        values, vectors = torch.linalg.eigh(K.double() if force_double else K)
+    except LinAlgError:
+        try:
+            values, vectors = torch.linalg.eigh(K.double())
+        except LinAlgError:
+            values, vectors = torch.linalg.eigh(K.double().cpu())
+    return values.flip(-1).to(K), vectors.flip(-1).to(K)
+
+
+def orthogonal_iteration(K: Tensor, Q: Tensor, power_iter_steps: int = 1) -> Tensor:
+    """One refinement of an approximate eigenbasis: ``Q ← qr(K Q)``, ``power_iter_steps`` times.
+
+    Columns that come first converge first, and keep their places: `by_rayleigh_quotient` orders them beforehand.
+
+    Args:
+        K: symmetric positive semidefinite matrices ``[..., d, d]``.
+        Q: their approximate eigenvectors ``[..., d, d]``, orthonormal columns.
+        power_iter_steps: products and factorizations; more cost more and follow faster.
+
+    Example:
+        >>> K = torch.diag(torch.tensor([4.0, 1.0]))
+        >>> Q = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+        >>> orthogonal_iteration(K, Q, power_iter_steps=4).abs()
+        tensor([[1.0000, 0.0029],
+                [0.0029, 1.0000]])
+    """
+    for _ in range(power_iter_steps):
+        Q = torch.linalg.qr(K @ Q).Q
+    return Q
+
+
+def conjugate(a: Tensor, p: Tensor, diag: bool = False) -> Tensor:
+    """``pᵀ a p`` for matrices ``[..., d, d]``; with ``diag=True`` only its diagonal ``[..., d]``, at half the cost.
+
+    With an eigenbasis for p, the diagonal holds the Rayleigh quotients: the best eigenvalues that this basis can give.
+
+    Example:
+        >>> conjugate(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.eye(2), diag=True)
+        tensor([2., 2.])
+    """
+    ap = a @ p
+    return (ap * p).sum(dim=-2) if diag else p.mT @ ap
+
+
+def by_rayleigh_quotient(K: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """``Q``'s columns ordered by descending Rayleigh quotient under ``K``, and that order ``[..., d]``.
+
+    Whatever else is indexed by eigenvector must follow the same order.
+
+    Example:
+        >>> Q, order = by_rayleigh_quotient(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2))
+        >>> order
+        tensor([1, 0])
+    """
+    order = conjugate(K, Q, diag=True).argsort(dim=-1, descending=True, stable=True)
+    return Q.take_along_dim(order.unsqueeze(-2), dim=-1), order
+
+
+def eigenbasis_error(K: Tensor, Q: Tensor) -> Tensor:
+    """How far Q is from diagonalizing K: ``1 - ‖diag(Qᵀ K Q)‖₂ / ‖K‖_F`` in [0, 1], one number per matrix; 0 for K = 0.
+
+    Example:
+        >>> eigenbasis_error(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2))
+        tensor(0.)
+    """
+    norm = torch.linalg.matrix_norm(K)
+    kept = torch.linalg.vector_norm(conjugate(K, Q, diag=True), dim=-1)
+    return 1 - torch.where(norm > 0, kept / norm, 1)
+
+
+def _check_square(K: Tensor, name: str) -> None:
+    if not isinstance(K, Tensor):
+        raise TypeError(f"{name} must be a tensor [..., d, d], not {type(K).__name__}")
+    if K.dim() < 2 or K.shape[-1] != K.shape[-2]:
+        raise ValueError(f"{name} must be square matrices [..., d, d], not of shape {list(K.shape)}")

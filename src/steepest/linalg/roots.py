@@ -1,0 +1,49 @@
+"""Powers of symmetric positive semidefinite matrices: the inverse roots by which Shampoo whitens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steepest.linalg.eigenbasis import eigh_with_fallback
+
+
+def matrix_power(K: Tensor, exponent: float, *, eps: float = 0.0, relative: bool = False) -> Tensor:
+    """``(K + damping I)^exponent`` for symmetric positive semidefinite ``K``, by its eigendecomposition.
+
+    Directions in which the damped matrix is zero (all if K is, at ``eps=0`` those below the largest eigenvalue's
+    rounding) get zero, as in a pseudo-inverse: nothing was seen there, so nothing is amplified.
+
+    Args:
+        K: ``[..., d, d]``; negative eigenvalues are rounding and count as zero.
+        exponent: any real number; -1/4 is Shampoo's for a matrix, -1/2 whitens.
+        eps: the damping, >= 0.
+        relative: whether ``eps`` is a fraction of each matrix's largest eigenvalue, which makes the power exactly
+            homogeneous: ``(c K)^p = c^p K^p`` at any scale of the gradients. Otherwise it has the units of ``K``.
+
+    Returns:
+        ``[..., d, d]``, symmetric.
+
+    Example:
+        >>> K = torch.diag(torch.tensor([16.0, 1.0, 0.0]))
+        >>> matrix_power(K, -0.25).diagonal()
+        tensor([0.5000, 1.0000, 0.0000])
+        >>> matrix_power(K, -0.25, eps=1e-4).diagonal()
+        tensor([ 0.5000,  1.0000, 10.0000])
+    """
+    eigenvalues, Q = eigh_with_fallback(K)  # [..., d], [..., d, d]
+    return (Q * spectral_power(eigenvalues, exponent, eps=eps, relative=relative).unsqueeze(-2)) @ Q.mT
+
+
+def spectral_power(eigenvalues: Tensor, exponent: float, *, eps: float = 0.0, relative: bool = False) -> Tensor:
+    """What `matrix_power` makes of the eigenvalues ``[..., d]``, in any order: ``(λ + damping)^exponent``, or zero.
+
+    Example:
+        >>> spectral_power(torch.tensor([4.0, 0.0]), -0.5)
+        tensor([0.5000, 0.0000])
+    """
+    eigenvalues = eigenvalues.clamp(min=0)
+    largest = eigenvalues.amax(dim=-1, keepdim=True)  # [..., 1]
+    damped = eigenvalues + (eps * largest if relative else eps)
+    rounding = eigenvalues.shape[-1] * torch.finfo(eigenvalues.dtype).eps * largest if eps == 0 else 0.0
+    return damped.pow(exponent).where(damped > rounding, 0.0)

@@ -1,0 +1,230 @@
+"""What a rule is: it turns a stack of gradients into a stack of directions, and changes its own state, nothing else.
+
+A rule knows no parameter, no device, no rank and no learning rate. The engine (`steepest.optimizer`) gathers gradients
+of one shape into a stack ``G [B, m, n]``, asks the rule for directions ``D [B, m, n]`` and moves the weights:
+``W -= lr · D``, with weight decay around it. There are two kinds:
+
+* `Rule`, for stacks of matrices: SOAP, Muon, Shampoo, ... One file each in `steepest.rules`.
+* `Elementwise`, for lists of parameters of any shape, served by torch.optim's own fused functions.
+
+Both are frozen dataclasses of plain options (numbers and strings), because options live in the optimizer's parameter
+groups, where schedulers and people read and write them; the engine rebuilds the rule from its group at every step.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+"""A rule's memory of one stack: every tensor's leading dimension is the stack's ``B``."""
+
+Slots = slice | Tensor
+"""Which matrices of a stack: a slice, or a tensor of indices."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the engine tells a rule about one step of one stack."""
+
+    t: Tensor
+    """``[B, 1, 1]``: how many updates each matrix has had, this one included; for bias corrections."""
+    stage: str = "steady"
+    """Where in its life the stack is, in the words of the rule's own `Rule.stage`; the same for all its slots."""
+    refresh: Slots | None = None
+    """The slots whose slow part (a basis, an inverse root) is due, or None."""
+    penalty: Tensor | None = None
+    """``[B, m, n]``: weight decay as a gradient (method "l2"), which moments see and covariances don't."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options that stand flat in a parameter group; checked whenever they are built."""
+
+    name: ClassVar[str]
+    """How the registry, parameter groups and the command line call it."""
+    paper: ClassVar[str] = ""
+    """Where it was published."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if "allowed" in f.metadata:
+                holds, allowed = f.metadata["allowed"]
+                check(holds(getattr(self, f.name)), f.name, getattr(self, f.name), allowed)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Every option that has a default."""
+        return {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> Self:
+        """The rule that a parameter group describes."""
+        return cls(**{f.name: group[f.name] for f in fields(cls)})
+
+
+class Rule(Options, ABC):
+    """A rule for stacks of matrices. Subclasses are final, frozen and keyword-only dataclasses."""
+
+    decay_follows: ClassVar[bool] = False
+
+    @abstractmethod
+    def init(self, G: Tensor) -> State:
+        """Fresh state for a stack shaped and typed like ``G [B, m, n]``; it may stand on the meta device.
+
+        Every tensor has leading dimension B. ``step`` and ``clock`` are the engine's, not the rule's.
+        """
+
+    @abstractmethod
+    def update(self, G: Tensor, state: State, step: Step) -> Tensor | None:
+        """Learn from ``G [B, m, n]``, in place in ``state``; return the directions ``[B, m, n]``, or None to stay.
+
+        ``G`` is the rule's to read, not to write. Nothing here waits for the device or draws random numbers.
+        """
+
+    def stage(self, clock: int) -> str:
+        """The stage of a matrix that has had ``clock`` updates. Slots in different stages are updated apart."""
+        return "steady"
+
+    def due(self, clock: int, phase: int) -> bool:
+        """Whether a matrix that has had ``clock`` updates refreshes now; ``phase`` in [0, period) staggers it."""
+        return False
+
+    def period(self, clock: int) -> int:
+        """Steps from one refresh to the next, at this clock; 1 where a rule has no slow part."""
+        return 1
+
+    def refresh_cost(self, m: int, n: int) -> float:
+        """Relative cost of refreshing one m × n matrix, by which refreshes are spread; 0: nothing to spread."""
+        return 0.0
+
+
+class Elementwise(Options, ABC):
+    """A rule for parameters of any shape, entry by entry. It takes the step itself, so torch's fused kernels serve."""
+
+    @abstractmethod
+    def init(self, p: Tensor) -> State:
+        """Fresh state for one parameter, in ``p``'s dtype and shape, with a ``step`` of its own."""
+
+    @abstractmethod
+    def apply(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        lr: float | Tensor,
+        decay: float,
+    ) -> None:
+        """Step and decay the parameters in place. All are of one dtype and device."""
+
+
+def correction(beta: float, t: Tensor) -> Tensor:
+    """``1 - beta^t``, what an exponential moving average from zero lacks after t updates.
+
+    By way of ``expm1``: in float32, ``1 - beta**t`` loses four digits at beta = 0.999.
+
+    >>> correction(0.9, torch.tensor([1.0, 2.0]))
+    tensor([0.1000, 0.1900])
+    """
+    return -torch.expm1(t * math.log(beta)) if beta > 0 else torch.ones_like(t)
+
+
+def corrected_beta(beta: float, t: Tensor) -> Tensor:
+    """The decay ``1 - (1-β)/(1-β^t)`` that makes an average from zero unbiased at every step; 0 at t = 1.
+
+    >>> corrected_beta(0.5, torch.tensor([1.0, 2.0]))
+    tensor([0.0000, 0.3333])
+    """
+    return 1 - (1 - beta) / correction(beta, t)
+
+
+def clip_rms(D: Tensor, limit: float) -> Tensor:
+    """Each matrix of ``D [B, m, n]`` scaled down to a root mean square of at most ``limit``; 0 means no limit.
+
+    >>> clip_rms(torch.full((1, 2, 2), 4.0), 1.0).amax()
+    tensor(1.)
+    """
+    if limit <= 0:
+        return D
+    rms = D.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    return D * (limit / (rms + 1e-7)).clamp(max=1.0)
+
+
+# Options that know what they may be.
+
+
+def beta(default: float) -> Any:
+    """An option that is a decay coefficient in [0, 1); at 1 a bias correction would divide zero by zero."""
+    return _option(default, lambda x: _number(x) and 0 <= x < 1, "a number in [0, 1)")
+
+
+def betas(default: tuple[float, float]) -> Any:
+    """An option that is a pair of decay coefficients."""
+    return _option(
+        default, lambda x: len(x) == 2 and all(_number(b) and 0 <= b < 1 for b in x), "two numbers in [0, 1)"
+    )
+
+
+def at_least(low: float, default: Any, meaning: str = "") -> Any:
+    """An option that is a number from ``low`` up; an integer if its default is one."""
+    kind = "an integer" if isinstance(default, int) else "a number"
+    whole = isinstance(default, int)
+    return _option(
+        default,
+        lambda x: _number(x) and x >= low and (isinstance(x, int) or not whole),
+        f"{kind} >= {low}" + (f" ({meaning})" if meaning else ""),
+    )
+
+
+def frequency(default: int) -> Any:
+    """An option that is a number of steps between refreshes, or a function from the step to that number."""
+    return _option(
+        default,
+        lambda f: callable(f) or (_number(f) and f == int(f) >= 1),
+        "an integer >= 1, or a function of the step",
+    )
+
+
+def one_of(choices: Sequence[str], default: str) -> Any:
+    """An option that is one of a few words."""
+    return _option(default, lambda x: x in choices, "one of " + ", ".join(map(repr, choices)))
+
+
+def checked(default: Any, holds: Callable[[Any], bool], allowed: str) -> Any:
+    """An option with a condition of its own; ``allowed`` completes the sentence "must be ..."."""
+    return _option(default, holds, allowed)
+
+
+def check(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Raise the ValueError that names an option, its value and what is allowed.
+
+    >>> check(False, "eps", -1.0, "a number >= 0")
+    Traceback (most recent call last):
+    ValueError: eps=-1.0: must be a number >= 0
+    """
+    if not condition:
+        raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
+def check_beta(name: str, value: float) -> None:
+    """Raise unless ``value`` is a coefficient in [0, 1)."""
+    check(_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise unless ``value`` is one of the ``choices``."""
+    check(value in choices, name, value, "one of " + ", ".join(map(repr, choices)))
+
+
+def _number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _option(default: Any, holds: Callable[[Any], bool], allowed: str) -> Any:
+    return field(default=default, metadata={"allowed": (holds, allowed)})

@@ -1,0 +1,86 @@
+"""Refresh frequencies that change over training: functions from the step to a number of steps between refreshes.
+
+A basis moves most in the beginning: refresh often then, and seldom later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from steepest.rule import check
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """From ``start`` to ``end`` steps between refreshes in a straight line over ``transition_steps`` steps.
+
+    Example:
+        >>> schedule = LinearSchedule(start=1, end=11, transition_steps=100)
+        >>> [schedule(step) for step in (0, 50, 100, 1000)]
+        [1, 6, 11, 11]
+    """
+
+    start: int
+    end: int
+    transition_steps: int
+
+    def __post_init__(self) -> None:
+        _check_ends(self.start, self.end, self.transition_steps)
+
+    def __call__(self, step: int) -> int:
+        done = min(step / self.transition_steps, 1.0)
+        return round(self.start + (self.end - self.start) * done)
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """From ``start`` to ``end`` along half a cosine: slow at first, slow at last.
+
+    Example:
+        >>> schedule = CosineSchedule(start=1, end=11, transition_steps=100)
+        >>> [schedule(step) for step in (0, 25, 50, 75, 100)]
+        [1, 2, 6, 10, 11]
+    """
+
+    start: int
+    end: int
+    transition_steps: int
+
+    def __post_init__(self) -> None:
+        _check_ends(self.start, self.end, self.transition_steps)
+
+    def __call__(self, step: int) -> int:
+        done = (1 - math.cos(math.pi * min(step / self.transition_steps, 1.0))) / 2
+        return round(self.start + (self.end - self.start) * done)
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """A frequency from each of some steps on.
+
+    Example:
+        >>> schedule = StepSchedule({0: 1, 100: 5, 1000: 10})
+        >>> [schedule(step) for step in (0, 99, 100, 5000)]
+        [1, 1, 5, 10]
+    """
+
+    frequencies: Mapping[int, int] = field(default_factory=lambda: {0: 1})
+
+    def __post_init__(self) -> None:
+        check(
+            0 in self.frequencies, "frequencies", dict(self.frequencies), "a mapping that says what holds from step 0"
+        )
+        for step, frequency in self.frequencies.items():
+            check(step >= 0, "a step of frequencies", step, ">= 0")
+            check(frequency >= 1, f"frequencies[{step}]", frequency, ">= 1")
+
+    def __call__(self, step: int) -> int:
+        return self.frequencies[max(start for start in self.frequencies if start <= step)]
+
+
+def _check_ends(start: int, end: int, transition_steps: int) -> None:
+    check(start >= 1, "start", start, ">= 1")
+    check(end >= 1, "end", end, ">= 1")
+    check(transition_steps >= 1, "transition_steps", transition_steps, ">= 1")

@@ -1,0 +1,137 @@
+"""Stacks: all matrices of one shape in one parameter group, held as one tensor ``[B, m, n]``.
+
+A matrix's place in its stack is a slot. A stack is allocated once and persists; `torch.optim.Optimizer.state` holds
+views into it. Each slot has two clocks: ``t``, on the device, counts the updates that a matrix has had, for bias
+corrections; ``clock``, on the host, says where in its life it stands, for refreshes, without waiting for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steepest.rule import Rule, Slots, State
+from steepest.views import View
+
+
+@dataclass(frozen=True)
+class Seat:
+    """The slots ``start:stop`` of a stack that one piece of one parameter takes."""
+
+    index: int
+    """The parameter's position in its group."""
+    piece: int
+    """Which of the batches of the parameter's view."""
+    start: int
+    stop: int
+    view: View
+
+    @property
+    def range(self) -> range:
+        """The slots, one by one."""
+        return range(self.start, self.stop)
+
+    @property
+    def slots(self) -> slice:
+        """``start:stop``."""
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring slots of a stack that are updated together: alive, and in the same stage."""
+
+    slots: slice
+    stage: str
+    refresh: Slots | None
+    """Which of them refresh, counted from the run's first."""
+
+
+class Stack:
+    """The state of all matrices of shape ``m × n`` in one group, and who sits where."""
+
+    def __init__(self, rule: Rule, group: int, seats: Sequence[Seat], like: Tensor) -> None:
+        """Allocate for ``like [B, m, n]``, an empty tensor of the state's dtype on the state's device."""
+        self.group = group
+        self.seats = list(seats)
+        self.size = like.shape[0]
+        self.shape = tuple(like.shape[1:])
+        self.device = like.device
+        self.dtype = like.dtype
+        self.state: State = rule.init(like)
+        self.t = torch.zeros(self.size, 1, 1, dtype=like.dtype, device=like.device)
+        self.clock = torch.zeros(self.size, dtype=torch.int64)
+        self.skipped = torch.zeros(self.size, dtype=torch.int64, device=like.device)
+
+    def views(self, seat: Seat) -> dict[str, Tensor]:
+        """A seat's state as views into the stack, under the names that `optimizer.state[p]` shows."""
+        slots: slice | int = seat.slots if seat.view.batched else seat.start
+        named = {"step": self.t.view(-1), "clock": self.clock, **self.state}
+        suffix = f".{seat.piece}" if len(seat.view.pieces) > 1 else ""
+        return {name + suffix: tensor[slots] for name, tensor in named.items()}
+
+    def runs(self, rule: Rule, live: Sequence[bool], phases: Sequence[int]) -> Iterator[Run]:
+        """Cut the live slots into runs. Usually there is one, the whole stack."""
+        clocks: list[int] = self.clock.tolist()
+        stages = [rule.stage(clock) if alive else None for clock, alive in zip(clocks, live, strict=True)]
+        start = 0
+        for stop in range(1, self.size + 1):
+            stage = stages[start]
+            if stop < self.size and stages[stop] == stage:
+                continue
+            if stage is not None:
+                due = [rule.due(clocks[i], phases[i]) for i in range(start, stop)]
+                yield Run(slice(start, stop), stage, _slots(due, self.device))
+            start = stop
+
+
+def lay_out(rule: Rule, number: int, group: Mapping[str, Any], indices: Sequence[int]) -> list[Stack]:
+    """Stacks for the parameters at ``indices`` of group ``number``, in order of first appearance."""
+    seats: dict[tuple[Any, ...], list[Seat]] = {}
+    for index in indices:
+        p = group["params"][index]
+        view = View.of(p, group)
+        dtype = state_dtype(p)
+        for piece, (b, m, n) in enumerate(view.pieces):
+            row = seats.setdefault((m, n, p.device, p.dtype, dtype), [])
+            start = row[-1].stop if row else 0
+            row.append(Seat(index, piece, start, start + b, view))
+    return [
+        Stack(rule, number, row, torch.empty(row[-1].stop, m, n, dtype=dtype, device=device))
+        for (m, n, device, _, dtype), row in seats.items()
+    ]
+
+
+def state_dtype(p: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 parameters: sums of outer products are not safe in less."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def spread(costs: Sequence[float], period: int) -> list[int]:
+    """A phase in ``[0, period)`` for each job, so that the phases' costs are as even as they easily get.
+
+    Dearest first, each to the phase that has least so far; a lone job gets phase 0 and behaves as if unstaggered.
+
+    >>> spread([8.0, 1.0, 8.0, 1.0], period=2), spread([5.0], period=10)
+    ([0, 0, 1, 1], [0])
+    """
+    load = [0.0] * period
+    phases = [0] * len(costs)
+    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
+        phases[job] = load.index(min(load))
+        load[phases[job]] += costs[job]
+    return phases
+
+
+def _slots(due: Sequence[bool], device: torch.device) -> Slots | None:
+    """The positions that are due: a slice where one will do, since indexing by a slice copies nothing."""
+    which = [i for i, is_due in enumerate(due) if is_due]
+    if not which:
+        return None
+    if which[-1] - which[0] + 1 == len(which):
+        return slice(which[0], which[-1] + 1)
+    return torch.tensor(which, device=device)

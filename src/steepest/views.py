@@ -1,0 +1,114 @@
+"""How a parameter is seen as matrices.
+
+A view turns a tensor of a parameter's shape into a list of batches ``[b, m, n]``, rows being outputs, and back. It is a
+list because blocks of a fused projection may differ in shape. Four options of a parameter group choose the view:
+
+==============  ========================================================================================
+``merge_dims``  True: a convolution ``[o, i, h, w]`` is one matrix ``[o, i·h·w]``; False: leading dimensions
+                are a batch, ``[E, m, n]`` is E matrices (stacked experts)
+``transpose``   the parameter is stored ``[inputs, outputs]``
+``split``       row counts of blocks that are matrices of their own, as in a fused query-key-value projection
+``heads``       each block's rows are that many matrices, one per attention head
+==============  ========================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OPTIONS: dict[str, Any] = {"merge_dims": True, "transpose": False, "split": (), "heads": 1}
+
+
+@dataclass(frozen=True)
+class View:
+    """A parameter's shape and how it is cut into pieces, each a batch of matrices.
+
+    Example:
+        >>> view = View((6, 4), split=(4, 1, 1))
+        >>> view.pieces
+        [(1, 4, 4), (1, 1, 4), (1, 1, 4)]
+        >>> x = torch.arange(24.0).reshape(6, 4)
+        >>> view.matrices(x, piece=2)
+        tensor([[[20., 21., 22., 23.]]])
+    """
+
+    shape: tuple[int, ...]
+    merge_dims: bool = True
+    transpose: bool = False
+    split: tuple[int, ...] = ()
+    heads: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.shape) < 2 and (self.split or self.heads != 1 or self.transpose):
+            raise ValueError(f"a parameter of shape {list(self.shape)} has no rows to split, no heads, no transpose")
+        if self.split and self.transpose and len(self.shape) > 2 and self.merge_dims:
+            raise ValueError(f"split={self.split!r} with transpose=True: the rows of merged dimensions can't be split")
+        rows = self.stored[2] if self.transpose else self.stored[1]
+        if self.split and (min(self.split) < 1 or sum(self.split) != rows):
+            raise ValueError(f"split={self.split!r}: must be positive row counts that add up to {rows}")
+        for block in self.split or (rows,):
+            if self.heads < 1 or block % self.heads:
+                raise ValueError(f"heads={self.heads!r}: must divide the {block} rows of a block")
+
+    @classmethod
+    def of(cls, p: Tensor, group: Mapping[str, Any]) -> View:
+        """The view of parameter ``p`` that its group's options describe; vectors and scalars ignore them."""
+        if p.dim() < 2:
+            return cls(tuple(p.shape))
+        return cls(tuple(p.shape), group["merge_dims"], group["transpose"], tuple(group["split"]), group["heads"])
+
+    @property
+    def stored(self) -> tuple[int, int, int]:
+        """The parameter as a batch of matrices as it lies in memory, before transposing."""
+        if len(self.shape) < 2:
+            return 1, 1, math.prod(self.shape)
+        if len(self.shape) > 2 and not self.merge_dims:
+            return math.prod(self.shape[:-2]), self.shape[-2], self.shape[-1]
+        return 1, self.shape[0], math.prod(self.shape[1:])
+
+    @property
+    def batched(self) -> bool:
+        """Whether a piece may hold several matrices, so that its state keeps a leading dimension."""
+        return self.heads > 1 or (len(self.shape) > 2 and not self.merge_dims)
+
+    @property
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """The shapes ``(b, m, n)`` of the batches, rows being outputs; none for an empty parameter.
+
+        >>> View((8, 3, 5, 5)).pieces, View((8, 64, 32), merge_dims=False).pieces, View((7,)).pieces
+        ([(1, 8, 75)], [(8, 64, 32)], [(1, 1, 7)])
+        """
+        if 0 in self.shape:
+            return []
+        b, m, n = self.stored
+        if self.transpose:
+            m, n = n, m
+        return [(b * self.heads, rows // self.heads, n) for rows in self.split or (m,)]
+
+    def window(self, x: Tensor, piece: int) -> Tensor:
+        """The part of ``x``, of the parameter's shape, that a piece covers: always a view, whatever x's layout."""
+        if not self.split:
+            return x
+        rows = -1 if self.transpose else (-2 if len(self.shape) == 2 or not self.merge_dims else 0)
+        return x.narrow(rows, sum(self.split[:piece]), self.split[piece])
+
+    def matrices(self, x: Tensor, piece: int) -> Tensor:
+        """A piece of ``x``, of the parameter's shape, as ``[b, m, n]``; without a copy where its layout allows."""
+        part = self.window(x, piece)
+        if self.transpose:
+            part = part.reshape(*self.stored[:2], -1).mT
+        return part.reshape(self.pieces[piece])
+
+    def shaped(self, D: Tensor, piece: int) -> Tensor:
+        """The inverse of `matrices`: ``D [b, m, n]`` in the shape of the piece's `window`."""
+        if self.transpose:
+            D = D.reshape(self.stored[0], -1, D.shape[-1]).mT
+        if not self.split:
+            return D.reshape(self.shape)
+        return D.reshape(self.window(torch.empty(self.shape, device="meta"), piece).shape)
