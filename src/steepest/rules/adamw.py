@@ -1,0 +1,59 @@
+"""AdamW for parameters that are no matrices: torch.optim's own function, in the same optimizer.
+
+Loshchilov and Hutter, arXiv:1711.05101. Embeddings, heads, norms and biases go here; the fused kernel takes the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from steepest.rule import Elementwise, State, at_least, betas
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Elementwise):
+    """Options as in `torch.optim.AdamW`."""
+
+    name: ClassVar[str] = "adamw"
+    paper: ClassVar[str] = "Loshchilov and Hutter, arXiv:1711.05101"
+
+    betas: tuple[float, float] = betas((0.9, 0.999))
+    eps: float = at_least(0, 1e-8)
+    amsgrad: bool = False
+
+    def init(self, p: Tensor) -> State:
+        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * self.amsgrad
+        return {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names} | {
+            "step": torch.zeros((), dtype=torch.float32, device=p.device)
+        }
+
+    def apply(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        lr: float | Tensor,
+        weight_decay: float,
+    ) -> None:
+        adamw(
+            list(params),
+            list(grads),
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [s["max_exp_avg_sq"] for s in states] if self.amsgrad else [],
+            [s["step"] for s in states],
+            fused=True,
+            amsgrad=self.amsgrad,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=self.eps,
+            maximize=False,
+        )

@@ -1,0 +1,79 @@
+"""Adam's direction between two inverse roots: a formula that circulates under SOAP's name, and is not SOAP.
+
+    W ← W - lr · L^(-1/root) Adam(G) R^(-1/root)        L = E[G Gᵀ], R = E[Gᵀ G]
+
+Adam already divides by the gradient's size, and the roots do it again: gradients 100 times as large give updates 100
+times as small (root = 4). ``graft="adam"`` gives each matrix the norm of Adam's own direction back, which leaves the
+roots only the say in its direction. Memory is O(m² + n²) beside Adam's. `steepest.SOAP(form="inverse_root")` runs it;
+checked in tests/reference/test_inverse_root.py.
+
+  G                    [B, m, n]             gradients
+  L, R                 [B, m, m], [B, n, n]  covariances of rows and columns
+  P_L, P_R             likewise              their inverse roots, of the last refresh
+  exp_avg, exp_avg_sq  [B, m, n]             Adam's moments of G
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from steepest.factors import Factors
+from steepest.kronecker import precondition
+from steepest.linalg.roots import matrix_power
+from steepest.moments import adam
+from steepest.rule import Rule, State, Step, at_least, beta, betas, clip_rms, corrected_beta, frequency, one_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseRoot(Rule):
+    """Options as `steepest.SOAP` describes them under ``form``."""
+
+    name: ClassVar[str] = "inverse_root"
+
+    betas: tuple[float, float] = betas((0.9, 0.95))
+    shampoo_beta: float = beta(0.95)
+    eps: float = at_least(0, 1e-8)
+    root: int = at_least(1, 4)
+    damping: float = at_least(0, 1e-6)
+    graft: str = one_of(("none", "adam"), "none")
+    precondition_frequency: int | Callable[[int], int] = frequency(1)
+    nesterov: bool = False
+    correct_bias: bool = True
+    correct_shampoo_beta_bias: bool | None = None
+    max_update_rms: float = at_least(0, 0.0, "0: no limit")
+    max_precond_dim: int = at_least(0, 8192)
+    precondition_1d: bool = False
+
+    def init(self, G: Tensor) -> State:
+        state = Factors.init(G, self.max_precond_dim, self.precondition_1d, bases=False)
+        roots = {f"P_{side}": torch.zeros_like(K) for side, K in state.items()}
+        return {"exp_avg": torch.zeros_like(G), "exp_avg_sq": torch.zeros_like(G)} | state | roots
+
+    def update(self, G: Tensor, state: State, step: Step) -> Tensor:
+        corrects = self.correct_bias if self.correct_shampoo_beta_bias is None else self.correct_shampoo_beta_bias
+        Factors(state).feed(G, corrected_beta(self.shampoo_beta, step.t) if corrects else self.shampoo_beta)
+        for side in state.keys() & {"L", "R"} if step.refresh is not None else ():
+            K = state[side][step.refresh]
+            state[f"P_{side}"][step.refresh] = matrix_power(K, -1 / self.root, eps=self.damping)
+        g = G if step.penalty is None else G + step.penalty
+        u = adam(g, state, step.t, self.betas, self.eps, correct_bias=self.correct_bias, nesterov=self.nesterov)
+        D = precondition(u, [state.get("P_L"), state.get("P_R")])  # symmetric, so the transpose in it is none
+        if self.graft == "adam":
+            norm = torch.linalg.matrix_norm(D, keepdim=True)  # [B, 1, 1]
+            D = D * (torch.linalg.matrix_norm(u, keepdim=True) / norm.clamp(min=torch.finfo(D.dtype).tiny))
+        return clip_rms(D, self.max_update_rms)
+
+    def period(self, clock: int) -> int:
+        f = self.precondition_frequency
+        return f if isinstance(f, int) else f(clock)
+
+    def due(self, clock: int, phase: int) -> bool:
+        return clock == 0 or clock % self.period(clock) == phase
+
+    def refresh_cost(self, m: int, n: int) -> float:
+        return float(sum(d**3 for d in (m, n) if d <= self.max_precond_dim))

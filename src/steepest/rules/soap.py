@@ -1,0 +1,170 @@
+"""SOAP: Adam, run in the eigenbasis of Shampoo's two covariances.
+
+Vyas et al., arXiv:2409.11321, Algorithm 3; with ``use_kl_shampoo`` the covariances are those of Lin et al.,
+arXiv:2509.03378. Checked against the authors' numbers in tests/reference/test_soap.py.
+
+  G                    [B, m, n]             gradients
+  L, R                 [B, m, m], [B, n, n]  covariances of rows and columns, E[G Gᵀ] and E[Gᵀ G]
+  Q_L, Q_R             likewise              their eigenvectors, by descending eigenvalue
+  exp_avg, exp_avg_sq  [B, m, n]             Adam's moments of the projected gradient Q_Lᵀ G Q_R
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from steepest.factors import Factors
+from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
+from steepest.moments import adam
+from steepest.rule import (
+    Rule,
+    Slots,
+    State,
+    Step,
+    at_least,
+    beta,
+    betas,
+    checked,
+    clip_rms,
+    corrected_beta,
+    frequency,
+    one_of,
+)
+
+NOISE_FLOOR = 1e-2  # "auto": costs nothing in training, and makes first steps reproducible
+SOLVERS = ("auto", "qr", "eigh")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soap(Rule):
+    """Options as `steepest.SOAP` describes them."""
+
+    name: ClassVar[str] = "soap"
+    paper: ClassVar[str] = "Vyas et al., arXiv:2409.11321"
+
+    betas: tuple[float, float] = betas((0.9, 0.95))
+    shampoo_beta: float = beta(0.95)
+    eps: float = at_least(0, 1e-8)
+    nesterov: bool = False
+    precondition_frequency: int | Callable[[int], int] = frequency(1)
+    adam_warmup_steps: int = at_least(0, 0)
+    correct_bias: bool = True
+    correct_shampoo_beta_bias: bool | None = None
+    fp32_matmul_prec: str = one_of(PRECISIONS, "highest")
+    refresh: str = one_of(SOLVERS, "auto")
+    match_columns: bool = True
+    qr_fp32_matmul_prec: str = one_of(PRECISIONS, "high")
+    power_iter_steps: int = at_least(1, 1)
+    use_adaptive_criteria: bool = False
+    adaptive_update_tolerance: float = at_least(0, 1e-7)
+    max_update_rms: float = at_least(0, 0.0, "0: no limit")
+    use_kl_shampoo: bool = False
+    kl_floor: float = checked(1e-4, lambda x: 0 <= x < 1, "in [0, 1); 0 means the absolute eps")
+    basis_timing: str = one_of(("before", "after"), "before")
+    noise_floor: float | str = checked(
+        "auto", lambda x: x == "auto" or (isinstance(x, int | float) and x >= 0), '"auto" or a number >= 0'
+    )
+    momentum_floor: bool = True
+    max_precond_dim: int = at_least(0, 8192)
+    precondition_1d: bool = False
+
+    def init(self, G: Tensor) -> State:
+        moments = {"exp_avg": torch.zeros_like(G), "exp_avg_sq": torch.zeros_like(G)}  # [B, m, n]
+        return moments | Factors.init(G, self.max_precond_dim, self.precondition_1d)
+
+    def update(self, G: Tensor, state: State, step: Step) -> Tensor | None:
+        with fp32_matmul_precision(self.fp32_matmul_prec):
+            if self.basis_timing == "before":  # the basis knows the gradient that it projects
+                self.learn(G, state, step)
+                return self.act(G, state, step, in_basis=step.stage != "warmup")
+            seeding = step.stage == "first" and self.adam_warmup_steps == 0
+            D = None if seeding else self.act(G, state, step, in_basis=step.stage == "steady")
+            self.learn(G, state, step)
+            return D
+
+    def learn(self, G: Tensor, state: State, step: Step) -> None:
+        """The covariances take the gradient in; where a refresh is due, the bases follow."""
+        factors = Factors(state)
+        if factors.trivial:
+            return
+        beta = self.factor_beta(step.t)
+        if self.use_kl_shampoo:
+            factors.feed_kl(G, beta, self.eps, self.kl_floor)
+        else:
+            factors.feed(G, beta)
+        if step.refresh is not None:
+            with fp32_matmul_precision(self.qr_fp32_matmul_prec):
+                self.follow(factors, step.refresh, first=step.stage == "first")
+
+    def follow(self, factors: Factors, slots: Slots, first: bool) -> None:
+        """The bases of these slots follow their covariances, and Adam's moments follow the bases."""
+        if first and self.refresh != "qr":
+            factors.start(slots, in_float64=self.basis_timing == "before")
+            return
+        if self.use_adaptive_criteria and not first:
+            slots = factors.outdated(slots, self.adaptive_update_tolerance)
+        factors.refresh(slots, self.refresh == "eigh", self.power_iter_steps, self.match_columns)
+
+    def act(self, G: Tensor, state: State, step: Step, in_basis: bool) -> Tensor:
+        """Adam's direction, taken in the eigenbases and brought back."""
+        factors = Factors(state if in_basis else {})
+        guarded = not factors.trivial
+        g = factors.project(G if step.penalty is None else G + step.penalty)  # [B, m, n]
+        u = adam(
+            g,
+            state,
+            step.t - 1 if self.seeds else step.t,
+            self.betas,
+            self.eps,
+            correct_bias=self.correct_bias,
+            nesterov=self.nesterov,
+            momentum_floor=self.momentum_floor and guarded,
+            noise_floor=self.relative_noise if guarded else 0.0,
+        )
+        return clip_rms(factors.unproject(u), self.max_update_rms)
+
+    # When a refresh is due, in a matrix's own time: ``clock`` counts the updates that it has had.
+
+    @property
+    def seeds(self) -> bool:
+        """Whether a matrix's first gradient only seeds the factors and moves nothing, as the authors run it."""
+        return self.basis_timing == "after" and self.adam_warmup_steps == 0
+
+    @property
+    def first_basis(self) -> int:
+        """The update in which a matrix gets its first basis: when the warm-up ends, whatever the frequency."""
+        return self.adam_warmup_steps if self.basis_timing == "before" else max(self.adam_warmup_steps - 1, 0)
+
+    def stage(self, clock: int) -> str:
+        if clock == self.first_basis:
+            return "first"
+        return "warmup" if clock < self.first_basis else "steady"
+
+    def period(self, clock: int) -> int:
+        frequency = self.precondition_frequency
+        return frequency if isinstance(frequency, int) else frequency(clock)
+
+    def due(self, clock: int, phase: int) -> bool:
+        if clock <= self.first_basis:
+            return clock == self.first_basis
+        return clock % self.period(clock) == phase
+
+    def refresh_cost(self, m: int, n: int) -> float:
+        return float(sum(d**3 for d in (m, n) if d <= self.max_precond_dim))
+
+    # What the options mean.
+
+    @property
+    def relative_noise(self) -> float:
+        """The noise floor as a number."""
+        return NOISE_FLOOR if isinstance(self.noise_floor, str) else self.noise_floor
+
+    def factor_beta(self, t: Tensor) -> float | Tensor:
+        """The factors' decay: shampoo_beta, or 1 - (1-b)/(1-b^t), which makes the average unbiased; 0 at t = 1."""
+        corrects = self.correct_bias if self.correct_shampoo_beta_bias is None else self.correct_shampoo_beta_bias
+        return corrected_beta(self.shampoo_beta, t) if corrects else self.shampoo_beta

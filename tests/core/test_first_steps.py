@@ -1,0 +1,79 @@
+"""The first steps, with defaults: a polar factor, insensitive to rounding, never too long. And why there are guards."""
+
+import pytest
+import torch
+
+import steepest
+
+BARE = {"noise_floor": 0.0, "momentum_floor": False}
+SHAPES = [(4, 5), (5, 4), (16, 24), (64, 64), (64, 256), (256, 64), (256, 256)]
+LARGE = [(64, 1024), (256, 1024)]
+
+
+def gradients(shape, count=1, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+def updates(grads, **options):
+    """The updates, lr being 1 and decay 0."""
+    W = torch.nn.Parameter(torch.zeros_like(grads[0]))
+    opt = steepest.SOAP([W], lr=1.0, weight_decay=0.0, **options)
+    moved = []
+    for G in grads:
+        before = W.detach().clone()
+        W.grad = G
+        opt.step()
+        moved.append(before - W.detach())
+    return moved
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("shape", SHAPES + LARGE)
+def test_the_first_update_is_the_polar_factor(shape):
+    (G,) = gradients(shape)
+    U, _, Vh = torch.linalg.svd(G.double(), full_matrices=False)
+    assert relative(updates([G])[0], (U @ Vh).float()) < 0.10
+
+
+@pytest.mark.parametrize("shape", SHAPES + LARGE)
+def test_rounding_does_not_choose_the_first_update(shape):
+    G, noise = gradients(shape, 2)
+    assert relative(updates([G * (1 + 1e-6 * noise)])[0], updates([G])[0]) < 0.10
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (7, 3), (16, 24), (33, 64), (64, 256), (256, 64), (64, 1024)])
+def test_no_early_update_is_longer_than_lr(shape):
+    for D in updates(gradients(shape, 20)):
+        assert D.square().mean().sqrt() <= 1.0
+        assert D.isfinite().all()
+
+
+def test_without_guards_none_of_this_holds():
+    """Off the diagonal, the first projected gradient is rounding, and Adam makes full-size steps of it."""
+    shape = (64, 256)
+    grads = gradients(shape, 20)
+    U, _, Vh = torch.linalg.svd(grads[0].double(), full_matrices=False)
+    bare = updates(grads, **BARE)
+    assert relative(bare[0], (U @ Vh).float()) > 1.0
+    (noise,) = gradients(shape, seed=4)
+    assert relative(updates([grads[0] * (1 + 1e-6 * noise)], **BARE)[0], bare[0]) > 0.5
+    assert max(D.square().mean().sqrt() for D in bare) > 2.0
+
+
+@pytest.mark.parametrize(
+    ("guard", "holds"),
+    [({"momentum_floor": False}, "reproducible"), ({"noise_floor": 0.0}, "bounded")],
+)
+def test_what_each_guard_is_for(guard, holds):
+    """The noise floor makes first steps reproducible; the momentum floor bounds them."""
+    grads = gradients((64, 256), 20)
+    (noise,) = gradients((64, 256), seed=4)
+    moved = updates(grads, **guard)
+    if holds == "reproducible":
+        assert relative(updates([grads[0] * (1 + 1e-6 * noise)], **guard)[0], moved[0]) < 0.1
+    else:
+        assert max(D.square().mean().sqrt() for D in moved) <= 1.0
