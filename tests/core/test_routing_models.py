@@ -1,0 +1,440 @@
+"""Models that people use, routed: each table was read by a person, and is kept as text.
+
+A table leaves out norms, biases and vectors, which are all elementwise (checked here, too), and the state's bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from steepest.routing import for_model, route
+
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed (it is in the dev extra)"
+)
+Loss = Callable[[Any], Tensor]
+
+
+# Models in plain torch.
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if stride != 1:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet18(nn.Module):
+    """As in torchvision, a sixteenth as wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.layer1 = nn.Sequential(BasicBlock(4, 4, 1), BasicBlock(4, 4, 1))
+        self.layer2 = nn.Sequential(BasicBlock(4, 8, 2), BasicBlock(8, 8, 1))
+        self.layer3 = nn.Sequential(BasicBlock(8, 16, 2), BasicBlock(16, 16, 1))
+        self.layer4 = nn.Sequential(BasicBlock(16, 32, 2), BasicBlock(32, 32, 1))
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        return self.fc(self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.c_attn = nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=-1))
+        return self.c_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads=2)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
+
+
+class NanoGPT(nn.Module):
+    """As in nanoGPT: context as long as the width, the trap for heads found by shape alone."""
+
+    def __init__(self, width: int = 32, layers: int = 2, vocabulary: int = 65) -> None:
+        super().__init__()
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(vocabulary, width),
+                "wpe": nn.Embedding(width, width),
+                "h": nn.ModuleList(Block(width) for _ in range(layers)),
+                "ln_f": nn.LayerNorm(width),
+            }
+        )
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        self.transformer["wte"].weight = self.lm_head.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.transformer["wte"](tokens) + self.transformer["wpe"].weight[: tokens.shape[1]]
+        for block in self.transformer["h"]:
+            x = block(x)
+        return self.lm_head(self.transformer["ln_f"](x))
+
+
+class RecurrentLM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Embedding(65, 16)
+        self.rnn = nn.LSTM(16, 24, num_layers=2, batch_first=True)
+        self.decoder = nn.Linear(24, 65)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.decoder(self.rnn(self.encoder(tokens))[0])
+
+
+class EncoderClassifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 16)
+        self.pos = nn.Parameter(torch.zeros(1, 8, 16))
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(x) + self.pos).mean(1))
+
+
+def mlp() -> nn.Module:
+    layers = [nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(48, 10))
+
+
+def on_tokens(model: Any) -> Tensor:
+    return model(torch.arange(16).view(2, 8)).square().mean()
+
+
+def on_images(model: Any) -> Tensor:
+    return model(torch.randn(2, 3, 32, 32)).square().mean()
+
+
+# Models from transformers, randomly initialised and tiny.
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+T5 |= {"decoder_start_token_id": 0}
+
+
+def hugging_face(name: str, **config: Any) -> nn.Module:
+    import transformers
+
+    kind = getattr(transformers, name)
+    return kind(kind.config_class(**config))
+
+
+def on_hf_tokens(model: Any) -> Tensor:
+    tokens = torch.arange(16).view(2, 8)
+    return model(input_ids=tokens, labels=tokens).loss
+
+
+def on_hf_images(model: Any) -> Tensor:
+    return model(torch.randn(2, 3, 16, 16), labels=torch.tensor([0, 1])).loss
+
+
+def on_hf_sequences(model: Any) -> Tensor:
+    return model(torch.arange(16).view(2, 8), labels=torch.tensor([0, 1])).loss
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Loss, str]] = {
+    "mlp": (
+        mlp,
+        lambda model: model(torch.randn(4, 8, 8)).square().mean(),
+        """
+        1.weight  48×64  soap  weight of Linear
+        {3,5}.weight ×2  48×48  soap  weight of Linear
+        7.weight  –  adamw  output head: the last projection
+        """,
+    ),
+    "resnet18": (
+        ResNet18,
+        on_images,
+        """
+        conv1.weight  4×(3·7·7)  soap  convolution, flattened
+        layer1.{0..1}.conv1.weight ×2  4×(4·3·3)  soap  convolution, flattened
+        layer1.{0..1}.conv2.weight ×2  4×(4·3·3)  soap  convolution, flattened
+        layer2.0.conv1.weight  8×(4·3·3)  soap  convolution, flattened
+        layer2.{0..1}.conv2.weight ×2  8×(8·3·3)  soap  convolution, flattened
+        layer2.0.downsample.0.weight  8×4  soap  convolution, flattened
+        layer2.1.conv1.weight  8×(8·3·3)  soap  convolution, flattened
+        layer3.0.conv1.weight  16×(8·3·3)  soap  convolution, flattened
+        layer3.{0..1}.conv2.weight ×2  16×(16·3·3)  soap  convolution, flattened
+        layer3.0.downsample.0.weight  16×8  soap  convolution, flattened
+        layer3.1.conv1.weight  16×(16·3·3)  soap  convolution, flattened
+        layer4.0.conv1.weight  32×(16·3·3)  soap  convolution, flattened
+        layer4.{0..1}.conv2.weight ×2  32×(32·3·3)  soap  convolution, flattened
+        layer4.0.downsample.0.weight  32×16  soap  convolution, flattened
+        layer4.1.conv1.weight  32×(32·3·3)  soap  convolution, flattened
+        fc.weight  –  adamw  output head: the last projection
+        """,
+    ),
+    "nanogpt": (
+        NanoGPT,
+        on_tokens,
+        """
+        transformer.wte.weight  –  adamw  embedding, tied to the output head
+        transformer.wpe.weight  –  adamw  embedding: rows are looked up
+        transformer.h.{0..1}.attn.c_attn.weight ×2  3 × 32×32 (q, k, v)  soap  fused, one matrix each
+        transformer.h.{0..1}.attn.c_proj.weight ×2  32×32  soap  weight of Linear
+        transformer.h.{0..1}.mlp.c_fc.weight ×2  128×32  soap  weight of Linear
+        transformer.h.{0..1}.mlp.c_proj.weight ×2  32×128  soap  weight of Linear
+        """,
+    ),
+    "lstm": (
+        RecurrentLM,
+        on_tokens,
+        """
+        encoder.weight  –  adamw  embedding: rows are looked up
+        rnn.weight_ih_l0  4 × 24×16 (i, f, g, o)  soap  gates, one matrix each
+        rnn.weight_hh_l0  4 × 24×24 (i, f, g, o)  soap  gates, one matrix each
+        rnn.weight_ih_l1  4 × 24×24 (i, f, g, o)  soap  gates, one matrix each
+        rnn.weight_hh_l1  4 × 24×24 (i, f, g, o)  soap  gates, one matrix each
+        decoder.weight  –  adamw  output head: the last projection
+        """,
+    ),
+    "encoder": (
+        EncoderClassifier,
+        lambda model: model(torch.randn(2, 8, 12)).square().mean(),
+        """
+        pos  –  adamw  learnt table: added, not multiplied
+        embed.weight  16×12  soap  weight of Linear
+        encoder.layers.{0..1}.self_attn.in_proj_weight ×2  3 × 16×16 (q, k, v)  soap  fused, one matrix each
+        encoder.layers.{0..1}.self_attn.out_proj.weight ×2  16×16  soap  weight of Linear
+        encoder.layers.{0..1}.linear1.weight ×2  32×16  soap  weight of Linear
+        encoder.layers.{0..1}.linear2.weight ×2  16×32  soap  weight of Linear
+        head.1.weight  –  adamw  output head: the last projection
+        """,
+    ),
+    "llama": (
+        lambda: hugging_face("LlamaForCausalLM", num_key_value_heads=2, **TINY),
+        on_hf_tokens,
+        """
+        model.embed_tokens.weight  –  adamw  embedding: rows are looked up
+        model.layers.{0..1}.self_attn.q_proj.weight ×2  32×32  soap  weight of Linear
+        model.layers.{0..1}.self_attn.k_proj.weight ×2  16×32  soap  weight of Linear
+        model.layers.{0..1}.self_attn.v_proj.weight ×2  16×32  soap  weight of Linear
+        model.layers.{0..1}.self_attn.o_proj.weight ×2  32×32  soap  weight of Linear
+        model.layers.{0..1}.mlp.gate_proj.weight ×2  48×32  soap  weight of Linear
+        model.layers.{0..1}.mlp.up_proj.weight ×2  48×32  soap  weight of Linear
+        model.layers.{0..1}.mlp.down_proj.weight ×2  32×48  soap  weight of Linear
+        lm_head.weight  –  adamw  output head: get_output_embeddings()
+        """,
+    ),
+    "gpt2": (
+        lambda: hugging_face("GPT2LMHeadModel", **TINY, n_positions=16),
+        on_hf_tokens,
+        """
+        transformer.wte.weight  –  adamw  embedding, tied to the output head
+        transformer.wpe.weight  –  adamw  embedding: rows are looked up
+        transformer.h.{0..1}.attn.c_attn.weight ×2  3 × 32×32 (q, k, v; transposed)  soap  fused, one matrix each
+        transformer.h.{0..1}.attn.c_proj.weight ×2  32×32 (transposed)  soap  weight of Conv1D
+        transformer.h.{0..1}.mlp.c_fc.weight ×2  128×32 (transposed)  soap  weight of Conv1D
+        transformer.h.{0..1}.mlp.c_proj.weight ×2  32×128 (transposed)  soap  weight of Conv1D
+        """,
+    ),
+    "bert_mlm": (
+        lambda: hugging_face("BertForMaskedLM", **TINY),
+        on_hf_tokens,
+        """
+        bert.embeddings.word_embeddings.weight  –  adamw  embedding, tied to the output head
+        bert.embeddings.position_embeddings.weight  –  adamw  embedding: rows are looked up
+        bert.embeddings.token_type_embeddings.weight  –  adamw  embedding: rows are looked up
+        bert.encoder.layer.{0..1}.attention.self.query.weight ×2  32×32  soap  weight of Linear
+        bert.encoder.layer.{0..1}.attention.self.key.weight ×2  32×32  soap  weight of Linear
+        bert.encoder.layer.{0..1}.attention.self.value.weight ×2  32×32  soap  weight of Linear
+        bert.encoder.layer.{0..1}.attention.output.dense.weight ×2  32×32  soap  weight of Linear
+        bert.encoder.layer.{0..1}.intermediate.dense.weight ×2  48×32  soap  weight of Linear
+        bert.encoder.layer.{0..1}.output.dense.weight ×2  32×48  soap  weight of Linear
+        cls.predictions.transform.dense.weight  32×32  soap  weight of Linear
+        """,
+    ),
+    "bert_classifier": (
+        lambda: hugging_face("BertForSequenceClassification", **TINY),
+        on_hf_sequences,
+        """
+        bert.embeddings.word_embeddings.weight  –  adamw  embedding: rows are looked up
+        bert.embeddings.position_embeddings.weight  –  adamw  embedding: rows are looked up
+        bert.embeddings.token_type_embeddings.weight  –  adamw  embedding: rows are looked up
+        bert.encoder.layer.{0..1}.attention.self.query.weight ×2  32×32  soap  weight of Linear
+        bert.encoder.layer.{0..1}.attention.self.key.weight ×2  32×32  soap  weight of Linear
+        bert.encoder.layer.{0..1}.attention.self.value.weight ×2  32×32  soap  weight of Linear
+        bert.encoder.layer.{0..1}.attention.output.dense.weight ×2  32×32  soap  weight of Linear
+        bert.encoder.layer.{0..1}.intermediate.dense.weight ×2  48×32  soap  weight of Linear
+        bert.encoder.layer.{0..1}.output.dense.weight ×2  32×48  soap  weight of Linear
+        bert.pooler.dense.weight  32×32  soap  weight of Linear
+        classifier.weight  –  adamw  output head: the last projection
+        """,
+    ),
+    "vit": (
+        lambda: hugging_face("ViTForImageClassification", **TINY, image_size=16, patch_size=4),
+        on_hf_images,
+        """
+        vit.embeddings.position_embeddings  –  adamw  learnt table: added, not multiplied
+        vit.embeddings.patch_embeddings.projection.weight  32×(3·4·4)  soap  patches: a Linear over flattened pixels
+        vit.layers.{0..1}.attention.q_proj.weight ×2  32×32  soap  weight of Linear
+        vit.layers.{0..1}.attention.k_proj.weight ×2  32×32  soap  weight of Linear
+        vit.layers.{0..1}.attention.v_proj.weight ×2  32×32  soap  weight of Linear
+        vit.layers.{0..1}.attention.o_proj.weight ×2  32×32  soap  weight of Linear
+        vit.layers.{0..1}.mlp.fc1.weight ×2  48×32  soap  weight of Linear
+        vit.layers.{0..1}.mlp.fc2.weight ×2  32×48  soap  weight of Linear
+        classifier.weight  –  adamw  output head: the last projection
+        """,
+    ),
+    "t5": (
+        lambda: hugging_face("T5ForConditionalGeneration", **T5),
+        on_hf_tokens,
+        """
+        shared.weight  –  adamw  embedding, tied to the output head
+        encoder.block.{0..1}.layer.0.SelfAttention.q.weight ×2  32×32  soap  weight of Linear
+        encoder.block.{0..1}.layer.0.SelfAttention.k.weight ×2  32×32  soap  weight of Linear
+        encoder.block.{0..1}.layer.0.SelfAttention.v.weight ×2  32×32  soap  weight of Linear
+        encoder.block.{0..1}.layer.0.SelfAttention.o.weight ×2  32×32  soap  weight of Linear
+        encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight  –  adamw  embedding: rows are looked up
+        encoder.block.{0..1}.layer.1.DenseReluDense.wi.weight ×2  48×32  soap  weight of Linear
+        encoder.block.{0..1}.layer.1.DenseReluDense.wo.weight ×2  32×48  soap  weight of Linear
+        decoder.block.{0..1}.layer.0.SelfAttention.q.weight ×2  32×32  soap  weight of Linear
+        decoder.block.{0..1}.layer.0.SelfAttention.k.weight ×2  32×32  soap  weight of Linear
+        decoder.block.{0..1}.layer.0.SelfAttention.v.weight ×2  32×32  soap  weight of Linear
+        decoder.block.{0..1}.layer.0.SelfAttention.o.weight ×2  32×32  soap  weight of Linear
+        decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight  –  adamw  embedding: rows are looked up
+        decoder.block.{0..1}.layer.1.EncDecAttention.q.weight ×2  32×32  soap  weight of Linear
+        decoder.block.{0..1}.layer.1.EncDecAttention.k.weight ×2  32×32  soap  weight of Linear
+        decoder.block.{0..1}.layer.1.EncDecAttention.v.weight ×2  32×32  soap  weight of Linear
+        decoder.block.{0..1}.layer.1.EncDecAttention.o.weight ×2  32×32  soap  weight of Linear
+        decoder.block.{0..1}.layer.2.DenseReluDense.wi.weight ×2  48×32  soap  weight of Linear
+        decoder.block.{0..1}.layer.2.DenseReluDense.wo.weight ×2  32×48  soap  weight of Linear
+        """,
+    ),
+    "mixtral": (
+        lambda: hugging_face("MixtralForCausalLM", num_key_value_heads=2, num_local_experts=4, **TINY),
+        on_hf_tokens,
+        """
+        model.embed_tokens.weight  –  adamw  embedding: rows are looked up
+        model.layers.{0..1}.self_attn.q_proj.weight ×2  32×32  soap  weight of Linear
+        model.layers.{0..1}.self_attn.k_proj.weight ×2  16×32  soap  weight of Linear
+        model.layers.{0..1}.self_attn.v_proj.weight ×2  16×32  soap  weight of Linear
+        model.layers.{0..1}.self_attn.o_proj.weight ×2  32×32  soap  weight of Linear
+        model.layers.{0..1}.mlp.gate.weight ×2  –  adamw  router: its rows are the experts' logits
+        model.layers.{0..1}.mlp.experts.gate_up_proj ×2  4 experts of 2 × 48×32 (gate, up)  soap  stacked experts, fused
+        model.layers.{0..1}.mlp.experts.down_proj ×2  4 experts of 32×48  soap  stacked experts
+        lm_head.weight  –  adamw  output head: get_output_embeddings()
+        """,
+    ),
+    "gpt_oss": (
+        lambda: hugging_face("GptOssForCausalLM", num_key_value_heads=2, num_local_experts=4, head_dim=8, **TINY),
+        on_hf_tokens,
+        """
+        model.embed_tokens.weight  –  adamw  embedding: rows are looked up
+        model.layers.{0..1}.self_attn.q_proj.weight ×2  32×32  soap  weight of Linear
+        model.layers.{0..1}.self_attn.k_proj.weight ×2  16×32  soap  weight of Linear
+        model.layers.{0..1}.self_attn.v_proj.weight ×2  16×32  soap  weight of Linear
+        model.layers.{0..1}.self_attn.o_proj.weight ×2  32×32  soap  weight of Linear
+        model.layers.{0..1}.mlp.router.weight ×2  –  adamw  router: its rows are the experts' logits
+        model.layers.{0..1}.mlp.experts.gate_up_proj ×2  4 experts of 96×32 (transposed)  soap  stacked experts, gate and up interleaved
+        model.layers.{0..1}.mlp.experts.down_proj ×2  4 experts of 32×48 (transposed)  soap  stacked experts
+        lm_head.weight  –  adamw  output head: get_output_embeddings()
+        """,  # noqa: E501
+    ),
+    "phi3": (
+        lambda: hugging_face("Phi3ForCausalLM", num_key_value_heads=2, **TINY),
+        on_hf_tokens,
+        """
+        model.embed_tokens.weight  –  adamw  embedding: rows are looked up
+        model.layers.{0..1}.self_attn.o_proj.weight ×2  32×32  soap  weight of Linear
+        model.layers.{0..1}.self_attn.qkv_proj.weight ×2  32×32 + 2 × 16×32 (q, k, v)  soap  fused, one matrix each
+        model.layers.{0..1}.mlp.gate_up_proj.weight ×2  2 × 48×32 (gate, up)  soap  fused, one matrix each
+        model.layers.{0..1}.mlp.down_proj.weight ×2  32×48  soap  weight of Linear
+        lm_head.weight  –  adamw  output head: get_output_embeddings()
+        """,
+    ),
+}
+PLAIN = ["mlp", "resnet18", "nanogpt", "lstm", "encoder"]
+
+
+def cases() -> list[Any]:
+    return [pytest.param(name, marks=() if name in PLAIN else needs_transformers) for name in CASES]
+
+
+def table(model: nn.Module) -> str:
+    """The routing as printed, less the elementary rows and the bytes, columns two spaces apart."""
+    lines = []
+    for line in str(route(model)).split("\n\n")[0].splitlines()[1:]:
+        name, _, seen, rule, why, _ = re.split(r"\s{2,}", line)
+        if why in ("norm", "bias", "vector"):
+            assert (seen, rule) == ("–", "adamw"), line
+        else:
+            lines.append(f"{name}  {seen}  {rule}  {why}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_table(name: str) -> None:
+    build, _, expected = CASES[name]
+    model = build()
+    assert table(model).splitlines() == [line.strip() for line in expected.strip().splitlines()]
+    assert not route(model).warnings
+
+
+@pytest.mark.parametrize("name", cases())
+def test_every_parameter_is_stepped_once(name: str) -> None:
+    torch.manual_seed(0)
+    build, loss, _ = CASES[name]
+    model = build()
+    optimizer = for_model(model, "soap", lr=1e-3)
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert sorted(names) == sorted(dict(model.named_parameters()))
+
+    loss(model).backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), name
+        moved = not torch.equal(p, before[name])
+        assert moved == (p.grad is not None and bool(p.grad.any())), name
