@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steepest.exchange import local
-from steepest.stacks import Seat
+from steepest.stacks import Seat, to_device
 
 DECAY_METHODS = ("decoupled", "independent", "palm", "l2")
 
@@ -29,6 +29,17 @@ def decay_factor(group: Mapping[str, Any]) -> float | Tensor:
     if wd == 0 or method == "l2":
         return 1.0
     return 1 - wd * {"decoupled": lr, "independent": 1.0, "palm": lr * lr}[method]
+
+
+def stepped(W: Tensor, D: Tensor, lr: float | Tensor, factor: float | Tensor, decay_follows: bool) -> Tensor:
+    """Where ``W`` moves along ``D``; to the last bit where `apply` moves lists of parameters in place.
+
+    >>> stepped(torch.tensor(1.0), torch.tensor(0.5), lr=0.1, factor=0.9, decay_follows=False)
+    tensor(0.8500)
+    """
+    W = W if decay_follows else W * factor
+    W = W - lr * D if isinstance(lr, Tensor) else torch.add(W, D, alpha=-lr)
+    return W * factor if decay_follows else W
 
 
 def apply(
@@ -58,10 +69,11 @@ def apply(
             plain.append(seat)
         elif any(takes):
             W = seat.view.matrices(p, seat.piece).to(D.dtype)  # [b, m, n]
-            step = lr * D[seat.slots]
-            new = (W - step) * factor if decay_follows else W * factor - step
-            mask = torch.tensor(takes, device=D.device).view(-1, 1, 1)
-            new = torch.where(mask if finite is None else mask & finite[seat.slots], new, W)
+            new = stepped(W, D[seat.slots], lr, factor, decay_follows)
+            if not all(takes):
+                new = torch.where(to_device(takes, D.device).view(-1, 1, 1), new, W)
+            if finite is not None:
+                new = torch.where(finite[seat.slots], new, W)
             seat.view.window(p, seat.piece).copy_(seat.view.shaped(new, seat.piece))
     if plain:
         weights = [seat.view.window(group["params"][seat.index], seat.piece) for seat in plain]

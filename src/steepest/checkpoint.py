@@ -7,6 +7,8 @@ the refresh frequency) are not saved; the loading optimizer keeps its own.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -22,7 +24,7 @@ def detached(state_dict: dict[str, Any]) -> dict[str, Any]:
     return state_dict | {"state": state, "param_groups": groups}
 
 
-def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+def load(optimizer: Optimizer, state_dict: dict[str, Any], check_options: Callable[[Mapping[str, Any]], None]) -> None:
     """Check a state_dict against the optimizer as a whole, then copy it in; see `Optimizer.load_state_dict`."""
     state_dict = state_dict.copy()
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
@@ -30,6 +32,8 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if replaced is not None:
             state_dict = replaced
 
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"what was saved has no 'state' and 'param_groups', only {_some(state_dict)}")
     pairs = _match(optimizer, state_dict)
     saved = {p: state_dict["state"][key] for p, key in pairs if state_dict["state"].get(key)}
     names = {p: f"parameter {key}" for p, key in pairs}
@@ -38,6 +42,13 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     missing = [names[p] for p in optimizer.state if optimizer.state[p] and p not in saved]
     if missing:
         raise ValueError(f"the saved state has nothing for {_some(missing)}; load it into the optimizer that it is of")
+    options = [_options(group) for group in state_dict["param_groups"]]
+    for number, (group, new) in enumerate(zip(optimizer.param_groups, options, strict=True)):
+        if new.get("rule", group["rule"]) != group["rule"]:
+            raise ValueError(
+                f"parameter group {number} was saved under {new['rule']!r}, and is under {group['rule']!r}"
+            )
+        check_options(group | new)
     optimizer._welcome(also=set(saved))
     for p, tensors in saved.items():
         _check(names[p], tensors, optimizer.state[p])
@@ -45,10 +56,15 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     for p, tensors in saved.items():
         for name, x in optimizer.state[p].items():
             x.copy_(tensors[name])
-    for group, options in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        group.update({k: v for k, v in options.items() if k not in ("params", "param_names")})
+    for group, new in zip(optimizer.param_groups, options, strict=True):
+        group.update(new)
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """A saved group's options, as values of their own: the saver may go on changing a tensor learning rate."""
+    return copy.deepcopy({k: v for k, v in group.items() if k not in ("params", "param_names")})
 
 
 def _match(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, Any]]:
@@ -75,7 +91,10 @@ def _match(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tenso
 
 
 def _check(name: str, saved: Any, here: dict[str, Tensor]) -> None:
-    """Raise unless every tensor of a parameter's state was saved, in its shape."""
+    """Raise unless what was saved are the tensors of a parameter's state, each in its shape."""
+    for key in saved:
+        if key not in here:
+            raise ValueError(f"{name}: the saved state has {key!r}, which is not in use here; was it another rule's?")
     for key, x in here.items():
         if key not in saved:
             raise ValueError(f"{name}: the saved state has no {key!r}, only {_some(saved)}; was it another rule's?")

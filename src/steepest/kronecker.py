@@ -20,8 +20,9 @@ from steepest.linalg.eigenbasis import (
     conjugate,
     eigenbasis_error,
     eigh_with_fallback,
-    orthogonal_iteration,
+    ordered_iteration,
 )
+from steepest.linalg.symmetric import accumulate_gram
 
 Sides = Sequence[Tensor | None]
 """``[left, right]``; None is the identity."""
@@ -105,9 +106,9 @@ def update_kronecker_factors(kronecker_factor_list: Sides, grad: Tensor, shampoo
     """
     left, right = _sides(kronecker_factor_list, grad, "kronecker_factor_list")
     if left is not None:
-        _accumulate(left, grad, grad.mT, shampoo_beta)
+        accumulate_gram(left, grad, shampoo_beta)
     if right is not None:
-        _accumulate(right, grad.mT, grad, shampoo_beta)
+        accumulate_gram(right, grad.mT, shampoo_beta)
 
 
 def update_kronecker_factors_kl_shampoo(
@@ -158,8 +159,7 @@ def update_kronecker_factors_kl_shampoo(
     m, n = grad.shape[-2:]
     for K, X, white, width in zip(factors, (grad, grad.mT), reversed(whitened), (n, m), strict=True):
         if K is not None:
-            half = X if white is None else X @ white
-            _accumulate(K, half, half.mT, shampoo_beta, scale=1 / width)
+            accumulate_gram(K, X if white is None else X @ white, shampoo_beta, scale=1 / width)
 
 
 def update_eigenbasis_and_exp_avgs(
@@ -305,22 +305,10 @@ def get_eigenbasis_qr(
             bases.append(None)
             orders.append(None)
             continue
-        # Ordered before the factorization, which gives the first columns the first choice.
-        Q, order = by_rayleigh_quotient(K, Q)
-        bases.append(orthogonal_iteration(K, Q, power_iter_steps))
+        Q, order = ordered_iteration(K, Q, power_iter_steps)
+        bases.append(Q)
         orders.append(order)
     return bases, _reorder(exp_avg_sq, orders)
-
-
-def _accumulate(K: Tensor, X: Tensor, Y: Tensor, beta: float | Tensor, scale: float = 1.0) -> None:
-    """``K ← β K + (1-β) · scale · X Y``, in place, without a temporary of K's size."""
-    K = K.view(-1, *K.shape[-2:])  # a view: the update must reach the caller's tensor
-    X, Y = (A.reshape(-1, *A.shape[-2:]) for A in (X, Y))
-    if isinstance(beta, Tensor):
-        beta = beta.reshape(-1, 1, 1)
-        K.mul_(beta).baddbmm_(X * ((1 - beta) * scale), Y)
-    else:
-        K.baddbmm_(X, Y, beta=beta, alpha=(1 - beta) * scale)
 
 
 def _whitening_weights(quotients: Tensor, grad: Tensor, eps: float, exponent: float, relative_floor: float) -> Tensor:

@@ -21,7 +21,7 @@ from steepest.apply import DECAY_METHODS, apply
 from steepest.exchange import local
 from steepest.rule import Elementwise, Rule, State, Step, check, check_choice
 from steepest.rules import RULES
-from steepest.stacks import Run, Stack, lay_out, spread, state_dtype
+from steepest.stacks import Echo, Run, Stack, lay_out, spread, state_dtype, to_device
 from steepest.views import OPTIONS as VIEW_OPTIONS
 from steepest.views import View
 
@@ -107,13 +107,14 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         with torch.no_grad():
             self._welcome()
-            for group in self.param_groups:
-                _refuse(group)
+            rules = [_admit(group) for group in self.param_groups]  # whatever is refused is refused before a change
             for stack in self._stacks:
-                self._step_stack(stack, self.param_groups[stack.group])
-            for group in self.param_groups:
-                if issubclass(RULES[group["rule"]], Elementwise):
-                    self._step_elementwise(group)
+                rule = rules[stack.group]
+                assert isinstance(rule, Rule)
+                self._step_stack(stack, self.param_groups[stack.group], rule)
+            for group, rule in zip(self.param_groups, rules, strict=True):
+                if isinstance(rule, Elementwise):
+                    self._step_elementwise(group, rule)
         return loss
 
     @property
@@ -123,13 +124,12 @@ class Optimizer(torch.optim.Optimizer):
 
     # One stack, one step: gather, rule, scatter, apply.
 
-    def _step_stack(self, stack: Stack, group: dict[str, Any]) -> None:
+    def _step_stack(self, stack: Stack, group: dict[str, Any], rule: Rule) -> None:
         params = [group["params"][seat.index] for seat in stack.seats]
-        grads = [_dense(p) for p in params]
+        grads = [p.grad for p in params]
         if all(grad is None for grad in grads):
             return
-        rule = RULES[group["rule"]].from_group(group)
-        assert isinstance(rule, Rule)
+        stack.settle()
         live = [grad is not None for seat, grad in zip(stack.seats, grads, strict=True) for _ in seat.range]
         G = local.gather(stack, grads)  # [B, m, n]
         finite = self._drop_nonfinite(stack, G, live)
@@ -159,12 +159,14 @@ class Optimizer(torch.optim.Optimizer):
         """
         norms = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
         finite: Tensor = norms < safe_norm(G.dtype)  # False for NaN
-        alive = torch.tensor(live, device=G.device).view(-1, 1, 1)
-        stack.skipped += (alive & ~finite).view(-1)
-        if G.device.type == "cpu":
+        alive = to_device(live, G.device).view(-1, 1, 1)
+        undone = (alive & ~finite).view(-1)
+        stack.skipped += undone
+        if _at_hand(G):
             live[:] = (alive & finite).view(-1).tolist()
             return None
         G.masked_fill_(~finite, 0)
+        stack.undone = Echo(undone.long())
         return finite
 
     def _stagger(self, stack: Stack, group: Mapping[str, Any], rule: Rule) -> list[int]:
@@ -186,21 +188,18 @@ class Optimizer(torch.optim.Optimizer):
 
     # Parameters that are no matrices.
 
-    def _step_elementwise(self, group: dict[str, Any]) -> None:
-        rule = RULES[group["rule"]].from_group(group)
-        assert isinstance(rule, Elementwise)
+    def _step_elementwise(self, group: dict[str, Any], rule: Elementwise) -> None:
         batches: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for p in group["params"]:
-            grad = _dense(p)
-            if grad is not None and p.numel():
-                batches.setdefault((p.device, p.dtype), []).append((p, grad.to(state_dtype(p))))
+            if p.grad is not None and p.numel():
+                batches.setdefault((p.device, p.dtype), []).append((p, _beside(self.state[p], p, p.grad)))
         for batch in batches.values():
             norms = torch.stack(torch._foreach_norm([grad for _, grad in batch]))
             finite = norms < safe_norm(norms.dtype)
             self._skipped = self._skipped + (~finite).sum().to(self._skipped)
-            if finite.device.type == "cpu":
+            if _at_hand(finite):
                 batch = [pair for pair, fine in zip(batch, finite.tolist(), strict=True) if fine]
-            self._apply_elementwise(rule, group, batch, None if finite.device.type == "cpu" else finite)
+            self._apply_elementwise(rule, group, batch, None if _at_hand(finite) else finite)
 
     def _apply_elementwise(
         self, rule: Elementwise, group: dict[str, Any], batch: list[tuple[Tensor, Tensor]], finite: Tensor | None
@@ -208,7 +207,7 @@ class Optimizer(torch.optim.Optimizer):
         if not batch:
             return
         params = [p for p, _ in batch]
-        weights = [p.to(state_dtype(p)) for p in params]  # p itself, unless its dtype is too coarse to step in
+        weights = [_beside(self.state[p], p, p) for p in params]  # p itself, unless its dtype is too coarse to step in
         states: list[State] = [self.state[p] for p in params]
         everything = [[W, *state.values()] for W, state in zip(weights, states, strict=True)]
         kept = None if finite is None else [[x.clone() for x in xs] for xs in everything]
@@ -250,18 +249,25 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, by parameter, as tensors of its own: no view drags a whole stack into the file."""
+        self._settle()
         return checkpoint.detached(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy a saved state in. Dtypes stay as they are here: float32 factors of a bfloat16 parameter stay float32.
 
         Raises:
-            ValueError: if it doesn't fit: another number of groups or parameters, other names, missing or misshapen
-                state. Nothing has changed then.
+            ValueError: if it doesn't fit: another number of groups or parameters, other names or rules, missing or
+                misshapen state, options out of range. Nothing has changed then.
         """
-        checkpoint.load(self, state_dict)
+        self._settle()
+        checkpoint.load(self, state_dict, check_options)
+
+    def _settle(self) -> None:
+        for stack in self._stacks:
+            stack.settle()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         state = {p: {name: x.clone() for name, x in named.items()} for p, named in self.state.items()}
         return {"defaults": self.defaults, "state": state, "param_groups": self.param_groups}
 
@@ -335,6 +341,19 @@ def _update(
     return D
 
 
+def _at_hand(x: Tensor) -> bool:
+    """Whether the host can read ``x`` without waiting for a device."""
+    return x.device.type == "cpu"
+
+
+def _beside(state: State, p: Tensor, x: Tensor) -> Tensor:
+    """``x`` in the dtype and memory layout of p's state, since fused kernels pair by address; itself if it is."""
+    like = next((moment for moment in state.values() if moment.shape == p.shape), p)
+    if x.dtype == like.dtype and x.stride() == like.stride():
+        return x
+    return torch.empty_like(like).copy_(x)
+
+
 def _undo(finite: Tensor, tensors: Iterable[Tensor], kept: Iterable[Tensor]) -> None:
     """Put back what was kept wherever ``finite`` (leading dimensions of the tensors) is False; no waiting."""
     for x, old in zip(tensors, kept, strict=True):
@@ -352,15 +371,17 @@ def _has_penalty(group: Mapping[str, Any]) -> bool:
     return bool(group["weight_decay_method"] == "l2" and group["weight_decay"] != 0)
 
 
-def _refuse(group: Mapping[str, Any]) -> None:
-    """Where a group says so, raise for gradients that are not finite, before anything has changed."""
+def _admit(group: Mapping[str, Any]) -> Rule | Elementwise:
+    """A group's rule; raise for options and gradients that it doesn't take, NaN only where the group says so."""
+    grads = [_dense(p) for p in group["params"]]
+    rule = RULES[group["rule"]].from_group(group)
     if group["nonfinite"] != "raise":
-        return
+        return rule
     names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-    for name, p in zip(names, group["params"], strict=True):
-        grad = _dense(p)
+    for name, p, grad in zip(names, group["params"], grads, strict=True):
         if grad is not None and not torch.linalg.vector_norm(grad.to(state_dtype(p))) < safe_norm(state_dtype(p)):
             raise FloatingPointError(
                 f"the gradient of {name} (shape {list(p.shape)}) is not finite or too large to square; "
                 'nonfinite="skip" would leave the parameter out of this step'
             )
+    return rule

@@ -29,6 +29,59 @@ Slots = slice | Tensor
 """Which matrices of a stack: a slice, or a tensor of indices."""
 
 
+# Options that know what they may be.
+
+
+def beta(default: float) -> Any:
+    """An option that is a decay coefficient in [0, 1); at 1 a bias correction would divide zero by zero."""
+    return _option(default, lambda x: _number(x) and 0 <= x < 1, "a number in [0, 1)")
+
+
+def betas(default: tuple[float, float]) -> Any:
+    """An option that is a pair of decay coefficients."""
+    return _option(
+        default, lambda x: len(x) == 2 and all(_number(b) and 0 <= b < 1 for b in x), "two numbers in [0, 1)"
+    )
+
+
+def at_least(low: float, default: Any, meaning: str = "") -> Any:
+    """An option that is a number from ``low`` up; an integer if its default is one."""
+    kind = "an integer" if isinstance(default, int) else "a number"
+    whole = isinstance(default, int)
+    return _option(
+        default,
+        lambda x: _number(x) and x >= low and (isinstance(x, int) or not whole),
+        f"{kind} >= {low}" + (f" ({meaning})" if meaning else ""),
+    )
+
+
+def frequency(default: int) -> Any:
+    """An option that is a number of steps between refreshes, or a function from the step to that number."""
+    return _option(
+        default,
+        lambda f: callable(f) or (_number(f) and f == int(f) >= 1),
+        "an integer >= 1, or a function of the step",
+    )
+
+
+def one_of(choices: Sequence[str], default: str) -> Any:
+    """An option that is one of a few words."""
+    return _option(default, lambda x: x in choices, "one of " + ", ".join(map(repr, choices)))
+
+
+def checked(default: Any, holds: Callable[[Any], bool], allowed: str) -> Any:
+    """An option with a condition of its own; ``allowed`` completes the sentence "must be ..."."""
+    return _option(default, holds, allowed)
+
+
+def _number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _option(default: Any, holds: Callable[[Any], bool], allowed: str) -> Any:
+    return field(default=default, metadata={"allowed": (holds, allowed)})
+
+
 @dataclass(frozen=True)
 class Step:
     """What the engine tells a rule about one step of one stack."""
@@ -105,6 +158,44 @@ class Rule(Options, ABC):
         return 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Refreshing(Rule):
+    """A rule with something slow, bases or roots of Kronecker factors, that is renewed every so many steps.
+
+    A matrix counts in its own time, ``clock``, the updates that it has had; its first refresh comes at
+    ``first_refresh`` (0 unless a rule warms up), whatever the frequency.
+    """
+
+    precondition_frequency: int | Callable[[int], int] = frequency(1)
+    max_precond_dim: int = at_least(0, 8192)
+
+    @property
+    def first_refresh(self) -> int:
+        """The clock at which a matrix gets its first basis."""
+        return 0
+
+    def stage(self, clock: int) -> str:
+        """ "warmup" before the first refresh, "first" at it, "steady" from then on."""
+        if clock == self.first_refresh:
+            return "first"
+        return "warmup" if clock < self.first_refresh else "steady"
+
+    def period(self, clock: int) -> int:
+        """The frequency at this clock."""
+        every = self.precondition_frequency
+        return every if isinstance(every, int) else every(clock)
+
+    def due(self, clock: int, phase: int) -> bool:
+        """At the first refresh, and then when the clock is at the matrix's phase of the period."""
+        if clock <= self.first_refresh:
+            return clock == self.first_refresh
+        return clock % self.period(clock) == phase
+
+    def refresh_cost(self, m: int, n: int) -> float:
+        """Cubic in each side that has a factor."""
+        return float(sum(d**3 for d in (m, n) if d <= self.max_precond_dim))
+
+
 class Elementwise(Options, ABC):
     """A rule for parameters of any shape, entry by entry. It takes the step itself, so torch's fused kernels serve."""
 
@@ -156,51 +247,6 @@ def clip_rms(D: Tensor, limit: float) -> Tensor:
     return D * (limit / (rms + 1e-7)).clamp(max=1.0)
 
 
-# Options that know what they may be.
-
-
-def beta(default: float) -> Any:
-    """An option that is a decay coefficient in [0, 1); at 1 a bias correction would divide zero by zero."""
-    return _option(default, lambda x: _number(x) and 0 <= x < 1, "a number in [0, 1)")
-
-
-def betas(default: tuple[float, float]) -> Any:
-    """An option that is a pair of decay coefficients."""
-    return _option(
-        default, lambda x: len(x) == 2 and all(_number(b) and 0 <= b < 1 for b in x), "two numbers in [0, 1)"
-    )
-
-
-def at_least(low: float, default: Any, meaning: str = "") -> Any:
-    """An option that is a number from ``low`` up; an integer if its default is one."""
-    kind = "an integer" if isinstance(default, int) else "a number"
-    whole = isinstance(default, int)
-    return _option(
-        default,
-        lambda x: _number(x) and x >= low and (isinstance(x, int) or not whole),
-        f"{kind} >= {low}" + (f" ({meaning})" if meaning else ""),
-    )
-
-
-def frequency(default: int) -> Any:
-    """An option that is a number of steps between refreshes, or a function from the step to that number."""
-    return _option(
-        default,
-        lambda f: callable(f) or (_number(f) and f == int(f) >= 1),
-        "an integer >= 1, or a function of the step",
-    )
-
-
-def one_of(choices: Sequence[str], default: str) -> Any:
-    """An option that is one of a few words."""
-    return _option(default, lambda x: x in choices, "one of " + ", ".join(map(repr, choices)))
-
-
-def checked(default: Any, holds: Callable[[Any], bool], allowed: str) -> Any:
-    """An option with a condition of its own; ``allowed`` completes the sentence "must be ..."."""
-    return _option(default, holds, allowed)
-
-
 def check(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise the ValueError that names an option, its value and what is allowed.
 
@@ -220,11 +266,3 @@ def check_beta(name: str, value: float) -> None:
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise unless ``value`` is one of the ``choices``."""
     check(value in choices, name, value, "one of " + ", ".join(map(repr, choices)))
-
-
-def _number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
-
-
-def _option(default: Any, holds: Callable[[Any], bool], allowed: str) -> Any:
-    return field(default=default, metadata={"allowed": (holds, allowed)})

@@ -51,6 +51,25 @@ class Run:
     """Which of them refresh, counted from the run's first."""
 
 
+class Echo:
+    """A tensor on its way to the host. Hearing it waits for what its device was told before, not for what came after.
+
+    >>> Echo(torch.tensor([1, 2])).heard()
+    tensor([1, 2])
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        cuda = x.device.type == "cuda"
+        self.x = torch.empty(x.shape, dtype=x.dtype, pin_memory=cuda).copy_(x, non_blocking=cuda)
+        self.arrived = torch.cuda.current_stream(x.device).record_event() if cuda else None
+
+    def heard(self) -> Tensor:
+        """The tensor, on the host."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.x
+
+
 class Stack:
     """The state of all matrices of shape ``m × n`` in one group, and who sits where."""
 
@@ -66,6 +85,16 @@ class Stack:
         self.t = torch.zeros(self.size, 1, 1, dtype=like.dtype, device=like.device)
         self.clock = torch.zeros(self.size, dtype=torch.int64)
         self.skipped = torch.zeros(self.size, dtype=torch.int64, device=like.device)
+        self.undone: Echo | None = None
+
+    def settle(self) -> None:
+        """Turn back the host's clock for the slots whose last update the device undid.
+
+        The host hears of it a step late, when the answer has long come in and waiting for it holds nothing up.
+        """
+        if self.undone is not None:
+            self.clock -= self.undone.heard()
+            self.undone = None
 
     def views(self, seat: Seat) -> dict[str, Tensor]:
         """A seat's state as views into the stack, under the names that `optimizer.state[p]` shows."""
@@ -111,6 +140,11 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
+def to_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers of the host's as a tensor on a device, by way of pinned memory: an ordinary copy would wait for it."""
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 def spread(costs: Sequence[float], period: int) -> list[int]:
     """A phase in ``[0, period)`` for each job, so that the phases' costs are as even as they easily get.
 
@@ -134,4 +168,4 @@ def _slots(due: Sequence[bool], device: torch.device) -> Slots | None:
         return None
     if which[-1] - which[0] + 1 == len(which):
         return slice(which[0], which[-1] + 1)
-    return torch.tensor(which, device=device)
+    return to_device(which, device)

@@ -64,8 +64,28 @@ def orthogonal_iteration(K: Tensor, Q: Tensor, power_iter_steps: int = 1) -> Ten
                 [0.0029, 1.0000]])
     """
     for _ in range(power_iter_steps):
-        Q = torch.linalg.qr(K @ Q).Q
+        Q = _orthonormal(K @ Q)
     return Q
+
+
+def ordered_iteration(K: Tensor, Q: Tensor, power_iter_steps: int = 1) -> tuple[Tensor, Tensor]:
+    """`by_rayleigh_quotient`, then `orthogonal_iteration`; one product ``K Q`` serves both.
+
+    Ordered before the factorization, which gives the first columns the first choice.
+
+    Returns:
+        ``(Q [..., d, d], order [..., d])``: column i continues column ``order[i]`` of the old basis.
+
+    Example:
+        >>> Q, order = ordered_iteration(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2))
+        >>> order
+        tensor([1, 0])
+    """
+    d = K.shape[-1]
+    rows = Q.mT @ K  # (K Q)ᵀ, as K is symmetric: moving its rows is cheaper than moving columns
+    order = (rows * Q.mT).sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
+    moved = torch.gather(rows, -2, order.unsqueeze(-1).expand(*order.shape, d))
+    return orthogonal_iteration(K, _orthonormal(moved.mT), power_iter_steps - 1), order
 
 
 def conjugate(a: Tensor, p: Tensor, diag: bool = False) -> Tensor:
@@ -92,7 +112,7 @@ def by_rayleigh_quotient(K: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
         tensor([1, 0])
     """
     order = conjugate(K, Q, diag=True).argsort(dim=-1, descending=True, stable=True)
-    return Q.take_along_dim(order.unsqueeze(-2), dim=-1), order
+    return torch.gather(Q, -1, order.unsqueeze(-2).expand_as(Q)), order
 
 
 def eigenbasis_error(K: Tensor, Q: Tensor) -> Tensor:
@@ -105,6 +125,12 @@ def eigenbasis_error(K: Tensor, Q: Tensor) -> Tensor:
     norm = torch.linalg.matrix_norm(K)
     kept = torch.linalg.vector_norm(conjugate(K, Q, diag=True), dim=-1)
     return 1 - torch.where(norm > 0, kept / norm, 1)
+
+
+def _orthonormal(A: Tensor) -> Tensor:
+    """The Q of QR by Householder's reflections, without forming R."""
+    Q: Tensor = torch.linalg.householder_product(*torch.geqrf(A))
+    return Q
 
 
 def _check_square(K: Tensor, name: str) -> None:

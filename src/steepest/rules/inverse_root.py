@@ -15,7 +15,6 @@ checked in tests/reference/test_inverse_root.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,11 +25,12 @@ from steepest.factors import Factors
 from steepest.kronecker import precondition
 from steepest.linalg.roots import matrix_power
 from steepest.moments import adam
-from steepest.rule import Rule, State, Step, at_least, beta, betas, clip_rms, corrected_beta, frequency, one_of
+from steepest.rule import Refreshing, State, Step, at_least, beta, betas, clip_rms, corrected_beta, one_of
+from steepest.scales import frobenius, with_norm
 
 
 @dataclass(frozen=True, kw_only=True)
-class InverseRoot(Rule):
+class InverseRoot(Refreshing):
     """Options as `steepest.SOAP` describes them under ``form``."""
 
     name: ClassVar[str] = "inverse_root"
@@ -41,12 +41,10 @@ class InverseRoot(Rule):
     root: int = at_least(1, 4)
     damping: float = at_least(0, 1e-6)
     graft: str = one_of(("none", "adam"), "none")
-    precondition_frequency: int | Callable[[int], int] = frequency(1)
     nesterov: bool = False
     correct_bias: bool = True
     correct_shampoo_beta_bias: bool | None = None
     max_update_rms: float = at_least(0, 0.0, "0: no limit")
-    max_precond_dim: int = at_least(0, 8192)
     precondition_1d: bool = False
 
     def init(self, G: Tensor) -> State:
@@ -64,16 +62,5 @@ class InverseRoot(Rule):
         u = adam(g, state, step.t, self.betas, self.eps, correct_bias=self.correct_bias, nesterov=self.nesterov)
         D = precondition(u, [state.get("P_L"), state.get("P_R")])  # symmetric, so the transpose in it is none
         if self.graft == "adam":
-            norm = torch.linalg.matrix_norm(D, keepdim=True)  # [B, 1, 1]
-            D = D * (torch.linalg.matrix_norm(u, keepdim=True) / norm.clamp(min=torch.finfo(D.dtype).tiny))
+            D = with_norm(D, frobenius(u))
         return clip_rms(D, self.max_update_rms)
-
-    def period(self, clock: int) -> int:
-        f = self.precondition_frequency
-        return f if isinstance(f, int) else f(clock)
-
-    def due(self, clock: int, phase: int) -> bool:
-        return clock == 0 or clock % self.period(clock) == phase
-
-    def refresh_cost(self, m: int, n: int) -> float:
-        return float(sum(d**3 for d in (m, n) if d <= self.max_precond_dim))

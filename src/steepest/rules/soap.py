@@ -11,7 +11,6 @@ arXiv:2509.03378. Checked against the authors' numbers in tests/reference/test_s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +21,7 @@ from steepest.factors import Factors
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
 from steepest.moments import adam
 from steepest.rule import (
-    Rule,
+    Refreshing,
     Slots,
     State,
     Step,
@@ -32,7 +31,6 @@ from steepest.rule import (
     checked,
     clip_rms,
     corrected_beta,
-    frequency,
     one_of,
 )
 
@@ -41,7 +39,7 @@ SOLVERS = ("auto", "qr", "eigh")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Soap(Rule):
+class Soap(Refreshing):
     """Options as `steepest.SOAP` describes them."""
 
     name: ClassVar[str] = "soap"
@@ -51,7 +49,6 @@ class Soap(Rule):
     shampoo_beta: float = beta(0.95)
     eps: float = at_least(0, 1e-8)
     nesterov: bool = False
-    precondition_frequency: int | Callable[[int], int] = frequency(1)
     adam_warmup_steps: int = at_least(0, 0)
     correct_bias: bool = True
     correct_shampoo_beta_bias: bool | None = None
@@ -70,7 +67,6 @@ class Soap(Rule):
         "auto", lambda x: x == "auto" or (isinstance(x, int | float) and x >= 0), '"auto" or a number >= 0'
     )
     momentum_floor: bool = True
-    max_precond_dim: int = at_least(0, 8192)
     precondition_1d: bool = False
 
     def init(self, G: Tensor) -> State:
@@ -82,7 +78,7 @@ class Soap(Rule):
             if self.basis_timing == "before":  # the basis knows the gradient that it projects
                 self.learn(G, state, step)
                 return self.act(G, state, step, in_basis=step.stage != "warmup")
-            seeding = step.stage == "first" and self.adam_warmup_steps == 0
+            seeding = step.stage == "first" and self.seeds
             D = None if seeding else self.act(G, state, step, in_basis=step.stage == "steady")
             self.learn(G, state, step)
             return D
@@ -128,36 +124,15 @@ class Soap(Rule):
         )
         return clip_rms(factors.unproject(u), self.max_update_rms)
 
-    # When a refresh is due, in a matrix's own time: ``clock`` counts the updates that it has had.
-
     @property
     def seeds(self) -> bool:
         """Whether a matrix's first gradient only seeds the factors and moves nothing, as the authors run it."""
         return self.basis_timing == "after" and self.adam_warmup_steps == 0
 
     @property
-    def first_basis(self) -> int:
-        """The update in which a matrix gets its first basis: when the warm-up ends, whatever the frequency."""
+    def first_refresh(self) -> int:
+        """The update in which the first basis comes: when the warm-up ends, before or after that step."""
         return self.adam_warmup_steps if self.basis_timing == "before" else max(self.adam_warmup_steps - 1, 0)
-
-    def stage(self, clock: int) -> str:
-        if clock == self.first_basis:
-            return "first"
-        return "warmup" if clock < self.first_basis else "steady"
-
-    def period(self, clock: int) -> int:
-        frequency = self.precondition_frequency
-        return frequency if isinstance(frequency, int) else frequency(clock)
-
-    def due(self, clock: int, phase: int) -> bool:
-        if clock <= self.first_basis:
-            return clock == self.first_basis
-        return clock % self.period(clock) == phase
-
-    def refresh_cost(self, m: int, n: int) -> float:
-        return float(sum(d**3 for d in (m, n) if d <= self.max_precond_dim))
-
-    # What the options mean.
 
     @property
     def relative_noise(self) -> float:

@@ -1,0 +1,53 @@
+"""steepest: matrix-aware optimizers for PyTorch.
+
+Example:
+    >>> import torch, steepest
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    >>> opt = steepest.for_model(model, "soap", lr=3e-3)
+    >>> model(torch.randn(2, 8)).square().mean().backward()
+    >>> opt.step()
+"""
+
+from steepest.kronecker import (
+    all_eigenbases_met_criteria,
+    get_eigenbasis_eigh,
+    get_eigenbasis_qr,
+    init_kronecker_factors,
+    precondition,
+    update_eigenbasis_and_exp_avgs,
+    update_kronecker_factors,
+    update_kronecker_factors_kl_shampoo,
+)
+from steepest.linalg.eigenbasis import conjugate, eigh_with_fallback, orthogonal_iteration
+from steepest.linalg.precision import fp32_matmul_precision
+from steepest.optimizer import Optimizer
+from steepest.optimizers import MOSO, REKLS, SOAP, create
+from steepest.routing import for_model, route
+from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MOSO",
+    "REKLS",
+    "SOAP",
+    "CosineSchedule",
+    "LinearSchedule",
+    "Optimizer",
+    "StepSchedule",
+    "all_eigenbases_met_criteria",
+    "conjugate",
+    "create",
+    "eigh_with_fallback",
+    "for_model",
+    "fp32_matmul_precision",
+    "get_eigenbasis_eigh",
+    "get_eigenbasis_qr",
+    "init_kronecker_factors",
+    "orthogonal_iteration",
+    "precondition",
+    "route",
+    "update_eigenbasis_and_exp_avgs",
+    "update_kronecker_factors",
+    "update_kronecker_factors_kl_shampoo",
+]

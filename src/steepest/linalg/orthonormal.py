@@ -1,0 +1,56 @@
+"""Orthonormal bases for the columns of tall matrices ``[..., m, r]``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+OVERSAMPLING = 1.25
+"""Rows of the sketch per column; with `EXTRA_ROWS` more, so that few columns are not left to chance."""
+EXTRA_ROWS = 8
+
+
+def qr(A: Tensor) -> Tensor:
+    """Householder's: backward stable, and slow in batches on GPUs. Columns beyond the rank of A come out arbitrary."""
+    Q: Tensor = torch.linalg.qr(A).Q
+    return Q
+
+
+def rcqr(A: Tensor) -> Tensor:
+    """Randomized Cholesky-QR: products and triangular solves, but for the QR of a small sketch.
+
+    Cholesky-QR squares the condition number, so the columns are first made nearly orthonormal by the triangular factor
+    of a sketch ``S A`` (Fan et al., arXiv:2111.11148; Ahn et al., arXiv:2504.05295). S is Gaussian, and for each shape
+    always the same. Columns that depend on earlier ones come out as zero.
+
+    Example:
+        >>> P = rcqr(torch.arange(80.0).reshape(40, 2).sin())
+        >>> torch.dist(P.mT @ P, torch.eye(2)) < 1e-6
+        tensor(True)
+    """
+    m, r = A.shape[-2:]
+    k = math.ceil(OVERSAMPLING * r) + EXTRA_ROWS
+    if k >= m:
+        return qr(A)
+    R = torch.linalg.qr(gaussian(k, m, A) @ A, mode="r").R  # [..., r, r]
+    pivots = R.diagonal(dim1=-2, dim2=-1).abs()  # what a column adds to the earlier ones, [..., r]
+    dependent = pivots <= m * torch.finfo(A.dtype).eps * torch.linalg.vector_norm(R, dim=-2)
+    one = torch.diag_embed(dependent.to(A.dtype))  # [..., r, r]; where a column is missing, both factors have a one
+    P: Tensor = torch.linalg.solve_triangular(torch.where(dependent.unsqueeze(-1), one, R), A, upper=True, left=False)
+    P = P.masked_fill(dependent.unsqueeze(-2), 0)  # [..., m, r], nearly orthonormal
+    C, _ = torch.linalg.cholesky_ex(P.mT @ P + one, upper=True)
+    P = torch.linalg.solve_triangular(C, P, upper=True, left=False)
+    return P
+
+
+def gaussian(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Normal random numbers ``[rows, columns]``, always the same; the global random state is not touched."""
+    if like.is_meta:
+        return like.new_empty(rows, columns)
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device=like.device)
+
+
+ORTHONORMALIZERS = {"qr": qr, "rcqr": rcqr}

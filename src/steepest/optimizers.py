@@ -1,0 +1,335 @@
+"""The optimizers by name: thin, final classes over the engine, with every argument in their signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from steepest.optimizer import Optimizer, nearest, option_defaults
+from steepest.rule import check_choice
+from steepest.rules import RULES
+
+REKLS_OPTIONS: dict[str, Any] = {"refresh": "eigh", "use_kl_shampoo": True}
+TORCH: dict[str, type[torch.optim.Optimizer]] = {
+    name.lower(): cls
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+}
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+@final
+class SOAP(Optimizer):
+    """Adam, run in the eigenbasis of Shampoo's two covariances.
+
+    Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv:2409.11321, Algorithm 3. For a weight of m
+    rows and n columns it keeps, beside Adam's two moments, an m × m and an n × n covariance and their eigenvectors:
+    8mn + 8(m² + n²) bytes in all. A learning rate means what it means for Adam: the size of an entry's step.
+
+    Any parameter works. Convolutions are taken as matrices of output channels by the rest; vectors, scalars and sides
+    longer than ``max_precond_dim`` are not rotated, and where neither side is, SOAP is exactly AdamW. To send
+    embeddings, heads and norms to AdamW by their role, see `steepest.for_model`.
+
+    Args:
+        params: tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        lr: learning rate. Those of AdamW are a start; SOAP often bears 2 to 4 times as much. The paper uses 3e-3.
+        betas: decay of Adam's first and second moment.
+        shampoo_beta: decay of the covariances.
+        eps: keeps Adam's division finite.
+        weight_decay: strength of the decay.
+        weight_decay_method: "decoupled" ``W *= 1 - lr·wd``; "independent" ``W *= 1 - wd``; "palm"
+            ``W *= 1 - lr²·wd``; "l2" adds ``wd·W`` to the gradient that Adam sees, not to the covariances.
+        nesterov: Nesterov momentum in Adam.
+        precondition_frequency: steps from one refresh of the eigenvectors to the next, or a function from the step to
+            that number (see `steepest.schedules`). 1 is best per step; 5 lost nothing measurable on small models at
+            a third of the cost.
+        adam_warmup_steps: plain AdamW for so many steps; the first basis comes exactly when they end.
+        correct_bias: bias correction of Adam's moments (and of the covariances, see below).
+        fp32_matmul_prec: precision of float32 products: "highest", "high" (TF32), "medium" (bfloat16). Lower ones let
+            a gradient spike corrupt KL-Shampoo's covariances.
+        use_eigh: refresh by full eigendecomposition; the same as ``refresh="eigh"``.
+        qr_fp32_matmul_prec: precision of the products in a refresh.
+        use_adaptive_criteria: skip the refresh of matrices whose basis still diagonalizes its covariance. Finding
+            that out waits for the device.
+        adaptive_update_tolerance: what still counts: ``‖K‖ - ‖diag(QᵀKQ)‖ <= tolerance · ‖K‖``.
+        power_iter_steps: orthogonal iterations per refresh.
+        max_update_rms: scale a matrix's update down to this root mean square; 0 never does.
+        use_kl_shampoo: feed the covariances with gradients whitened by the other side (arXiv:2509.03378).
+        correct_shampoo_beta_bias: bias correction of the covariances; None: as ``correct_bias``.
+        basis_timing: "before": the current gradient is in the basis that projects it. "after": as the paper's authors
+            run it: the first gradient only seeds the basis and moves nothing, and each refresh follows the step.
+            "before" was ahead by about 0.012 of loss in the race.
+        noise_floor: entries of a projected gradient far below this fraction of its root mean square are rounding, and
+            vanish quadratically. "auto" is 1e-2, which was as good as none in training; 0 turns it off. Without it a
+            relative change of the first gradient by 1e-6 moves the first update by more than itself (see
+            docs/first-steps.md).
+        momentum_floor: Adam's second moment counts as no less than the squared first, so that no entry of an update
+            exceeds 1, also right after a basis has turned. It cost nothing in the race.
+        kl_floor: for ``use_kl_shampoo``: eigenvalues count as no less than this fraction of the largest, and the first
+            feed is not whitened. 0: the authors' absolute ``eps``, which starts the covariances 1e8 too large.
+        stagger: spread the refreshes of a group's matrices over the steps of a period, by cost: the step time is flat.
+            A lone matrix behaves as if unstaggered.
+        refresh: "qr" is orthogonal iteration from the identity on; "eigh" a full decomposition each time; "auto" starts
+            with a decomposition and goes on by iteration.
+        match_columns: with full decompositions, second moments follow their directions where eigenvalues cross. False
+            leaves them by rank, as public implementations do.
+        form: "eigenbasis" is SOAP. "inverse_root" is ``L^(-1/root) Adam(G) R^(-1/root)``, a formula that circulates
+            under this name and preconditions twice: gradients 100 times as large give updates 100 times as small.
+        root: for "inverse_root": which root.
+        damping: for "inverse_root": added to the covariances' eigenvalues.
+        graft: for "inverse_root": None, or "adam" to give each update the norm of Adam's own.
+        max_precond_dim: longer sides get the identity. 8192 takes in every hidden matrix of most language models; at
+            1024, a 4096-wide model would train by plain AdamW.
+        merge_dims: True: trailing dimensions of a convolution merge into one. False: leading dimensions are a batch of
+            matrices, as in stacked experts ``[E, m, n]``.
+        precondition_1d: rotate vectors too: one covariance n × n.
+        preconditioner_decay: another name for ``shampoo_beta``.
+        nonfinite: "skip": a matrix whose gradient is not finite is left out of the step, weights, state and clock
+            untouched, and counted in ``skipped``. "raise": FloatingPointError before anything has changed.
+
+    Raises:
+        ValueError: for an option out of range; it names the option, its value and what is allowed.
+
+    Example:
+        >>> W = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> opt = SOAP([W], lr=0.1, weight_decay=0.0)
+        >>> W.grad = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
+        >>> opt.step()    # the first step is the gradient's polar factor: every direction moves by lr
+        >>> W.data
+        tensor([[ 1.0000, -0.1000],
+                [ 0.1000,  1.0000]])
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.95),
+        shampoo_beta: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        weight_decay_method: str = "decoupled",
+        nesterov: bool = False,
+        precondition_frequency: int | Callable[[int], int] = 1,
+        adam_warmup_steps: int = 0,
+        correct_bias: bool = True,
+        fp32_matmul_prec: str = "highest",
+        use_eigh: bool = False,
+        qr_fp32_matmul_prec: str = "high",
+        use_adaptive_criteria: bool = False,
+        adaptive_update_tolerance: float = 1e-7,
+        power_iter_steps: int = 1,
+        max_update_rms: float = 0.0,
+        use_kl_shampoo: bool = False,
+        correct_shampoo_beta_bias: bool | None = None,
+        basis_timing: str = "before",
+        noise_floor: float | str = "auto",
+        momentum_floor: bool = True,
+        kl_floor: float = 1e-4,
+        stagger: bool = False,
+        refresh: str = "auto",
+        match_columns: bool = True,
+        form: str = "eigenbasis",
+        root: int = 4,
+        damping: float = 1e-6,
+        graft: str | None = None,
+        max_precond_dim: int = 8192,
+        merge_dims: bool = True,
+        precondition_1d: bool = False,
+        preconditioner_decay: float | None = None,
+        nonfinite: str = "skip",
+    ) -> None:
+        super().__init__(params, **soap_options(_given(locals())))
+
+
+def soap_options(options: dict[str, Any]) -> dict[str, Any]:
+    """SOAP's arguments as a parameter group spells them: ``form`` chooses the rule, aliases take their targets' names.
+
+    >>> soap_options({"lr": 1e-3, "use_eigh": True, "preconditioner_decay": 0.9})
+    {'rule': 'soap', 'lr': 0.001, 'shampoo_beta': 0.9, 'refresh': 'eigh'}
+    """
+    options = dict(options)
+    form = options.pop("form", "eigenbasis")
+    check_choice("form", form, ("eigenbasis", "inverse_root"))
+    decay = options.pop("preconditioner_decay", None)
+    if decay is not None:
+        options["shampoo_beta"] = decay
+    if options.pop("use_eigh", False):
+        options["refresh"] = "eigh"
+    if form == "inverse_root":
+        options["graft"] = options.get("graft") or "none"
+        known = option_defaults("inverse_root")  # the eigenbasis has options that mean nothing here
+        return {"rule": "inverse_root"} | {name: value for name, value in options.items() if name in known}
+    return {"rule": "soap"} | {k: v for k, v in options.items() if k not in ("root", "damping", "graft")}
+
+
+@final
+class REKLS(Optimizer):
+    """SOAP with KL-Shampoo's covariances and a full eigendecomposition every step ("realtime eigen KL SOAP").
+
+    "Realtime", because the current gradient is in the covariances before they are decomposed. It is
+    ``SOAP(use_eigh=True, use_kl_shampoo=True)``; see `SOAP` for the arguments, and for options beyond these use SOAP.
+
+    Args:
+        params: tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        lr: learning rate, as for Adam.
+        betas: decay of Adam's two moments.
+        shampoo_beta: decay of the covariances.
+        eps: keeps Adam's division finite.
+        weight_decay: strength of the decay.
+        weight_decay_method: "decoupled", "independent", "palm" or "l2".
+
+    Example:
+        >>> model = torch.nn.Linear(4, 3)
+        >>> opt = REKLS(model.parameters(), lr=1e-2)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> opt.step()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.95),
+        shampoo_beta: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        weight_decay_method: str = "decoupled",
+    ) -> None:
+        super().__init__(params, "soap", **_given(locals()), **REKLS_OPTIONS)
+
+
+@final
+class MOSO(Optimizer):
+    """One-sided SOAP on Muon's momentum: momentum first, then Adam in the momentum's eigenbasis, on the smaller side.
+
+    Khona, Emerging-Optimizers, 2025. For a weight of m <= n it keeps 12mn + 8m² bytes ("adam") or 8mn + 8m²
+    ("rmsprop"), and costs little: the eigenvectors are those of the smaller side only.
+
+    Args:
+        params: tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        lr: learning rate, as for Adam.
+        momentum: decay of the momentum.
+        betas: decay of the moments in the eigenbasis.
+        shampoo_beta: decay of the momentum's covariance.
+        eps: keeps the division finite.
+        weight_decay: strength of the decay.
+        inner: "adam": bias-corrected Adam on the projected momentum. "rmsprop": only divide by its root mean square;
+            Adam on top of momentum damps twice.
+        weight_decay_method: "decoupled", "independent", "palm" or "l2".
+        power_iter_steps: orthogonal iterations per step.
+        max_update_rms: scale a matrix's update down to this root mean square; 0 never does.
+        fp32_matmul_prec: precision of float32 products.
+        qr_fp32_matmul_prec: precision of the products in a refresh.
+        max_precond_dim: where the smaller side is longer, it gets the identity.
+        merge_dims: see `SOAP`.
+        nonfinite: see `SOAP`.
+
+    Raises:
+        ValueError: for an option out of range. shampoo_beta = 1 is: its bias correction would be 0/0.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 3)
+        >>> opt = MOSO(model.parameters(), lr=1e-2)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> opt.step()
+        >>> sorted(opt.state[model.weight])
+        ['L', 'Q_L', 'clock', 'exp_avg', 'exp_avg_sq', 'momentum_buffer', 'step']
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 3e-4,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        shampoo_beta: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        inner: str = "adam",
+        weight_decay_method: str = "decoupled",
+        power_iter_steps: int = 1,
+        max_update_rms: float = 0.0,
+        fp32_matmul_prec: str = "highest",
+        qr_fp32_matmul_prec: str = "high",
+        max_precond_dim: int = 8192,
+        merge_dims: bool = True,
+        nonfinite: str = "skip",
+    ) -> None:
+        super().__init__(params, "moso", **_given(locals()))
+
+
+def _given(scope: dict[str, Any]) -> dict[str, Any]:
+    """The options among a constructor's local variables."""
+    return {name: value for name, value in scope.items() if name not in ("self", "params", "__class__")}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a name stands for."""
+
+    optimizer: Callable[..., torch.optim.Optimizer]
+    spell: Callable[[dict[str, Any]], dict[str, Any]] | None
+    """From keyword options to a parameter group's, with its ``rule``; None for what can't share an optimizer."""
+    paper: str
+
+
+def _ours(cls: type[Optimizer], rule: str, **fixed: Any) -> Entry:
+    return Entry(cls, lambda options: {"rule": rule} | options | fixed, RULES[rule].paper)
+
+
+NAMES: dict[str, Entry] = {
+    "soap": Entry(SOAP, soap_options, RULES["soap"].paper),
+    "rekls": _ours(REKLS, "soap", **REKLS_OPTIONS),
+    "moso": _ours(MOSO, "moso"),
+}
+"""Our optimizers by name; torch.optim's are found by theirs."""
+
+
+def create(name: str, params: Params, **options: Any) -> torch.optim.Optimizer:
+    """An optimizer by name: ours, or any of torch.optim's.
+
+    Args:
+        name: as in `NAMES`, or the lower-case name of a class of torch.optim ("adamw", "nadam", "lbfgs", ...).
+        params: what to optimize.
+        options: the optimizer's own.
+
+    Raises:
+        ValueError: for an unknown name; it suggests the nearest.
+
+    Example:
+        >>> W = torch.nn.Parameter(torch.zeros(2, 3))
+        >>> type(create("soap", [W], lr=1e-3)).__name__, type(create("nadam", [W], lr=1e-3)).__name__
+        ('SOAP', 'NAdam')
+        >>> create("saop", [W])
+        Traceback (most recent call last):
+        ValueError: name='saop': no such optimizer (did you mean 'soap'?)
+    """
+    key = name.lower()
+    if key in NAMES:
+        return NAMES[key].optimizer(params, **options)
+    if key in TORCH:
+        return TORCH[key](params, **options)
+    raise ValueError(f"name={name!r}: no such optimizer{nearest(key, [*NAMES, *TORCH])}")
+
+
+def group_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of an optimizer, given by name, as a parameter group spells them; ``rule`` is among them.
+
+    >>> group_options("rekls", {"lr": 0.1})
+    {'rule': 'soap', 'lr': 0.1, 'refresh': 'eigh', 'use_kl_shampoo': True}
+    """
+    key = name.lower()
+    entry = NAMES.get(key)
+    if entry is not None and entry.spell is not None:
+        return entry.spell(options)
+    if key in RULES:
+        return {"rule": key} | options
+    raise ValueError(f"name={name!r}: no such rule{nearest(key, [*NAMES, *RULES])}")

@@ -1,0 +1,66 @@
+"""Dion: the momentum's leading subspace, orthonormalized; what is left out stays in the momentum.
+
+One step of power iteration per update follows the subspace. Ahn et al., arXiv:2504.05295, Algorithm 1. Checked against
+its authors' numbers in tests/reference/test_dion.py. For m >= n (wide matrices likewise, transposed):
+
+    M ← M + G
+    P = orthonormal(M Q)
+    R = Mᵀ P
+    M ← M - (1-μ) P Rᵀ                  error feedback: only what was applied decays
+    Q ← R, columns normalized
+    D = scale · P Qᵀ
+
+  G  [B, m, n]  gradients
+  M  [B, m, n]  momentum and everything not yet applied     state: momentum_buffer
+  Q  [B, n, r]  right basis of the subspace                 state: Q
+  P  [B, m, r]  left basis
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from steepest.linalg.orthonormal import ORTHONORMALIZERS, gaussian
+from steepest.rule import Rule, State, Step, beta, checked, one_of
+from steepest.scales import SCALES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dion(Rule):
+    """Options as `steepest.Dion` describes them."""
+
+    name: ClassVar[str] = "dion"
+    paper: ClassVar[str] = "Ahn et al., arXiv:2504.05295"
+
+    momentum: float = beta(0.95)
+    rank_fraction: float = checked(0.25, lambda x: 0 < x <= 1, "a number in (0, 1]")
+    scale: str = one_of(tuple(SCALES), "match_rms_adamw")
+    orthonormalize: str = one_of(tuple(ORTHONORMALIZERS), "rcqr")
+
+    def init(self, G: Tensor) -> State:
+        short = min(G.shape[1:])
+        Q = gaussian(short, math.ceil(self.rank_fraction * short), G)  # [n, r]
+        return {"momentum_buffer": torch.zeros_like(G), "Q": Q.repeat(len(G), 1, 1)}
+
+    def update(self, G: Tensor, state: State, step: Step) -> Tensor:
+        M = state["momentum_buffer"].add_(G if step.penalty is None else G + step.penalty)
+        wide = G.shape[1] < G.shape[2]
+        D = self.follow(M.mT if wide else M, state["Q"]).mul_(SCALES[self.scale](*G.shape[1:]))
+        return D.mT if wide else D
+
+    def follow(self, M: Tensor, Q: Tensor) -> Tensor:
+        """One power iteration for ``M [B, m, n]``, in place in both; ``P Qᵀ``."""
+        P = ORTHONORMALIZERS[self.orthonormalize](M @ Q)  # [B, m, r]
+        R = M.mT @ P  # [B, n, r]
+        M.baddbmm_(P, R.mT, alpha=self.momentum - 1)
+        norms = torch.linalg.vector_norm(R, dim=-2, keepdim=True)  # [B, 1, r]
+        # Beyond the rank of M a column of R is rounding. It takes no part in the step, and Q keeps its direction there.
+        seen = norms > max(M.shape[1:]) * torch.finfo(R.dtype).eps * norms.amax(dim=-1, keepdim=True)
+        new = torch.where(seen, R / norms, 0)
+        Q.copy_(torch.where(seen, new, Q))
+        return P @ new.mT

@@ -1,0 +1,64 @@
+"""Muon: momentum, orthogonalized.
+
+    M ← μ M + (1-μ) G
+    D = scale · polar(μ M + (1-μ) G)            without Nesterov: scale · polar(M)
+
+K. Jordan et al., https://kellerjordan.github.io/posts/muon (2024). Checked against its author's numbers in
+tests/reference/test_muon.py. NorMuon and AdaMuon do more with the polar factor, and share all the rest.
+
+  G  [B, m, n]  gradients
+  M  [B, m, n]  their momentum                                state: momentum_buffer
+  D  [B, m, n]  direction: for M = U Σ Vᵀ, polar(M) = U Vᵀ
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from steepest.linalg.polar import METHODS, polar_factor
+from steepest.rule import Rule, State, Step, at_least, beta, one_of
+from steepest.scales import SCALES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orthogonalized(Rule, ABC):
+    """Momentum in, a matrix with singular values near one out; what is in between, the subclass says."""
+
+    momentum: float = beta(0.95)
+    nesterov: bool = True
+    scale: str = one_of(tuple(SCALES), "match_rms_adamw")
+    ns: str = one_of(METHODS, "keller")
+    eps: float = at_least(0, 1e-7)
+
+    def init(self, G: Tensor) -> State:
+        return {"momentum_buffer": torch.zeros_like(G)}  # [B, m, n]
+
+    def update(self, G: Tensor, state: State, step: Step) -> Tensor:
+        G = G if step.penalty is None else G + step.penalty
+        M = state["momentum_buffer"].lerp_(G, 1 - self.momentum)
+        D = self.orthogonalize(G.lerp(M, self.momentum) if self.nesterov else M, state)
+        return D.mul_(SCALES[self.scale](*G.shape[1:]))
+
+    @abstractmethod
+    def orthogonalize(self, M: Tensor, state: State) -> Tensor:
+        """``M [B, m, n]`` with its singular values made equal, in fresh memory."""
+
+    def polar(self, M: Tensor) -> Tensor:
+        """The polar factor of ``M [B, m, n]`` by the table that the options name."""
+        return polar_factor(M, self.ns, eps=self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(Orthogonalized):
+    """Options as `steepest.Muon` describes them."""
+
+    name: ClassVar[str] = "muon"
+    paper: ClassVar[str] = "Jordan et al., https://kellerjordan.github.io/posts/muon"
+
+    def orthogonalize(self, M: Tensor, state: State) -> Tensor:
+        return self.polar(M)
