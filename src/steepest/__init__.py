@@ -21,7 +21,13 @@ from steepest.kronecker import (
 from steepest.linalg.eigenbasis import conjugate, eigh_with_fallback, orthogonal_iteration
 from steepest.linalg.precision import fp32_matmul_precision
 from steepest.optimizer import Optimizer
-from steepest.optimizers import MOSO, REKLS, SOAP, create
+from steepest.optimizers import create
+from steepest.optimizers.dion import Dion, Dion2
+from steepest.optimizers.lion import Lion
+from steepest.optimizers.moso import MOSO
+from steepest.optimizers.muon import AdaMuon, Muon, NorMuon
+from steepest.optimizers.shampoo import KLShampoo, Shampoo
+from steepest.optimizers.soap import REKLS, SOAP
 from steepest.routing import for_model, route
 from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
 
@@ -31,9 +37,17 @@ __all__ = [
     "MOSO",
     "REKLS",
     "SOAP",
+    "AdaMuon",
     "CosineSchedule",
+    "Dion",
+    "Dion2",
+    "KLShampoo",
     "LinearSchedule",
+    "Lion",
+    "Muon",
+    "NorMuon",
     "Optimizer",
+    "Shampoo",
     "StepSchedule",
     "all_eigenbases_met_criteria",
     "conjugate",

@@ -1,25 +1,15 @@
-"""The optimizers by name: thin, final classes over the engine, with every argument in their signatures."""
+"""SOAP and its variants: thin, final classes over the engine, with every argument in their signatures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
-from steepest.optimizer import Optimizer, nearest, option_defaults
+from steepest.optimizer import Optimizer, option_defaults
+from steepest.optimizers.spelling import Params, given
 from steepest.rule import check_choice
-from steepest.rules import RULES
-
-REKLS_OPTIONS: dict[str, Any] = {"refresh": "eigh", "use_kl_shampoo": True}
-TORCH: dict[str, type[torch.optim.Optimizer]] = {
-    name.lower(): cls
-    for name, cls in vars(torch.optim).items()
-    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
-}
-Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
 @final
@@ -95,6 +85,7 @@ class SOAP(Optimizer):
         ValueError: for an option out of range; it names the option, its value and what is allowed.
 
     Example:
+        >>> import torch
         >>> W = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         >>> opt = SOAP([W], lr=0.1, weight_decay=0.0)
         >>> W.grad = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
@@ -144,7 +135,48 @@ class SOAP(Optimizer):
         preconditioner_decay: float | None = None,
         nonfinite: str = "skip",
     ) -> None:
-        super().__init__(params, **soap_options(_given(locals())))
+        super().__init__(params, **soap_options(given(locals())))
+
+
+REKLS_OPTIONS: dict[str, Any] = {"refresh": "eigh", "use_kl_shampoo": True}
+
+
+@final
+class REKLS(Optimizer):
+    """SOAP with KL-Shampoo's covariances and a full eigendecomposition every step ("realtime eigen KL SOAP").
+
+    "Realtime", because the current gradient is in the covariances before they are decomposed. It is
+    ``SOAP(use_eigh=True, use_kl_shampoo=True)``; see `SOAP` for the arguments, and for options beyond these use SOAP.
+
+    Args:
+        params: tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        lr: learning rate, as for Adam.
+        betas: decay of Adam's two moments.
+        shampoo_beta: decay of the covariances.
+        eps: keeps Adam's division finite.
+        weight_decay: strength of the decay.
+        weight_decay_method: "decoupled", "independent", "palm" or "l2".
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 3)
+        >>> opt = REKLS(model.parameters(), lr=1e-2)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> opt.step()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.95),
+        shampoo_beta: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        weight_decay_method: str = "decoupled",
+    ) -> None:
+        super().__init__(params, "soap", **given(locals()), **REKLS_OPTIONS)
 
 
 def soap_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -166,170 +198,3 @@ def soap_options(options: dict[str, Any]) -> dict[str, Any]:
         known = option_defaults("inverse_root")  # the eigenbasis has options that mean nothing here
         return {"rule": "inverse_root"} | {name: value for name, value in options.items() if name in known}
     return {"rule": "soap"} | {k: v for k, v in options.items() if k not in ("root", "damping", "graft")}
-
-
-@final
-class REKLS(Optimizer):
-    """SOAP with KL-Shampoo's covariances and a full eigendecomposition every step ("realtime eigen KL SOAP").
-
-    "Realtime", because the current gradient is in the covariances before they are decomposed. It is
-    ``SOAP(use_eigh=True, use_kl_shampoo=True)``; see `SOAP` for the arguments, and for options beyond these use SOAP.
-
-    Args:
-        params: tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: learning rate, as for Adam.
-        betas: decay of Adam's two moments.
-        shampoo_beta: decay of the covariances.
-        eps: keeps Adam's division finite.
-        weight_decay: strength of the decay.
-        weight_decay_method: "decoupled", "independent", "palm" or "l2".
-
-    Example:
-        >>> model = torch.nn.Linear(4, 3)
-        >>> opt = REKLS(model.parameters(), lr=1e-2)
-        >>> model(torch.ones(1, 4)).sum().backward()
-        >>> opt.step()
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor,
-        betas: tuple[float, float] = (0.9, 0.95),
-        shampoo_beta: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        *,
-        weight_decay_method: str = "decoupled",
-    ) -> None:
-        super().__init__(params, "soap", **_given(locals()), **REKLS_OPTIONS)
-
-
-@final
-class MOSO(Optimizer):
-    """One-sided SOAP on Muon's momentum: momentum first, then Adam in the momentum's eigenbasis, on the smaller side.
-
-    Khona, Emerging-Optimizers, 2025. For a weight of m <= n it keeps 12mn + 8m² bytes ("adam") or 8mn + 8m²
-    ("rmsprop"), and costs little: the eigenvectors are those of the smaller side only.
-
-    Args:
-        params: tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: learning rate, as for Adam.
-        momentum: decay of the momentum.
-        betas: decay of the moments in the eigenbasis.
-        shampoo_beta: decay of the momentum's covariance.
-        eps: keeps the division finite.
-        weight_decay: strength of the decay.
-        inner: "adam": bias-corrected Adam on the projected momentum. "rmsprop": only divide by its root mean square;
-            Adam on top of momentum damps twice.
-        weight_decay_method: "decoupled", "independent", "palm" or "l2".
-        power_iter_steps: orthogonal iterations per step.
-        max_update_rms: scale a matrix's update down to this root mean square; 0 never does.
-        fp32_matmul_prec: precision of float32 products.
-        qr_fp32_matmul_prec: precision of the products in a refresh.
-        max_precond_dim: where the smaller side is longer, it gets the identity.
-        merge_dims: see `SOAP`.
-        nonfinite: see `SOAP`.
-
-    Raises:
-        ValueError: for an option out of range. shampoo_beta = 1 is: its bias correction would be 0/0.
-
-    Example:
-        >>> model = torch.nn.Linear(4, 3)
-        >>> opt = MOSO(model.parameters(), lr=1e-2)
-        >>> model(torch.ones(1, 4)).sum().backward()
-        >>> opt.step()
-        >>> sorted(opt.state[model.weight])
-        ['L', 'Q_L', 'clock', 'exp_avg', 'exp_avg_sq', 'momentum_buffer', 'step']
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor = 3e-4,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.95),
-        shampoo_beta: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        *,
-        inner: str = "adam",
-        weight_decay_method: str = "decoupled",
-        power_iter_steps: int = 1,
-        max_update_rms: float = 0.0,
-        fp32_matmul_prec: str = "highest",
-        qr_fp32_matmul_prec: str = "high",
-        max_precond_dim: int = 8192,
-        merge_dims: bool = True,
-        nonfinite: str = "skip",
-    ) -> None:
-        super().__init__(params, "moso", **_given(locals()))
-
-
-def _given(scope: dict[str, Any]) -> dict[str, Any]:
-    """The options among a constructor's local variables."""
-    return {name: value for name, value in scope.items() if name not in ("self", "params", "__class__")}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a name stands for."""
-
-    optimizer: Callable[..., torch.optim.Optimizer]
-    spell: Callable[[dict[str, Any]], dict[str, Any]] | None
-    """From keyword options to a parameter group's, with its ``rule``; None for what can't share an optimizer."""
-    paper: str
-
-
-def _ours(cls: type[Optimizer], rule: str, **fixed: Any) -> Entry:
-    return Entry(cls, lambda options: {"rule": rule} | options | fixed, RULES[rule].paper)
-
-
-NAMES: dict[str, Entry] = {
-    "soap": Entry(SOAP, soap_options, RULES["soap"].paper),
-    "rekls": _ours(REKLS, "soap", **REKLS_OPTIONS),
-    "moso": _ours(MOSO, "moso"),
-}
-"""Our optimizers by name; torch.optim's are found by theirs."""
-
-
-def create(name: str, params: Params, **options: Any) -> torch.optim.Optimizer:
-    """An optimizer by name: ours, or any of torch.optim's.
-
-    Args:
-        name: as in `NAMES`, or the lower-case name of a class of torch.optim ("adamw", "nadam", "lbfgs", ...).
-        params: what to optimize.
-        options: the optimizer's own.
-
-    Raises:
-        ValueError: for an unknown name; it suggests the nearest.
-
-    Example:
-        >>> W = torch.nn.Parameter(torch.zeros(2, 3))
-        >>> type(create("soap", [W], lr=1e-3)).__name__, type(create("nadam", [W], lr=1e-3)).__name__
-        ('SOAP', 'NAdam')
-        >>> create("saop", [W])
-        Traceback (most recent call last):
-        ValueError: name='saop': no such optimizer (did you mean 'soap'?)
-    """
-    key = name.lower()
-    if key in NAMES:
-        return NAMES[key].optimizer(params, **options)
-    if key in TORCH:
-        return TORCH[key](params, **options)
-    raise ValueError(f"name={name!r}: no such optimizer{nearest(key, [*NAMES, *TORCH])}")
-
-
-def group_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of an optimizer, given by name, as a parameter group spells them; ``rule`` is among them.
-
-    >>> group_options("rekls", {"lr": 0.1})
-    {'rule': 'soap', 'lr': 0.1, 'refresh': 'eigh', 'use_kl_shampoo': True}
-    """
-    key = name.lower()
-    entry = NAMES.get(key)
-    if entry is not None and entry.spell is not None:
-        return entry.spell(options)
-    if key in RULES:
-        return {"rule": key} | options
-    raise ValueError(f"name={name!r}: no such rule{nearest(key, [*NAMES, *RULES])}")

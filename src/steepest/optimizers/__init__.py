@@ -1,0 +1,102 @@
+"""The optimizers by name: thin, final classes, and one door to them and to torch.optim's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from steepest.optimizer import Optimizer, nearest
+from steepest.optimizers.dion import Dion, Dion2
+from steepest.optimizers.lion import Lion
+from steepest.optimizers.moso import MOSO
+from steepest.optimizers.muon import AdaMuon, Muon, NorMuon
+from steepest.optimizers.shampoo import KL_SHAMPOO_OPTIONS, KLShampoo, Shampoo
+from steepest.optimizers.soap import REKLS, REKLS_OPTIONS, SOAP, soap_options
+from steepest.optimizers.spelling import Params
+from steepest.rules import RULES
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a name stands for."""
+
+    optimizer: type[Optimizer]
+    spell: Callable[[dict[str, Any]], dict[str, Any]]
+    """From the class's keyword options to a parameter group's, with its ``rule``."""
+    paper: str
+
+
+def _entry(optimizer: type[Optimizer], rule: str, paper: str = "", **fixed: Any) -> Entry:
+    return Entry(optimizer, lambda options: {"rule": rule} | options | fixed, paper or RULES[rule].paper)
+
+
+NAMES: dict[str, Entry] = {
+    "soap": Entry(SOAP, soap_options, RULES["soap"].paper),
+    "rekls": _entry(REKLS, "soap", paper="Emerging-Optimizers, 2025", **REKLS_OPTIONS),
+    "moso": _entry(MOSO, "moso"),
+    "shampoo": _entry(Shampoo, "shampoo"),
+    "kl-shampoo": _entry(KLShampoo, "shampoo", paper="Lin et al., arXiv:2509.03378", **KL_SHAMPOO_OPTIONS),
+    "muon": _entry(Muon, "muon"),
+    "normuon": _entry(NorMuon, "normuon"),
+    "adamuon": _entry(AdaMuon, "adamuon"),
+    "dion": _entry(Dion, "dion"),
+    "dion2": _entry(Dion2, "dion2"),
+    "lion": _entry(Lion, "lion"),
+}
+"""Our optimizers by name. A rule without a class of its own goes by the name that it is registered under."""
+
+TORCH: dict[str, type[torch.optim.Optimizer]] = {
+    name.lower(): cls
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+}
+"""torch.optim's, by the lower-case names of their classes."""
+
+
+def create(name: str, params: Params, **options: Any) -> torch.optim.Optimizer:
+    """An optimizer by name: ours, or any of torch.optim's.
+
+    Args:
+        name: as in `NAMES`, or the lower-case name of a class of torch.optim ("adamw", "nadam", "lbfgs", ...).
+        params: what to optimize.
+        options: the optimizer's own.
+
+    Raises:
+        ValueError: for an unknown name; it suggests the nearest.
+
+    Example:
+        >>> W = torch.nn.Parameter(torch.zeros(2, 3))
+        >>> type(create("soap", [W], lr=1e-3)).__name__, type(create("nadam", [W], lr=1e-3)).__name__
+        ('SOAP', 'NAdam')
+        >>> create("saop", [W])
+        Traceback (most recent call last):
+        ValueError: name='saop': no such optimizer (did you mean 'soap'?)
+    """
+    key = name.lower()
+    if key in NAMES:
+        return NAMES[key].optimizer(params, **options)
+    if key in TORCH:
+        return TORCH[key](params, **options)
+    if key in RULES:
+        return Optimizer(params, key, **options)
+    raise ValueError(f"name={name!r}: no such optimizer{nearest(key, [*NAMES, *TORCH, *RULES])}")
+
+
+def group_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of an optimizer, given by name, as a parameter group spells them; ``rule`` is among them.
+
+    Raises:
+        ValueError: for a name that is no rule; torch.optim's can't share an optimizer with ours, AdamW excepted.
+
+    >>> group_options("rekls", {"lr": 0.1})
+    {'rule': 'soap', 'lr': 0.1, 'refresh': 'eigh', 'use_kl_shampoo': True}
+    """
+    key = name.lower()
+    if key in NAMES:
+        return NAMES[key].spell(options)
+    if key in RULES:
+        return {"rule": key} | options
+    raise ValueError(f"name={name!r}: no such rule{nearest(key, [*NAMES, *RULES])}")
