@@ -146,6 +146,8 @@ class AdaMuon(Optimizer):
         lr: see `Muon`.
         momentum: decay of the momentum and of the second moments.
         weight_decay: strength of the decay.
+        sign: orthogonalize the signs of the momentum, as the paper has it. On a small language model (d = 64, 200
+            steps, one seed) that cost much: loss 2.22 against 1.95 without, and 1.90 for Muon.
         nesterov: see `Muon`.
         scale: see `Muon`; the default is the paper's.
         ns: see `Muon`.
@@ -174,6 +176,7 @@ class AdaMuon(Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.01,
         *,
+        sign: bool = True,
         nesterov: bool = True,
         scale: str = "match_rms_adamw",
         ns: str = "keller",

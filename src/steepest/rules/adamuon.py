@@ -2,7 +2,7 @@
 
 Si et al., arXiv:2507.11005, Algorithm 1. Checked in tests/reference/test_muon.py.
 
-    O = polar(sign(momentum))
+    O = polar(sign(momentum))                    with sign=False: polar(momentum)
     v ← μ v + (1-μ) O²
     D = O / sqrt(v), with the norm of a polar factor, times Muon's scale
 
@@ -35,10 +35,12 @@ class AdaMuon(Orthogonalized):
     name: ClassVar[str] = "adamuon"
     paper: ClassVar[str] = "Si et al., arXiv:2507.11005"
 
+    sign: bool = True
+
     def init(self, G: Tensor) -> State:
         return super().init(G) | {"exp_avg_sq": torch.zeros_like(G)}  # [B, m, n]
 
     def orthogonalize(self, M: Tensor, state: State) -> Tensor:
-        O = self.polar(M.sign())
+        O = self.polar(M.sign() if self.sign else M)
         v = state["exp_avg_sq"].lerp_(O.square(), 1 - self.momentum)  # its bias is a factor, which the norm takes out
         return with_norm(O / (v.sqrt() + TINY), min(O.shape[1:]) ** 0.5)  # the norm of a polar factor of full rank
