@@ -235,3 +235,12 @@ def test_create_knows_torchs_own():
     assert type(steepest.create("Adagrad", W, lr=0.1)) is torch.optim.Adagrad
     assert type(steepest.create("lbfgs", W)) is torch.optim.LBFGS
     assert isinstance(steepest.create("moso", W), steepest.MOSO)
+
+
+def test_cautious_decay_spares_weights_that_the_step_grows():
+    W = torch.nn.Parameter(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
+    opt = steepest.Muon([W], lr=0.1, weight_decay=0.5, weight_decay_method="cautious", ns="exact", scale="none")
+    W.grad = torch.tensor([[2.0, 0.0], [0.0, 2.0]])  # its polar factor is the identity
+    opt.step()
+    expected = torch.tensor([[0.95 - 0.1, 0.95], [-0.95, -1.0 - 0.1]])
+    torch.testing.assert_close(W.detach(), expected)

@@ -27,7 +27,7 @@ class MOSO(Optimizer):
         weight_decay: strength of the decay.
         inner: "adam": bias-corrected Adam on the projected momentum. "rmsprop": only divide by its root mean square;
             Adam on top of momentum damps twice.
-        weight_decay_method: "decoupled", "independent", "palm" or "l2".
+        weight_decay_method: "decoupled", "independent", "palm", "cautious" or "l2"; see `SOAP`.
         power_iter_steps: orthogonal iterations per step.
         max_update_rms: scale a matrix's update down to this root mean square; 0 never does.
         fp32_matmul_prec: precision of float32 products.

@@ -35,7 +35,8 @@ class Muon(Optimizer):
             "exact", by singular value decomposition, for tests.
         eps: added to the norm by which the momentum is divided before; matrices with less than that move less.
         weight_decay_method: "decoupled" ``W *= 1 - lr·wd``; "independent" ``W *= 1 - wd``; "palm"
-            ``W *= 1 - lr²·wd``; "l2" adds ``wd·W`` to the gradient.
+            ``W *= 1 - lr²·wd``; "cautious" as decoupled, where the step shrinks the weight too; "l2" adds ``wd·W`` to
+            the gradient.
         split: row counts of blocks that are matrices of their own, as in a fused query-key-value projection.
         heads: each block's rows are that many matrices.
         merge_dims: True: trailing dimensions of a convolution merge into one. False: leading dimensions are a batch of

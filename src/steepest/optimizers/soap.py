@@ -32,7 +32,8 @@ class SOAP(Optimizer):
         eps: keeps Adam's division finite.
         weight_decay: strength of the decay.
         weight_decay_method: "decoupled" ``W *= 1 - lr·wd``; "independent" ``W *= 1 - wd``; "palm"
-            ``W *= 1 - lr²·wd``; "l2" adds ``wd·W`` to the gradient that Adam sees, not to the covariances.
+            ``W *= 1 - lr²·wd``; "cautious" as decoupled, where the step shrinks the weight too (arXiv:2510.12402); "l2"
+            adds ``wd·W`` to the gradient that Adam sees, not to the covariances.
         nesterov: Nesterov momentum in Adam.
         precondition_frequency: steps from one refresh of the eigenvectors to the next, or a function from the step to
             that number (see `steepest.schedules`). 1 is best per step; 5 lost nothing measurable on small models at
@@ -155,7 +156,7 @@ class REKLS(Optimizer):
         shampoo_beta: decay of the covariances.
         eps: keeps Adam's division finite.
         weight_decay: strength of the decay.
-        weight_decay_method: "decoupled", "independent", "palm" or "l2".
+        weight_decay_method: "decoupled", "independent", "palm", "cautious" or "l2"; see `SOAP`.
 
     Example:
         >>> import torch
