@@ -55,7 +55,7 @@ class Optimizer(torch.optim.Optimizer):
         self._waiting: list[
             tuple[int, int]
         ] = []  # frozen parameters, by group and position: no state before a gradient
-        self._phases: dict[tuple[int, int], list[int]] = {}
+        self._phases: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
         self._skipped = torch.zeros((), dtype=torch.int64)
         known = option_defaults(rule)
         for name in options:
@@ -170,21 +170,25 @@ class Optimizer(torch.optim.Optimizer):
         return finite
 
     def _stagger(self, stack: Stack, group: Mapping[str, Any], rule: Rule) -> list[int]:
-        """The phase of each slot's refresh; spread over all stacks of the group that share a period."""
+        """The phase of each slot's refresh; spread over all matrices of the group that share a period.
+
+        They queue by name, or by position where there are no names: neither thawing nor loading by name in another
+        order changes a phase.
+        """
         if not group["stagger"]:
             return [0] * stack.size
         period = rule.period(int(stack.clock[0]))
         key = (stack.group, period)
         if key not in self._phases:
-            peers = [other for other in self._stacks if other.group == stack.group]
-            costs = [rule.refresh_cost(*other.shape) for other in peers for _ in range(other.size)]
-            self._phases[key] = spread(costs, period)
-        start = 0
-        for other in self._stacks:
-            if other is stack:
-                break
-            start += other.size if other.group == stack.group else 0
-        return self._phases[key][start : start + stack.size]
+            names = group.get("param_names") or range(len(group["params"]))
+            peers = [(k, other) for k, other in enumerate(self._stacks) if other.group == stack.group]
+            jobs = sorted(
+                (names[s.index], s.piece, slot, k) for k, other in peers for s in other.seats for slot in s.range
+            )
+            phases = spread([rule.refresh_cost(*self._stacks[k].shape) for *_, k in jobs], period)
+            self._phases[key] = {(k, slot): phase for (*_, slot, k), phase in zip(jobs, phases, strict=True)}
+        number = self._stacks.index(stack)
+        return [self._phases[key][number, slot] for slot in range(stack.size)]
 
     # Parameters that are no matrices.
 

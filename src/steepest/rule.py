@@ -125,8 +125,6 @@ class Options:
 class Rule(Options, ABC):
     """A rule for stacks of matrices. Subclasses are final, frozen and keyword-only dataclasses."""
 
-    decay_follows: ClassVar[bool] = False
-
     @abstractmethod
     def init(self, G: Tensor) -> State:
         """Fresh state for a stack shaped and typed like ``G [B, m, n]``; it may stand on the meta device.
@@ -140,6 +138,11 @@ class Rule(Options, ABC):
 
         ``G`` is the rule's to read, not to write. Nothing here waits for the device or draws random numbers.
         """
+
+    @property
+    def decay_follows(self) -> bool:
+        """Whether weights decay after the step, not before it."""
+        return False
 
     def stage(self, clock: int) -> str:
         """The stage of a matrix that has had ``clock`` updates. Slots in different stages are updated apart."""

@@ -14,7 +14,7 @@ FLOORS = [
     {"rules", "views", "stacks"},
     {"exchange", "capture"},
     {"apply", "checkpoint", "optimizer"},
-    {"family", "optimizers", "routing", "recipes"},
+    {"optimizers", "routing", "recipes"},
     {"probes", "testing", "lab"},
     {"cli"},
 ]

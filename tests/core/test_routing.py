@@ -584,3 +584,17 @@ def test_a_large_model_is_routed_in_a_moment() -> None:
     assert len(routing) == 2403
     assert math.isclose(sum(row.param.numel() for row in routing), sum(p.numel() for p in model.parameters()))
     assert len(str(routing).splitlines()) < 30
+
+
+def test_a_fused_projection_on_the_root_is_no_head() -> None:
+    """Nothing reads 3·64 numbers, but what follows reads them as three blocks of 64."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(100, 64)
+            self.qkv, self.out = nn.Linear(64, 192, bias=False), nn.Linear(64, 64, bias=False)
+            self.head = nn.Linear(64, 100, bias=False)
+
+    routing = route(Flat())
+    assert [routing[name].hidden for name in ("qkv.weight", "out.weight", "head.weight")] == [True, True, False]

@@ -45,8 +45,17 @@ def _dead_ends(model: nn.Module, projections: Sequence[Place]) -> list[Place]:
         place
         for place in projections
         if isinstance(place.owner, nn.Linear) and not place.is_in_stack and id(place.parent) in holders
-        if place.widths[1] == features and place.widths[0] not in read
+        if place.widths[1] == features and read.isdisjoint(_blocks(place.widths[0]))
     ]
+
+
+def _blocks(width: int) -> set[int]:
+    """What a layer's outputs may be read as: whole, or as the blocks of fused gate and up, or query, key and value.
+
+    >>> sorted(_blocks(192))
+    [64, 96, 192]
+    """
+    return {width // parts for parts in (1, 2, 3) if width % parts == 0}
 
 
 def _declared_heads(model: nn.Module) -> dict[int, str]:

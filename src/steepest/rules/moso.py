@@ -37,6 +37,7 @@ class Moso(Rule):
     eps: float = at_least(0, 1e-8)
     inner: str = one_of(("adam", "rmsprop"), "adam")
     power_iter_steps: int = at_least(1, 1)
+    noise_floor: float = at_least(0, 3e-4)
     max_update_rms: float = at_least(0, 0.0, "0: no limit")
     fp32_matmul_prec: str = one_of(PRECISIONS, "highest")
     qr_fp32_matmul_prec: str = one_of(PRECISIONS, "high")
@@ -66,7 +67,7 @@ class Moso(Rule):
                         factors.refresh(slice(None), power_iter_steps=self.power_iter_steps)
             projected = factors.project(M)  # Qᵀ M
             if self.inner == "adam":
-                u = adam(projected, state, step.t, self.betas, self.eps)
+                u = adam(projected, state, step.t, self.betas, self.eps, noise_floor=self.noise_floor)
             else:  # momentum is in M already: Adam's own would damp a second time
                 v = state["exp_avg_sq"].mul_(self.betas[1]).addcmul_(projected, projected, value=1 - self.betas[1])
                 u = projected / (v.sqrt() + self.eps)

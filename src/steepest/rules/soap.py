@@ -130,6 +130,10 @@ class Soap(Refreshing):
         return self.basis_timing == "after" and self.adam_warmup_steps == 0
 
     @property
+    def decay_follows(self) -> bool:
+        return self.basis_timing == "after"
+
+    @property
     def first_refresh(self) -> int:
         """The update in which the first basis comes: when the warm-up ends, before or after that step."""
         return self.adam_warmup_steps if self.basis_timing == "before" else max(self.adam_warmup_steps - 1, 0)
