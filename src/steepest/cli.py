@@ -1,0 +1,130 @@
+"""The command ``steepest``.
+
+What it runs lives in `steepest.lab` and is imported when a command needs it, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as missing:
+    sys.exit(f'steepest: the command line needs {missing.name}; install it with: pip install "steepest[lab]"')
+
+app = typer.Typer(
+    help="steepest: matrix-aware optimizers for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+BAD_INPUT = 2
+
+
+@app.callback()
+def commands() -> None:
+    """Keeps ``race`` a command of its own while it is the only one."""
+
+
+@app.command()
+def race(
+    optimizers: Annotated[
+        str | None,
+        typer.Option(
+            help='Who runs: "adamw, soap(precondition_frequency=5, lr=1e-2)". Default: a few, or all with --full.'
+        ),
+    ] = None,
+    workload: Annotated[
+        str, typer.Option(help="What is trained: stdlib, digits, digits-vit, or your own file: my_task.py.")
+    ] = "stdlib",
+    full: Annotated[
+        bool, typer.Option("--full", help="Sweep learning rates, then run the best over shorter distances too.")
+    ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Values to try instead of presets: "lr=5e-3, 1e-2". Repeat it for a grid of several options.'
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Distance; the workload's own unless given.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting.")] = 2,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Trials side by side, one thread each; one per core unless given.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report and for each run's record.")] = Path("runs/race"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run everything again, whatever was run before.")] = False,
+) -> None:
+    """Train contenders side by side, with equal tuning, and write a report of what happened.
+
+    Runs are kept as they end: the same command continues a race that was broken off, and Ctrl-C leaves a report.
+    """
+    try:
+        from steepest.lab import session
+        from steepest.lab.errors import BadInput
+    except ModuleNotFoundError as missing:
+        _fail(f'the race needs {missing.name}; install it with: pip install "steepest[lab]"')
+    request = session.Request(
+        optimizers=optimizers,
+        workload=workload,
+        full=full,
+        sweep=sweep or [],
+        steps=steps,
+        seeds=seeds,
+        workers=workers or os.cpu_count() or 1,
+        out=out,
+        fresh=fresh,
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    )
+    try:
+        status = session.run(request, Console())
+    except BadInput as error:
+        _fail(str(error))
+    except KeyboardInterrupt:  # before the first trial, or while the report was written
+        status = session.INTERRUPTED
+    raise typer.Exit(status)
+
+
+@app.command()
+def check(
+    optimizer: Annotated[str, typer.Argument(help="module:Class, as torch.optim:AdamW, or one of ours: soap.")],
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help='Another option: "betas=(0.9, 0.95)". Repeat it for more.')
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="What parameters are: float32, bfloat16, float64.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where they are: cpu, cuda.")] = "cpu",
+    slow: Annotated[bool, typer.Option("--slow", help="Compile the step, too.")] = False,
+) -> None:
+    """Put an optimizer to the contract of PyTorch's optimizers, clause by clause. Exits with 1 if it breaks one."""
+    try:
+        from steepest.lab import check as checking
+        from steepest.lab.errors import BadInput
+    except ModuleNotFoundError as missing:
+        _fail(f'the check needs {missing.name}; install it with: pip install "steepest[lab]"')
+    try:
+        options = ({} if lr is None else {"lr": lr}) | checking.parse_options(option or [])
+        kept = checking.run(checking.Request(optimizer, options, dtype, device, slow), Console())
+    except BadInput as error:
+        _fail(str(error))
+    raise typer.Exit(0 if kept else 1)
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+def _fail(message: str) -> NoReturn:
+    """One line on stderr, and the exit status of bad input."""
+    typer.echo(f"steepest: {message}", err=True)
+    raise typer.Exit(BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The store: one JSON file per run, found again by all that decided its result, so a broken-off race continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from steepest.lab.errors import BadInput
+from steepest.lab.fingerprints import digest, library_hash, machine, versions
+from steepest.lab.trial import Record, Run, Trial
+
+
+class Store:
+    """A folder of records. With ``fresh``, what was there before this race is not looked at."""
+
+    def __init__(self, folder: Path, fingerprint: str, fresh: bool = False) -> None:
+        self.folder, self.fingerprint, self.fresh = folder, fingerprint, fresh
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise BadInput(f"can't write to {folder}: {error.strerror}") from error
+
+    def identity(self, trial: Trial) -> dict[str, Any]:
+        """All that decides the trial's result, its times too."""
+        return {
+            "workload": trial.workload,
+            "data": self.fingerprint,
+            "contender": trial.contender.settings(),
+            "steps": trial.steps,
+            "seed": trial.seed,
+            "versions": versions(),
+            "code": library_hash(),
+            "machine": machine(),
+        }
+
+    def path(self, trial: Trial) -> Path:
+        """Where the trial's record is kept; the name is for people, the hash in it decides."""
+        label = re.sub(r"[^a-z0-9.]+", "-", trial.contender.label.lower()).strip("-")[:48]
+        name = f"{label}-lr{trial.contender.lr:g}-{trial.steps}-seed{trial.seed}"
+        return self.folder / f"{name}-{digest(self.identity(trial))[:12]}.json"
+
+    def find(self, trial: Trial) -> Run | None:
+        """The trial's run, if it was run before, under whatever label."""
+        if self.fresh:
+            return None
+        ending = self.path(trial).name[-len("0123456789ab.json") :]
+        for path in self.folder.glob(f"*-{ending}"):
+            try:
+                return Run(trial, Record(**json.loads(path.read_text())["record"]))
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # not a record of ours: run the trial again
+        return None
+
+    def save(self, run: Run) -> None:
+        """Keep the run. The file appears complete or not at all."""
+        path = self.path(run.trial)
+        content = {
+            "identity": self.identity(run.trial),
+            "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+            "record": run.record.as_json(),
+        }
+        write(path, json.dumps(content))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file such that nobody ever sees half of it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from steepest.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+def steepest(*arguments: object):
+    return CliRunner().invoke(app, ["race", *map(str, arguments)])
+
+
+def test_a_tiny_race_end_to_end_and_again(quick_task, tmp_path) -> None:
+    out = tmp_path / "out"
+    options = ("--workload", quick_task(), "--optimizers", "adamw, soap(lr=1e-2)", "--seeds", 1, "--out", out)
+    first = steepest(*options)
+    assert first.exit_code == 0, first.output
+    kept = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    assert len(kept) == 2
+    found = json.loads((out / "results.json").read_text())
+    assert {line["contender"] for line in found["contenders"]} == {"adamw", "soap(lr=0.01)"}
+    assert found["headline"].split()[0] in (out / "report.html").read_text()
+    assert "report.html" in first.output
+
+    second = steepest(*options)
+    assert second.exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()} == kept
+
+
+def test_the_example_of_an_own_task_runs(tmp_path) -> None:
+    example = ROOT / "examples" / "race_my_task.py"
+    done = steepest("--workload", example, "--optimizers", "adamw", "--steps", 15, "--seeds", 1, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "squared distance" in (tmp_path / "report.html").read_text()
+
+
+def test_a_trial_that_fails_is_named(quick_task, tmp_path) -> None:
+    task = quick_task()
+    task.write_text(task.read_text() + FAILS_LATE)
+    done = steepest("--workload", task, "--optimizers", "adamw", "--seeds", 1, "--out", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "failed: RuntimeError: no more" in done.output
+
+
+FAILS_LATE = """
+    drawn = 0
+
+    def batch(self, generator):
+        self.drawn += 1
+        if self.drawn == 4:
+            raise RuntimeError("no more")
+        return torch.randn(8, 4, generator=generator)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--optimizers", "sopa"], "unknown optimizer 'sopa'; did you mean 'soap'?"),
+        (["--optimizers", "soap(nonsense=1)"], "nonsense=1"),
+        (["--optimizers", "soap(lr"], "options are names and plain values"),
+        (["--sweep", "lr"], 'sweep "lr"'),
+        (["--workload", "nowhere"], "unknown workload 'nowhere'"),
+        (["--workload", "nowhere.py"], "no such file"),
+        (["--out", __file__], "can't write to"),
+        (["--out", "/proc/nowhere"], "can't write to"),
+    ],
+)
+def test_bad_input_gets_one_clear_line_and_status_2(tmp_path, monkeypatch, options, complaint) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = steepest("--workload", "digits", *options)
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert complaint in line
+    assert done.stdout == ""
+
+
+def test_a_workload_that_fails_in_its_first_step_gets_one_clear_line(quick_task, tmp_path) -> None:
+    task = quick_task()
+    task.write_text(task.read_text().replace("batch[:, :2]", "batch"))
+    done = steepest("--workload", task, "--out", tmp_path)
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert "workload quick_task.py: RuntimeError: The size of tensor" in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_leaves_a_report_and_no_processes(quick_task, tmp_path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--workload", quick_task(pause=0.2), "--optimizers", "adamw", "--seeds", "4", "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "steepest.cli", "race", *map(str, arguments), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits it ignored
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("runs/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stdout + stderr
+    assert "Traceback" not in stderr
+    assert "Broken off" in stdout
+    assert "Broken off" in (out / "report.html").read_text()
+    workers = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(quick_task()) not in workers
+
+
+def test_help_names_the_race() -> None:
+    done = CliRunner().invoke(app, ["--help"])
+    assert done.exit_code == 0
+    assert "race" in done.output

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from steepest.lab.contenders import preset
+from steepest.lab.crew import TrialFailed
+from steepest.lab.findings import Reach, find
+from steepest.lab.race import Entry, Plan, Results, race, shorter_distances
+from steepest.lab.store import Store
+from steepest.lab.trial import Run
+from steepest.lab.words import as_json, headline, notes
+
+
+class Audience:
+    """Counts what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def __getattr__(self, name):
+        return lambda *args: self.told.append(name)
+
+
+class PaperCrew:
+    """Runs trials on paper: each gets a record without training, or an exception."""
+
+    def __init__(self, make_record, stop_after: int = 10**6, fails=lambda trial: False) -> None:
+        self.audience, self.make_record, self.stop_after, self.fails = Audience(), make_record, stop_after, fails
+        self.ran = []
+
+    def run(self, trials, done, failed) -> None:
+        for trial in trials:
+            if len(self.ran) == self.stop_after:
+                raise KeyboardInterrupt
+            self.ran.append(trial)
+            if self.fails(trial):
+                failed(trial, "it broke")
+            else:
+                done(Run(trial, self.make_record(abs(math.log(trial.contender.lr / 0.01)), trial.steps)))
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path, "fingerprint")
+
+
+def test_everybody_is_tuned_then_the_best_runs_the_shorter_distances(make_plan, make_record, store) -> None:
+    plan = make_plan("adamw", "soap", swept=True, shorter=(5, 8))
+    crew = PaperCrew(make_record)
+    race(plan, crew, store, Results(plan))
+    tuning, distances = crew.ran[:16], crew.ran[16:]
+    assert {trial.steps for trial in tuning} == {10}
+    assert len(set(map(str, tuning))) == 16
+    assert {(t.contender.label, t.contender.lr, t.steps) for t in distances} == {
+        (name, 0.01, steps) for name in ("adamw", "soap") for steps in (5, 8)
+    }
+    assert sum(trial.steps for trial in crew.ran) == plan.total_steps
+
+
+def test_a_race_that_was_broken_off_continues(make_plan, make_record, store) -> None:
+    plan = make_plan("adamw", "soap", "moso")
+    first = PaperCrew(make_record, stop_after=4)
+    results = Results(plan)
+    with pytest.raises(KeyboardInterrupt):
+        race(plan, first, store, results)
+    assert len(results.runs) == 4
+    second = PaperCrew(make_record)
+    results = Results(plan)
+    race(plan, second, store, results)
+    assert len(second.ran) == 2
+    assert len(results.runs) == 6
+    assert second.audience.told.count("skipped") == 4
+
+
+def test_a_broken_off_race_has_seen_every_contender(make_plan) -> None:
+    plan = make_plan("adamw", "soap", "moso", swept=True)
+    assert [trial.contender.label for trial in plan.tuning()[:3]] == ["adamw", "soap", "moso"]
+
+
+def test_a_trial_that_fails_leaves_the_others_alone(make_plan, make_record, store) -> None:
+    plan = make_plan("adamw", "soap")
+    crew = PaperCrew(make_record, fails=lambda trial: trial.contender.label == "soap")
+    results = Results(plan)
+    race(plan, crew, store, results)
+    assert len(results.runs) == 2
+    assert [(trial.contender.label, reason) for trial, reason in results.failures] == [("soap", "it broke")] * 2
+    assert TrialFailed.__doc__
+
+
+def test_distances_are_shares_of_the_whole() -> None:
+    assert shorter_distances(300) == (150, 170, 200, 240)
+    assert shorter_distances(1) == ()
+
+
+def test_steps_to_the_target_lie_between_distances(make_plan, make_results) -> None:
+    losses = {("adamw", 10): 2.0, ("soap", 10): 1.0, ("soap", 8): 1.5, ("soap", 4): 2.5}
+    plan = make_plan("adamw", "soap", shorter=(4, 8))
+    found = find(make_results(plan, lambda t: losses.get((t.contender.label, t.steps), 3.0), optimizer_ms=10.0))
+    soap, adamw = found.lines
+    assert found.target == 2.0
+    assert adamw.reach == Reach(10)
+    assert soap.reach == Reach(6.0)
+    assert soap.steps_share == soap.time_share == pytest.approx(0.6)
+    assert headline(found)[0] == "soap reaches adamw's final loss in 60% of its steps and 60% of its CPU time."
+
+
+def test_without_distances_the_crossing_is_an_upper_bound(make_plan, make_results) -> None:
+    plan = make_plan("adamw", "soap")
+    found = find(make_results(plan, lambda t: 2.0 if t.contender.label == "adamw" else 1.0))
+    assert found.lines[0].reach == Reach(pytest.approx(20 / 3), "≤")
+    assert "at most 67% of its steps" in headline(found)[0]
+
+
+def test_what_does_not_get_there_is_said_not_to(make_plan, make_results) -> None:
+    plan = make_plan("adamw", "soap")
+    found = find(make_results(plan, lambda t: 1.0 if t.contender.label == "adamw" else 2.0))
+    assert found.lines[1].reach is None
+    assert headline(found)[0] == "Nobody is ahead of adamw by more than the noise between seeds."
+
+
+def test_differences_within_the_noise_are_no_lead(make_plan, make_results) -> None:
+    plan = make_plan("adamw", "soap")
+    finals = {("adamw", 0): 2.0, ("adamw", 1): 1.8, ("soap", 0): 1.9, ("soap", 1): 1.7}
+    found = find(make_results(plan, lambda t: finals[t.contender.label, t.seed]))
+    assert "Nobody is ahead" in headline(found)[0]
+    assert found.noise == pytest.approx(0.2)
+
+
+def test_the_best_setting_is_the_best_on_average_and_edges_are_flagged(make_plan, make_results) -> None:
+    plan = make_plan("adamw", "soap", swept=True)
+    found = find(
+        make_results(plan, lambda t: t.contender.lr if t.contender.label == "soap" else abs(t.contender.lr - 0.01))
+    )
+    by_name = {line.label: line for line in found.lines}
+    assert by_name["soap"].best.lr == min(c.lr for c in by_name["soap"].entry.candidates)
+    assert by_name["soap"].edges == ("lr",)
+    assert by_name["adamw"].edges == ()
+    assert any("edge" in note for note in notes(found))
+    assert any("same number of trials: 4 settings × 2 seeds" in note for note in notes(found))
+
+
+def test_divergence_counts_as_infinitely_bad(make_plan, make_results) -> None:
+    plan = make_plan("adamw", "soap", swept=True)
+    found = find(make_results(plan, lambda t: math.inf if t.contender.lr > 0.01 else 2 - t.contender.lr))
+    soap = next(line for line in found.lines if line.label == "soap")
+    assert soap.best.lr == 0.01
+    assert soap.diverged == 4
+    everybody = find(make_results(make_plan("adamw", "soap"), lambda t: math.inf))
+    assert everybody.target is None
+    assert headline(everybody)[0]
+    assert as_json(everybody)["contenders"][0]["final"] is None
+
+
+def test_unequal_tuning_is_admitted(make_plan, make_results) -> None:
+    tuned, preset = make_plan("adamw", swept=True).entries, make_plan("soap").entries
+    plan = make_plan("adamw")
+    plan = type(plan)(plan.workload, (*tuned, *preset), plan.steps, plan.seeds)
+    assert any(note.startswith("Not tuned equally") for note in notes(find(make_results(plan, lambda t: 1.0))))
+
+
+def test_the_first_entry_is_the_baseline_where_adamw_is_not(make_plan) -> None:
+    assert make_plan("soap", "adamw").baseline.label == "adamw"
+    assert make_plan("soap", "moso").baseline.label == "soap"
+
+
+def test_what_else_was_tuned_is_said(make_results) -> None:
+    entry = Entry.swept(preset("soap"), {"lr": [0.1], "warmup": [0.1, 0.2, 0.3]})
+    plan = Plan("digits", (entry,), steps=10, seeds=1)
+    found = find(make_results(plan, lambda trial: 1 - trial.contender.warmup))
+    assert "Best of what was tuned besides lr: soap warmup=0.3*." in notes(found)
+    assert str(plan.tuning()[1]) == "soap lr 0.1, warmup 0.2, 10 steps, seed 0"

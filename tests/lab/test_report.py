@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from steepest.lab.findings import find
+from steepest.lab.report import page
+from steepest.lab.workload import load_workload
+
+
+class Loads(HTMLParser):
+    """Collects what a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attributes) -> None:
+        self.tags.append(tag)
+        self.found += [
+            f"{tag} {name}={value}" for name, value in attributes if name in ("src", "href", "srcset", "data")
+        ]
+
+
+def without_plotly(html: str) -> str:
+    """The page without the library, whose source mentions addresses that it never loads here."""
+    return re.sub(r"<script>/\*\*\n\* plotly.*?</script>", "", html, count=1, flags=re.DOTALL)
+
+
+@pytest.fixture
+def workload():
+    return load_workload("digits")
+
+
+@pytest.fixture
+def html(make_plan, make_results, workload) -> str:
+    plan = make_plan("adamw", "soap", "moso", swept=True, shorter=(4, 8))
+    found = make_results(plan, lambda t: math.inf if t.contender.lr > 0.02 else 1 + abs(t.contender.lr - 0.01))
+    return page(find(found), found, workload, 'steepest race --optimizers "adamw, <b>"')
+
+
+def test_a_report_loads_nothing(html) -> None:
+    loads = Loads()
+    loads.feed(html)
+    assert loads.found == []
+    assert not {"link", "img", "iframe"} & set(loads.tags)
+    own = without_plotly(html)
+    assert len(own) < len(html) - 10**6
+    assert "http://" not in own
+    assert "https://" not in own
+    assert "@import" not in own
+    assert "url(" not in own
+
+
+def test_a_report_says_everything(html) -> None:
+    for text in (
+        "Loss over steps",
+        "Loss over CPU time",
+        "Steps to the target",
+        "Final loss over learning rate",
+        "Final loss over distance",
+        "How long an optimizer step takes",
+        "How far a step goes",
+        "Condition number of the covariances",
+        "All 36 runs",
+        "diverged at",
+        "weight of Linear",
+        "steepest race --optimizers &quot;adamw, &lt;b&gt;&quot;",
+        "same number of trials: 4 settings × 2 seeds",
+    ):
+        assert text in html, text
+    assert "<b>&quot;" not in html
+
+
+def test_everybody_can_be_shown_and_hidden(html) -> None:
+    assert re.findall(r'data-label="([^"]+)"', html) == ["adamw", "soap", "moso"]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("names", [("adamw",), ("soap", "moso")])
+def test_small_races_have_a_report_too(make_plan, make_results, workload, names, seeds) -> None:
+    results = make_results(make_plan(*names, seeds=seeds), lambda t: 1.0)
+    assert "nan" not in without_plotly(page(find(results), results, workload, "steepest race"))
+
+
+def test_a_race_in_which_all_diverged_has_a_report(make_plan, make_results, workload) -> None:
+    results = make_results(make_plan("adamw", "soap"), lambda t: math.inf)
+    assert "diverged" in page(find(results), results, workload, "steepest race")
+
+
+def test_a_race_that_was_broken_off_has_a_report(make_plan, make_results, workload) -> None:
+    results = make_results(make_plan("adamw", "soap", swept=True, shorter=(4, 8)), lambda t: t.contender.lr)
+    for runs in (results.runs[:1], results.runs[1:2], results.runs[:5], results.runs[:-3]):
+        results.runs, results.interrupted = runs, True
+        assert "Broken off" in page(find(results), results, workload, "steepest race")

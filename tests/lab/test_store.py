@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from steepest.lab.contenders import parse_contenders, preset
+from steepest.lab.errors import BadInput
+from steepest.lab.store import Store
+from steepest.lab.trial import Run, Trial
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path, "fingerprint")
+
+
+TRIAL = Trial("digits", preset("soap"), 10, 0)
+
+
+def test_what_was_saved_is_found_again(store, make_record) -> None:
+    assert store.find(TRIAL) is None
+    store.save(Run(TRIAL, make_record(1.5)))
+    assert store.find(TRIAL).record.final == 1.5
+    assert not list(store.folder.glob("*.partial"))
+
+
+def test_whatever_decides_a_result_is_part_of_its_identity(store, tmp_path, make_record) -> None:
+    store.save(Run(TRIAL, make_record(1.5)))
+    others = [
+        replace(TRIAL, seed=1),
+        replace(TRIAL, steps=11),
+        replace(TRIAL, workload="stdlib"),
+        replace(TRIAL, contender=TRIAL.contender.varied(lr=0.1)),
+        replace(TRIAL, contender=TRIAL.contender.varied(warmup=0.0)),
+        replace(TRIAL, contender=TRIAL.contender.varied(elementwise={"lr": 0.1})),
+    ]
+    assert [store.find(other) for other in others] == [None] * len(others)
+    assert Store(tmp_path, "another text").find(TRIAL) is None
+
+
+def test_a_label_decides_nothing(store, make_record) -> None:
+    store.save(Run(replace(TRIAL, contender=preset("soap-f5")), make_record(1.5)))
+    (same,) = parse_contenders("soap(precondition_frequency=5)")
+    assert store.find(replace(TRIAL, contender=same)).record.final == 1.5
+
+
+def test_fresh_looks_at_nothing_that_was_there(store, tmp_path, make_record) -> None:
+    store.save(Run(TRIAL, make_record(1.5)))
+    fresh = Store(tmp_path, "fingerprint", fresh=True)
+    assert fresh.find(TRIAL) is None
+    fresh.save(Run(TRIAL, make_record(1.25)))
+    assert store.find(TRIAL).record.final == 1.25
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"record": {"nonsense": 1}}'])
+def test_a_broken_file_counts_as_none(store, content) -> None:
+    store.path(TRIAL).write_text(content)
+    assert store.find(TRIAL) is None
+
+
+def test_files_say_what_they_are(store, make_record) -> None:
+    store.save(Run(TRIAL, make_record(1.5)))
+    (path,) = store.folder.iterdir()
+    assert path.name.startswith("soap-lr0.02-10-seed0-")
+    identity = json.loads(path.read_text())["identity"]
+    assert identity["versions"].keys() == {"steepest", "torch", "Python"}
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="can't write to"):
+        Store(tmp_path / "file" / "runs", "")

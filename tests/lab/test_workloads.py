@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from steepest.lab.contenders import hidden_matrices
+from steepest.lab.errors import BadInput
+from steepest.lab.workload import BUILT_IN, load_workload
+
+
+@pytest.fixture(params=BUILT_IN)
+def workload(request):
+    return load_workload(request.param)
+
+
+def test_batches_follow_the_generator_alone(workload) -> None:
+    first, second = (workload.batch(torch.Generator().manual_seed(7)) for _ in range(2))
+    torch.manual_seed(1)
+    other = workload.batch(torch.Generator().manual_seed(8))
+    for a, b, c in zip(first, second, other, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+
+
+def test_models_follow_the_global_seed(workload) -> None:
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        weights.append(torch.cat([p.detach().flatten() for p in workload.model().parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_an_untrained_model_guesses(workload) -> None:
+    torch.manual_seed(0)
+    model = workload.model()
+    classes = 96 if "character" in workload.measure else 10
+    assert workload.validation(model) == pytest.approx(math.log(classes), abs=0.5)
+
+
+def test_the_gpt_has_the_parameters_it_is_said_to_have() -> None:
+    model = load_workload("stdlib").model()
+    assert sum(p.numel() for p in model.parameters()) == 115_008
+    assert sum(p.numel() for p in hidden_matrices(model).values()) == 98_304
+
+
+def test_the_gpt_sees_no_future() -> None:
+    torch.manual_seed(0)
+    model = load_workload("stdlib").model()
+    symbols = torch.randint(96, (1, 64))
+    changed = symbols.clone()
+    changed[0, 40] = (changed[0, 40] + 1) % 96
+    before, after = model(symbols), model(changed)
+    assert torch.equal(before[0, :40], after[0, :40])
+    assert not torch.equal(before[0, 40:], after[0, 40:])
+
+
+def test_targets_are_the_following_symbols() -> None:
+    symbols, following = load_workload("stdlib").batch(torch.Generator().manual_seed(0))
+    assert symbols.shape == following.shape == (32, 64)
+    assert torch.equal(symbols[:, 1:], following[:, :-1])
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        (None, "no such file"),
+        ("import nonsense_that_is_nowhere", "No module named"),
+        ("x = 1", "defines no class"),
+        ("def f(:", "SyntaxError"),
+        ("from steepest.lab import Workload\nclass A(Workload): pass", "abstract"),
+    ],
+)
+def test_a_bad_workload_file_gets_one_clear_line(tmp_path, source, complaint) -> None:
+    path = tmp_path / "task.py"
+    if source is not None:
+        path.write_text(source)
+    with pytest.raises(BadInput) as caught:
+        load_workload(str(path))
+    assert complaint in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_comments_leave_the_fingerprint_of_a_workload_alone(quick_task) -> None:
+    path = quick_task()
+    before = load_workload(str(path)).fingerprint()
+    path.write_text('"""Said."""\n' + path.read_text() + "# and said again\n")
+    assert load_workload(str(path)).fingerprint() == before
+    path.write_text(path.read_text().replace("Linear(6, 2)", "Linear(6, 2, bias=False)"))
+    assert load_workload(str(path)).fingerprint() != before
