@@ -1,0 +1,129 @@
+"""Comparing what was seen with what was expected, and saying how they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steepest.testing.clause import Broken
+
+Snapshot = dict[str, Any]
+"""Leaves of nested containers by their path, tensors cloned."""
+
+
+def expect(condition: bool, expected: str, seen: object) -> None:
+    """Raise `Broken` unless ``condition``.
+
+    >>> expect(False, "lr is re-read", "the same step at half the rate")
+    Traceback (most recent call last):
+    steepest.testing.clause.Broken: expected lr is re-read; saw the same step at half the rate
+    """
+    if not condition:
+        raise Broken(f"expected {expected}; saw {seen}")
+
+
+def snapshot(tree: Any, path: str = "") -> Snapshot:
+    """The leaves of nested dicts, lists and tuples, by path.
+
+    >>> snapshot({"W": {"step": 3, "norms": [1.0, 2.0]}})
+    {'W/step': 3, 'W/norms/0': 1.0, 'W/norms/1': 2.0}
+    """
+    children: Iterable[tuple[Any, Any]]
+    if isinstance(tree, Mapping):
+        children = tree.items()
+    elif isinstance(tree, list | tuple):
+        children = enumerate(tree)
+    else:
+        return {path: tree.detach().clone() if isinstance(tree, Tensor) else tree}
+    leaves: Snapshot = {}
+    for key, child in children:
+        leaves |= snapshot(child, f"{path}/{key}" if path else str(key))
+    return leaves
+
+
+def expect_same(seen: Snapshot, expected: Snapshot, promise: str) -> None:
+    """Raise `Broken` unless two snapshots are the same, bit for bit."""
+    differences = [f"{path} missing" for path in expected if path not in seen]
+    differences += [f"{path} new" for path in seen if path not in expected]
+    for path in expected.keys() & seen.keys():
+        how = difference(seen[path], expected[path])
+        if how:
+            differences.append(f"{path}: {how}")
+    _report(promise, sorted(differences))
+
+
+def expect_close(seen: Snapshot, expected: Snapshot, start: Snapshot, promise: str, tolerance: float = 1e-3) -> None:
+    """Raise `Broken` unless weights moved alike: by what was expected within ``tolerance``, and up to rounding."""
+    differences = []
+    for name, x in expected.items():
+        moved = (x.double() - start[name].double()).norm().item()
+        off = (seen[name].double() - x.double()).norm().item()
+        rounding = torch.finfo(x.dtype).eps * x.double().norm().item()
+        if not off <= tolerance * moved + rounding:
+            differences.append(f"{name}: off by {off:.2g} where the expected ones moved by {moved:.2g}")
+    _report(promise, differences)
+
+
+def expect_moved(seen: Snapshot, start: Snapshot, promise: str) -> None:
+    """Raise `Broken` unless every parameter moved, to finite values."""
+    still = [name for name, x in seen.items() if x.numel() and torch.equal(x, start[name])]
+    _report(promise, [f"{name} did not move" for name in still])
+    expect_finite(seen, promise)
+
+
+def expect_finite(seen: Snapshot, promise: str) -> None:
+    """Raise `Broken` if any number is NaN or infinite."""
+    differences = []
+    for path, x in seen.items():
+        bad = int((~torch.isfinite(x)).sum()) if isinstance(x, Tensor) else 0
+        if bad:
+            differences.append(f"{path}: {bad} of {x.numel()} entries NaN or infinite")
+    _report(promise, differences)
+
+
+def difference(seen: Any, expected: Any) -> str:
+    """How two leaves differ, or "" if they are the same; NaNs in the same places are.
+
+    >>> difference(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]))
+    '1 of 2 entries differ, first 2 expected, 2.5 seen'
+    """
+    if isinstance(seen, Tensor) and isinstance(expected, Tensor):
+        if seen.dtype != expected.dtype or seen.shape != expected.shape:
+            return f"{_kind(expected)} expected, {_kind(seen)} seen"
+        off = ~((seen == expected) | (seen.isnan() & expected.isnan()))
+        if not off.any():
+            return ""
+        was, now = (x[off].flatten()[0].item() for x in (expected, seen))
+        return f"{int(off.sum())} of {off.numel()} entries differ, first {was:.9g} expected, {now:.9g} seen"
+    by_identity: Any = object.__eq__
+    if type(seen).__eq__ is by_identity and type(seen) is type(expected):
+        return ""  # objects that can't be compared; that they are there at all is another clause's matter
+    same = bool(seen == expected)
+    return "" if same else f"{_word(expected)} expected, {_word(seen)} seen"
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line.
+
+    >>> one_line(KeyError("lr"))
+    "KeyError: 'lr'"
+    """
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:160]}" if words else type(error).__name__
+
+
+def _report(promise: str, differences: list[str]) -> None:
+    if differences:
+        more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+        raise Broken(f"expected {promise}; saw {differences[0]}{more}")
+
+
+def _kind(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+
+
+def _word(x: Any) -> str:
+    return _kind(x) if isinstance(x, Tensor) and x.numel() > 1 else repr(x)[:60]

@@ -1,0 +1,85 @@
+"""What the suite found: a verdict for each clause, and the table that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from steepest.testing.clause import Clause
+
+
+class Verdict(Enum):
+    """What became of a clause."""
+
+    KEPT = "kept"
+    BROKEN = "broken"
+    NOT_APPLICABLE = "n/a"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One clause's verdict."""
+
+    clause: Clause
+    verdict: Verdict
+    why: str = ""
+    """The evidence if it is broken: what was expected, what was seen. The reason if it doesn't apply."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every clause's verdict on one optimizer.
+
+    Example:
+        >>> clause = Clause(5, "p.grad stays as it was", lambda subject: None)
+        >>> print(Report("Mine", (Finding(clause, Verdict.BROKEN, "expected a gradient, saw None"),)))
+        Mine: 0 clauses kept, 1 broken, 0 not applicable
+        5  p.grad stays as it was  broken  expected a gradient, saw None
+    """
+
+    name: str
+    findings: tuple[Finding, ...]
+    refused: Mapping[str, str] | None = None
+    """Parameters that the optimizer doesn't take, and in which words it refused them; the suite went on without."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether no clause is broken."""
+        return not self.broken
+
+    @property
+    def kept(self) -> Sequence[Finding]:
+        """What it keeps."""
+        return self._with(Verdict.KEPT)
+
+    @property
+    def broken(self) -> Sequence[Finding]:
+        """What it breaks."""
+        return self._with(Verdict.BROKEN)
+
+    @property
+    def not_applicable(self) -> Sequence[Finding]:
+        """What can't be asked of it."""
+        return self._with(Verdict.NOT_APPLICABLE)
+
+    @property
+    def summary(self) -> str:
+        """Its name, and how many clauses it keeps, in one line."""
+        return (
+            f"{self.name}: {len(self.kept)} clauses kept, {len(self.broken)} broken, "
+            f"{len(self.not_applicable)} not applicable"
+        )
+
+    def __str__(self) -> str:
+        rows = [(str(f.clause.number), f.clause.title, f.verdict.value, f.why) for f in self.findings]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+        lines = [self.summary]
+        lines += [f"not given: a parameter of {shape}, refused: {why}" for shape, why in (self.refused or {}).items()]
+        for number, *words in rows:
+            cells = [f"{word:<{width}}" for word, width in zip(words, widths[1:], strict=False)]
+            lines.append("  ".join([f"{number:>{widths[0]}}", *cells, words[-1]]).rstrip())
+        return "\n".join(lines)
+
+    def _with(self, verdict: Verdict) -> Sequence[Finding]:
+        return [finding for finding in self.findings if finding.verdict is verdict]

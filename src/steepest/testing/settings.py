@@ -1,0 +1,128 @@
+"""Chapter 2: options that are read anew at every step, because schedulers write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer, lr_scheduler
+
+from steepest.testing.clause import NotApplicable, clause
+from steepest.testing.evidence import expect, expect_close, expect_moved
+from steepest.testing.subject import Run, Subject
+
+SCHEDULERS: dict[str, Callable[[Optimizer, float], Any]] = {
+    "LambdaLR": lambda o, lr: lr_scheduler.LambdaLR(o, lambda k: 0.5**k),
+    "MultiplicativeLR": lambda o, lr: lr_scheduler.MultiplicativeLR(o, lambda k: 0.5),
+    "StepLR": lambda o, lr: lr_scheduler.StepLR(o, 1),
+    "MultiStepLR": lambda o, lr: lr_scheduler.MultiStepLR(o, [2]),
+    "ConstantLR": lambda o, lr: lr_scheduler.ConstantLR(o, total_iters=2),
+    "LinearLR": lambda o, lr: lr_scheduler.LinearLR(o),
+    "ExponentialLR": lambda o, lr: lr_scheduler.ExponentialLR(o, 0.5),
+    "PolynomialLR": lambda o, lr: lr_scheduler.PolynomialLR(o, 4),
+    "CosineAnnealingLR": lambda o, lr: lr_scheduler.CosineAnnealingLR(o, 4),
+    "CosineAnnealingWarmRestarts": lambda o, lr: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+    "ChainedScheduler": lambda o, lr: lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(o, 0.5)], o),
+    "SequentialLR": lambda o, lr: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.5)], [1]
+    ),
+    "ReduceLROnPlateau": lambda o, lr: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "OneCycleLR": lambda o, lr: lr_scheduler.OneCycleLR(o, max_lr=lr, total_steps=5, cycle_momentum=False),
+    "CyclicLR": lambda o, lr: lr_scheduler.CyclicLR(o, lr / 2, lr, step_size_up=2, cycle_momentum=False),
+}
+"""Every scheduler of torch.optim.lr_scheduler, over a few steps."""
+
+
+@clause(2, "the learning rate is re-read at every step")
+def lr_reread(subject: Subject) -> None:
+    """What a scheduler writes into ``group["lr"]`` holds from the next step on."""
+    subject.needs("lr")
+    _changes(subject, "lr", subject.lr / 2)
+
+
+@clause(2, "betas and momentum are re-read at every step")
+def betas_reread(subject: Subject) -> None:
+    """What OneCycleLR writes into ``group["betas"]`` or ``group["momentum"]`` holds from the next step on."""
+    present = [option for option in ("betas", "momentum") if option in subject.defaults]
+    if not present:
+        raise NotApplicable("has neither betas nor momentum")
+    for option in present:
+        value = subject.defaults[option]
+        _changes(subject, option, (0.5, *tuple(value)[1:]) if option == "betas" else 0.5)
+
+
+@clause(2, "weight decay is re-read at every step")
+def decay_reread(subject: Subject) -> None:
+    """Weight decay schedules write ``group["weight_decay"]``."""
+    subject.needs("weight_decay")
+    _changes(subject, "weight_decay", 0.5 + (subject.defaults["weight_decay"] or 0.0))
+
+
+@clause(2, "the learning rate may be a tensor")
+def tensor_lr(subject: Subject) -> None:
+    """A tensor trains like the number in it, and is read again after it was changed in place.
+
+    Compiled and captured training keeps its learning rate in a tensor, so that a schedule costs no recompilation.
+    """
+    subject.needs("lr")
+    expected, run = subject.start(), subject.start(lr=torch.tensor(subject.lr))
+    start = run.weights()
+    for each in (expected, run):
+        each.steps(range(2))
+        each.set("lr", subject.lr / 2)
+        each.steps(range(2, 4))
+    expect_close(run.weights(), expected.weights(), start, "a tensor lr to train like the number in it")
+
+
+@clause(2, "every scheduler of torch.optim runs")
+def schedulers(subject: Subject) -> None:
+    """Each of torch's learning rate schedulers can be wrapped around it, and sets the rate of the next step."""
+    subject.needs("lr")
+    for name, build in SCHEDULERS.items():
+        run = subject.start(names=subject.one)
+        start, rates = run.weights(), set()
+        scheduler = build(run.optimizer, subject.lr)
+        for k in range(4):
+            run.step(k)
+            scheduler.step(*[1.0] if name == "ReduceLROnPlateau" else [])
+            rates.add(float(run.optimizer.param_groups[0]["lr"]))
+        expect(len(rates) > 1, f"{name} to change the rate", f"{rates} all the time")
+        expect_moved(run.weights(), start, f"training under {name}")
+
+
+@clause(2, "OneCycleLR and CyclicLR cycle the momentum")
+def cycled_momentum(subject: Subject) -> None:
+    """Both schedulers move ``betas`` or ``momentum`` against the learning rate, and refuse what has neither."""
+    if not {"betas", "momentum"} & subject.defaults.keys():
+        raise NotApplicable("has neither betas nor momentum")
+    cycles: dict[str, Callable[[Optimizer, float], Any]] = {
+        "OneCycleLR": lambda o, lr: lr_scheduler.OneCycleLR(o, max_lr=lr, total_steps=5),
+        "CyclicLR": lambda o, lr: lr_scheduler.CyclicLR(o, lr / 2, lr, step_size_up=2),
+    }
+    for name, build in cycles.items():
+        run = subject.start(names=subject.one)
+        start, scheduler, seen = run.weights(), build(run.optimizer, subject.lr), set()
+        for k in range(4):
+            run.step(k)
+            scheduler.step()
+            group = run.optimizer.param_groups[0]
+            seen.add(group["betas"][0] if "betas" in group else group["momentum"])
+        expect(len(seen) > 1, f"{name} to cycle the momentum", f"{seen} all the time")
+        expect_moved(run.weights(), start, f"training under {name}")
+
+
+def _changes(subject: Subject, option: str, value: Any) -> None:
+    """Expect a changed option to change what the next two steps do."""
+    unchanged, changed = subject.start(names=subject.one), subject.start(names=subject.one)
+    for run in (unchanged, changed):
+        run.steps([0, 2])
+    changed.set(option, value)
+    for run in (unchanged, changed):
+        run.steps([3, 4])
+    _differ(unchanged, changed, f"{option}={value} to change the steps after it was written into the group")
+
+
+def _differ(one: Run, other: Run, promise: str) -> None:
+    same = all(torch.equal(x, other.weights()[name]) for name, x in one.weights().items())
+    expect(not same, promise, "the same steps as without")

@@ -1,0 +1,256 @@
+"""Chapters 3, 4, 5, 9 and 15: what a step does, what it leaves alone, and who hears of it."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steepest.testing.clause import clause
+from steepest.testing.evidence import (
+    Snapshot,
+    expect,
+    expect_close,
+    expect_finite,
+    expect_moved,
+    expect_same,
+    snapshot,
+)
+from steepest.testing.subject import Run, Subject, gradient
+
+
+@clause(3, "a closure runs with gradients enabled, and its loss is returned")
+def closure(subject: Subject) -> None:
+    """``step(closure)`` enables gradients for the closure, whatever the caller's mode, and returns what it returned."""
+    run = subject.start()
+    modes: list[bool] = []
+    loss = torch.tensor(3.0)
+
+    def reevaluate() -> Tensor:
+        modes.append(torch.is_grad_enabled())
+        run.set_gradients(0)
+        return loss
+
+    run.step(0)  # some algorithms only learn from the first gradient that they see
+    before = run.weights()
+    with torch.no_grad():
+        returned: Any = run.optimizer.step(reevaluate)  # type: ignore[arg-type]
+    expect(bool(modes), "the closure to be called", "no call")
+    expect(all(modes), "gradients enabled in the closure", "torch.is_grad_enabled() is False")
+    expect(returned is loss or (returned is not None and float(returned) == 3.0), "the closure's loss, 3.0", returned)
+    expect_moved(run.weights(), before, "a step with the closure's gradients")
+
+
+@clause(4, "a parameter without a gradient is skipped")
+def missing_gradient(subject: Subject) -> None:
+    """A parameter whose ``grad`` is None stays as it is, decay included: it had no part in the loss."""
+    subject.needs_two()
+    (absent,) = subject.one
+    run = subject.start()
+    before = run.weights()
+    for k in range(3):
+        run.step(k, missing=[absent])
+    after = run.weights()
+    expect_same({absent: after.pop(absent)}, {absent: before.pop(absent)}, "no change without a gradient")
+    expect_moved(after, before, "the others to train")
+
+
+@clause(4, "a step without any gradient does nothing")
+def no_gradients(subject: Subject) -> None:
+    """A step in which no parameter has a gradient changes nothing and raises nothing, before training and in it."""
+    run = subject.start()
+    run.step(0, missing=list(run.params))
+    expect_same(run.weights(), snapshot(subject.params()), "no change in a first step without gradients")
+    run.step(1)
+    before = run.everything()
+    run.step(2, missing=list(run.params))
+    expect_same(run.everything(), before, "no change in a step without gradients")
+
+
+@clause(4, "a gradient that is missing on some steps leaves weights and state alone")
+def missing_leaves_state(subject: Subject) -> None:
+    """While its gradient is missing, a parameter's weights and state stay bit for bit, its step count too.
+
+    Experts that got no token and heads of other tasks have no gradient on many steps.
+    """
+    subject.needs_two()
+    (absent,) = subject.one
+    run = subject.start()
+    run.step(0)
+    before = _of(run, absent)
+    run.step(1, missing=[absent])
+    run.step(2, missing=[absent])
+    expect_same(_of(run, absent), before, "weights and state to stay while the gradient is missing")
+
+
+@clause(4, "a gradient that is missing on some steps leaves the clock alone")
+def missing_leaves_clock(subject: Subject) -> None:
+    """A parameter that missed steps goes on as if they had not been: its bias correction counts its own updates."""
+    subject.needs_two()
+    (absent,) = subject.one
+    gaps, expected = subject.start(), subject.start()
+    start = gaps.weights()
+    for k in range(6):
+        gaps.step(k, missing=[absent] if k in (0, 2, 3) else [])
+    for k in (1, 4, 5):
+        expected.step(k)
+    seen, wanted = ({absent: run.weights()[absent]} for run in (gaps, expected))
+    expect_close(seen, wanted, start, "the same training as without the steps that were missed")
+
+
+@clause(5, "gradients stay as they were")
+def gradients_unchanged(subject: Subject) -> None:
+    """``step()`` reads ``p.grad`` and neither changes nor clears it.
+
+    Loggers read gradients after the step; gradient accumulation and ``step()`` called twice rely on them.
+    """
+    run = subject.start()
+    run.set_gradients(0)
+    before = {name: p.grad for name, p in run.params.items()}
+    run.act()
+    for name, p in run.params.items():
+        expect(p.grad is before[name], f"{name}.grad to be the same tensor", "None" if p.grad is None else "another")
+    expected = {name: gradient(0, name, p) for name, p in run.params.items()}
+    expect_same(snapshot(before), expected, "p.grad unchanged by the step")
+
+
+@clause(5, "global random states are not consumed")
+def random_state(subject: Subject) -> None:
+    """Building and stepping draw nothing from torch's, NumPy's and Python's global generators.
+
+    Otherwise a change of optimizer changes dropout and data order, and runs can't be compared.
+    """
+    before = _random_states()
+    run = subject.start()
+    for k in range(3):
+        run.set_gradients(k)
+        run.act()
+    after = _random_states()
+    drawn = [library for library, state in before.items() if not torch.equal(state, after[library])]
+    expect(not drawn, "untouched random states", f"draws from {', '.join(drawn)}")
+
+
+@clause(5, "global settings are left as they were")
+def global_settings(subject: Subject) -> None:
+    """Precision of matrix products, default dtype, gradient mode and threads are as before, after a few steps."""
+    with _known_precision():
+        before = _settings()
+        run = subject.start()
+        run.steps(range(3))
+        after = _settings()
+    changed = [f"{name} from {before[name]} to {now}" for name, now in after.items() if now != before[name]]
+    expect(not changed, "untouched settings", ", ".join(changed))
+
+
+@clause(9, "a step with zero gradients and lr 0 changes no parameter")
+def idle_step(subject: Subject) -> None:
+    """``torch.distributed.checkpoint`` takes such a step to bring state into being, and expects nothing else of it."""
+    subject.needs("lr")
+    run = subject.start()
+    before = run.weights()
+    run.set("lr", 0.0)
+    run.set_gradients(0, scale=0.0)
+    run.act()
+    expect_same(run.weights(), before, "no change in a step with zero gradients and lr 0")
+
+
+@clause(9, "zero gradients make no NaN, and training goes on after them")
+def zero_gradients(subject: Subject) -> None:
+    """0/0 lurks in every normalization: after zero gradients all numbers are finite, and the next ones move."""
+    run = subject.start()
+    for k in range(3):
+        run.set_gradients(k, scale=0.0)
+        run.act()
+    expect_finite(run.everything(), "finite numbers after zero gradients")
+    before = run.weights()
+    run.steps(range(3, 6))
+    expect_moved(run.weights(), before, "training after zero gradients")
+
+
+@clause(15, "step hooks fire once a step, before and after it")
+def step_hooks(subject: Subject) -> None:
+    """``register_step_pre_hook`` and ``register_step_post_hook`` are how profilers, FSDP and loggers listen in."""
+    run = subject.start()
+    run.steps(range(3))
+    seen: list[tuple[str, Snapshot]] = []
+    hooks = [
+        run.optimizer.register_step_pre_hook(lambda *_: seen.append(("before", run.weights()))),
+        run.optimizer.register_step_post_hook(lambda *_: seen.append(("after", run.weights()))),
+    ]
+    start = run.weights()
+    run.step(3)
+    heard = [when for when, _ in seen]
+    expect(heard == ["before", "after"], "one call before and one after the step", heard)
+    expect_same(seen[0][1], start, "the first hook to be called before anything moves")
+    expect_moved(seen[1][1], start, "the second hook to be called when everything has moved")
+    for hook in hooks:
+        hook.remove()
+    run.step(4)
+    expect(len(seen) == 2, "no call of a hook that was removed", len(seen))
+
+
+@clause(15, "hooks of state_dict and load_state_dict fire")
+def state_hooks(subject: Subject) -> None:
+    """They adapt checkpoints across versions: the hook before loading may replace the state that is loaded."""
+    run = subject.start()
+    run.step(0)
+    heard: list[str] = []
+    optimizer = run.optimizer
+    optimizer.register_state_dict_pre_hook(lambda *_: heard.append("state_dict before"))
+    optimizer.register_state_dict_post_hook(lambda *_: heard.append("state_dict after"))
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: heard.append("load before") or state["wrapped"])  # type: ignore[func-returns-value]
+    optimizer.register_load_state_dict_post_hook(lambda *_: heard.append("load after"))
+    state = optimizer.state_dict()
+    optimizer.load_state_dict({"wrapped": state})
+    expected = ["state_dict before", "state_dict after", "load before", "load after"]
+    expect(heard == expected, f"calls in the order {expected}", heard)
+
+
+def _of(run: Run, name: str) -> Snapshot:
+    """Weights and state of one parameter."""
+    return snapshot({"weight": run.params[name], "state": run.optimizer.state.get(run.params[name], {})})
+
+
+def _random_states() -> dict[str, Tensor]:
+    """A fingerprint of each library's global generator."""
+    states = {"torch": torch.get_rng_state(), "Python's random": torch.tensor(random.getstate()[1])}
+    if torch.cuda.is_available():
+        states |= {f"torch on {k}": state for k, state in enumerate(torch.cuda.get_rng_state_all())}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        _, keys, position, *_ = numpy.random.get_state()
+        states["NumPy"] = torch.tensor([*keys.tolist(), position])
+    return states
+
+
+@contextmanager
+def _known_precision() -> Iterator[None]:
+    """Whatever the optimizer set when it was first built, matrix products are in full float32 at the beginning."""
+    kept = [backend.fp32_precision for backend in _products()]
+    torch.set_float32_matmul_precision("highest")
+    yield
+    for backend, precision in zip(_products(), kept, strict=True):
+        backend.fp32_precision = precision
+
+
+def _products() -> Any:
+    """Where torch keeps the precision of matrix products."""
+    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+def _settings() -> dict[str, object]:
+    """Settings of torch that a step might leave changed."""
+    return {
+        "precision of products": [backend.fp32_precision for backend in _products()],
+        "default dtype": torch.get_default_dtype(),
+        "gradient mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cuDNN benchmark": torch.backends.cudnn.benchmark,
+        "threads": torch.get_num_threads(),
+    }

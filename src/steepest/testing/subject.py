@@ -1,0 +1,202 @@
+"""The optimizer under test, the parameters that it is given, and a training run in which nothing is left to chance.
+
+Gradients don't come from a model but from a random generator seeded by step and parameter: what one parameter gets
+never depends on another, so that two runs can be compared parameter by parameter, bit for bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steepest.testing.clause import NotApplicable
+from steepest.testing.evidence import Snapshot, one_line, snapshot
+
+Factory = Callable[..., torch.optim.Optimizer]
+"""``factory(params, **overrides)``: an optimizer for ``params``, with some of its options set otherwise."""
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "first.weight": (4, 3),
+    "second.weight": (4, 3),  # twice the same shape, for optimizers that batch
+    "kernel": (2, 3, 1, 2),
+    "bias": (4,),
+    "gain": (),
+}
+
+BEFORE, AFTER = 4, 4
+"""Steps before a run is broken off, and after it was taken up again."""
+
+
+class Run:
+    """Some parameters, their optimizer, and steps with gradients that depend on nothing but step and name."""
+
+    def __init__(self, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, by_closure: bool) -> None:
+        self.params = dict(params)
+        self.optimizer = optimizer
+        self.by_closure = by_closure
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return next(iter(self.params.values())).dtype
+
+    def set_gradients(self, k: int, missing: Collection[str] = (), scale: float = 1.0) -> None:
+        """Every parameter gets the gradient of step ``k``, but for those that miss it."""
+        for name, p in self.params.items():
+            p.grad = None if name in missing or not p.requires_grad else scale * gradient(k, name, p)
+
+    def act(self) -> None:
+        """``optimizer.step()`` with the gradients that are there, through a closure if it can't do without."""
+        self.optimizer.step(lambda: torch.zeros(())) if self.by_closure else self.optimizer.step()  # type: ignore
+
+    def step(self, k: int, missing: Collection[str] = (), poison: Mapping[str, float] | None = None) -> None:
+        """Step ``k``. ``poison`` says whose gradient contains which bad number."""
+        self.set_gradients(k, missing)
+        for name, value in (poison or {}).items():
+            grad = self.params[name].grad
+            assert grad is not None
+            grad.view(-1)[0] = value
+        seed(k)  # runs compare even if steps draw random numbers; whether they may is another clause's matter
+        self.act()
+
+    def steps(self, ks: Iterable[int]) -> None:
+        """Some steps. In step 1 the second matrix has no gradient, so that clocks differ from then on."""
+        for k in ks:
+            self.step(k, missing=["second.weight"] if k == 1 else [])
+
+    def set(self, option: str, value: Any) -> None:
+        """Write an option into every group, as a scheduler would."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group[option], Tensor):
+                group[option].fill_(value)
+            else:
+                group[option] = value
+
+    def weights(self) -> Snapshot:
+        """A copy of the parameters, by name."""
+        return snapshot(self.params)
+
+    def state(self) -> Snapshot:
+        """A copy of the optimizer's state, by parameter and by its own names."""
+        return snapshot({name: self.optimizer.state[p] for name, p in self.params.items() if p in self.optimizer.state})
+
+    def everything(self) -> Snapshot:
+        """Weights and state."""
+        return snapshot({"weight of": self.weights(), "state of": self.state()})
+
+
+class Subject:
+    """An optimizer under test.
+
+    Example:
+        >>> subject = Subject(torch.optim.SGD)
+        >>> run = subject.start(lr=0.1)
+        >>> run.step(0)
+        >>> sorted(run.weights()) == sorted(subject.shapes)
+        True
+    """
+
+    def __init__(
+        self, factory: Factory, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        self.factory = factory
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.refused: dict[str, str] = {}
+        self._straight: dict[torch.dtype, tuple[Snapshot, Snapshot]] = {}
+        self.shapes = {name: shape for name, shape in SHAPES.items() if self._takes(name, shape)}
+        if not self.shapes:
+            raise ValueError(f"no parameter could be optimized: {next(iter(self.refused.values()))}")
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """The options of a group that says nothing."""
+        group = self.start().optimizer.param_groups[0]
+        return {option: value for option, value in group.items() if option not in ("params", "param_names")}
+
+    @cached_property
+    def by_closure(self) -> bool:
+        """Whether ``step`` can't do without a closure."""
+        name, shape = next(iter(SHAPES.items()))
+        step = self.factory([self._parameter(name, shape, self.dtype)]).step
+        closure = inspect.signature(step).parameters.get("closure")
+        return closure is not None and closure.default is inspect.Parameter.empty
+
+    @property
+    def lr(self) -> float:
+        """Its learning rate."""
+        return float(self.defaults["lr"])
+
+    @property
+    def one(self) -> list[str]:
+        """One parameter's name, for clauses that need no more."""
+        return [next(iter(self.shapes))]
+
+    def params(self, dtype: torch.dtype | None = None, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Fresh parameters, the same each time."""
+        chosen = self.shapes if names is None else names
+        return {name: self._parameter(name, self.shapes[name], dtype or self.dtype) for name in chosen}
+
+    def start(self, dtype: torch.dtype | None = None, names: Collection[str] | None = None, **overrides: Any) -> Run:
+        """A run at its beginning; the optimizer is given a list of tensors."""
+        params = self.params(dtype, names)
+        return self.over(params, list(params.values()), **overrides)
+
+    def over(self, params: Mapping[str, Tensor], given: Any, **overrides: Any) -> Run:
+        """A run at its beginning, whose optimizer is given parameters in some form."""
+        return Run(params, self.factory(given, **overrides), self.by_closure)
+
+    def straight(self, dtype: torch.dtype) -> tuple[Snapshot, Snapshot]:
+        """Everything after `BEFORE` steps of a run, and after `AFTER` more; what resumed runs are compared with."""
+        if dtype not in self._straight:
+            run = self.start(dtype)
+            run.steps(range(BEFORE))
+            middle = run.everything()
+            run.steps(range(BEFORE, BEFORE + AFTER))
+            self._straight[dtype] = middle, run.everything()
+        return self._straight[dtype]
+
+    def needs(self, option: str, why: str = "") -> None:
+        """The clause applies only to optimizers with this option."""
+        if option not in self.defaults:
+            raise NotApplicable(why or f"has no {option}")
+
+    def needs_two(self) -> None:
+        """The clause applies only to optimizers that take several parameters."""
+        if len(self.shapes) < 2:
+            raise NotApplicable("takes a single parameter only")
+
+    def _takes(self, name: str, shape: tuple[int, ...]) -> bool:
+        p = self._parameter(name, shape, self.dtype)
+        try:
+            Run({name: p}, self.factory([p]), self.by_closure).step(0)
+        except Exception as error:
+            self.refused[f"shape {list(shape)}"] = one_line(error)
+            return False
+        return True
+
+    def _parameter(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+        return nn.Parameter(_random(0, name, shape).to(self.device, dtype))
+
+
+def gradient(k: int, name: str, p: Tensor) -> Tensor:
+    """The gradient of step ``k`` for the parameter of this name."""
+    return _random(1 + k, name, p.shape).to(p.device, p.dtype)
+
+
+def seed(k: int) -> None:
+    """Seed the global generators; `torch.manual_seed` takes longer than a step."""
+    torch.default_generator.manual_seed(k)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(k)
+
+
+def _random(k: int, name: str, shape: Iterable[int]) -> Tensor:
+    number = zlib.crc32(f"{name}, {k}".encode())
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(number))

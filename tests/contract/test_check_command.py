@@ -1,0 +1,64 @@
+"""``steepest check``: the table, and the exit status that a pipeline goes by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from steepest.cli import app
+
+
+def check(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["check", *arguments], env={"COLUMNS": "100"})
+
+
+def test_ours_pass() -> None:
+    done = check("soap", "--lr", "1e-2", "--option", "precondition_frequency=2")
+    assert done.exit_code == 0, done.output
+    assert "soap: 56 clauses kept, 0 broken, 0 not applicable" in done.output
+
+
+def test_others_break_something() -> None:
+    done = check("torch.optim:SGD", "--lr", "1e-3", "--option", "momentum=0.9")
+    assert done.exit_code == 1
+    lines = done.output.splitlines()
+    assert lines[0].startswith("torch.optim:SGD  torch ")
+    (bad,) = (k for k, line in enumerate(lines) if "NaN in a gradient poisons" in line)
+    assert lines[bad].split()[0] == "12"
+    assert lines[bad].split()[-1] == "broken"
+    assert "expected finite numbers after nan" in lines[bad + 1]
+
+
+def test_what_is_not_given_is_said() -> None:
+    done = check("torch.optim:Muon", "--lr", "1e-3", "--dtype", "float64")
+    assert "not given: a parameter of shape [4], refused: ValueError: Muon only supports 2D" in done.output
+
+
+def test_a_file_at_hand(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_optimizers.py").write_text("import torch\n\nclass Mine(torch.optim.AdamW):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    done = check("my_optimizers:Mine")
+    assert done.exit_code == 1
+    assert "my_optimizers:Mine: 48 clauses kept" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["saop"], "'saop': no such optimizer (did you mean 'soap'?); others go by module:Class"),
+        (["torch.optim:AdamV"], "module 'torch.optim' has no attribute 'AdamV'"),
+        (["torch.optimal:AdamW"], "No module named 'torch.optimal'"),
+        (["torch:float32"], "torch:float32: is no class, but dtype"),
+        (["soap"], "missing 1 required positional argument: 'lr'"),
+        (["soap", "--lr", "0.1", "--option", "betas"], 'option "betas": write it as'),
+        (["soap", "--lr", "0.1", "--dtype", "float8"], "dtype 'float8': there are float32, bfloat16, float64"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], complaint: str) -> None:
+    done = check(*arguments)
+    assert done.exit_code == 2
+    (line,) = done.output.strip().splitlines()
+    assert line.startswith("steepest: ")
+    assert complaint in line
