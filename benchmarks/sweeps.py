@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from steepest.lab.contenders import parse_sweep
+
 RESULTS = Path(__file__).parent / "results" / "sweeps.json"
 FACTOR_DECAY = "shampoo_beta=0.9,0.95"
 MOMENTUM = "momentum=0.9,0.95"
@@ -45,12 +47,19 @@ def command(name: str, folder: Path) -> list[str]:
     return ["steepest", "race", "--optimizers", name, *sweep, "--steps", "300", "--seeds", "1", "--out", str(folder)]
 
 
-def collect(folder: Path) -> list[dict[str, Any]]:
-    """Settings and final validation loss of each trial in a race's folder, best first."""
+def collect(name: str, folder: Path) -> list[dict[str, Any]]:
+    """Settings and final validation loss of each trial of a contender's grid in a race's folder, best first."""
+    axes = dict(axis.partition("=")[::2] for axis in AXES[name])
+    wanted = {
+        option: [repr(value) for value in parse_sweep(f"{option}={text}")[option]] for option, text in axes.items()
+    }
     trials = []
     for path in folder.glob("runs/*.json"):
         run = json.loads(path.read_text())
         contender, record = run["identity"]["contender"], run["record"]
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in contender["options"].items()}
+        if any(repr(values.get(option)) not in texts for option, texts in wanted.items()):
+            continue
         final = record["validation"][-1][1] if record["status"] == "finished" else None
         kept = {"options": contender["options"], "seed": run["identity"]["seed"], "steps": run["identity"]["steps"]}
         trials.append(kept | {"status": record["status"], "final_loss": final})
@@ -68,7 +77,7 @@ def main() -> None:
         words = command(name, base / name)
         if args.collect is None:
             subprocess.run([str(Path(sys.executable).parent / words[0]), *words[1:]], check=True)
-        trials = collect(base / name)
+        trials = collect(name, base / name)
         if trials:
             known[name] = {"command": " ".join(words[:-2]), "trials": trials}
             best = trials[0]

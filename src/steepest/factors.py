@@ -47,7 +47,8 @@ class Factors:
             if wanted and 1 < d <= max_precond_dim:
                 state[side] = G.new_zeros(B, d, d)
                 if bases:
-                    state[f"Q_{side}"] = G.new_zeros(B, d, d)
+                    # Columns contiguous, as LAPACK returns them: taking a new basis in is then a plain copy.
+                    state[f"Q_{side}"] = G.new_zeros(B, d, d).mT
                     state[f"Q_{side}"].diagonal(dim1=-2, dim2=-1).fill_(1)
         return state
 

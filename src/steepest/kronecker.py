@@ -327,9 +327,9 @@ def _reorder(x: Tensor, orders: Sequence[Tensor | None]) -> Tensor:
     """Rows and columns of ``x [..., m, n]`` in the orders ``[..., m]`` and ``[..., n]``."""
     rows, columns = orders
     if rows is not None:
-        x = x.take_along_dim(rows.unsqueeze(-1), dim=-2)
+        x = torch.gather(x, -2, rows.unsqueeze(-1).expand_as(x))
     if columns is not None:
-        x = x.take_along_dim(columns.unsqueeze(-2), dim=-1)
+        x = torch.gather(x, -1, columns.unsqueeze(-2).expand_as(x))
     return x
 
 

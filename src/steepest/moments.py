@@ -59,6 +59,6 @@ def adam(
     d = v.sqrt()
     if noise_floor == 0:
         return m / d.add_(eps)
-    floor = noise_floor**2 * v.mean(dim=(-2, -1), keepdim=True)  # [B, 1, 1]
+    floor = noise_floor**2 * v.mean(dim=(-2, -1), keepdim=True) + torch.finfo(g.dtype).tiny  # [B, 1, 1]; 0/0 is 0
     denominator = torch.addcmul(floor, d, d + eps)  # d (d + eps) + τ² mean(v̂)
-    return d.mul_(m).div_(denominator.clamp_(min=torch.finfo(g.dtype).tiny))
+    return d.mul_(m).div_(denominator)

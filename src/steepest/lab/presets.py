@@ -64,6 +64,9 @@ PRESETS: Mapping[str, Preset] = {
     "adamuon": _swept("adamuon", {"lr": 2e-2, "momentum": 0.9}, rates=LOW),
     "shampoo": _swept("shampoo", {"lr": 2e-2, "shampoo_beta": 0.9, "precondition_frequency": 5}, rates=LOW),
     "kl-shampoo": _swept("kl-shampoo", {"lr": 2e-2, "shampoo_beta": 0.9, "precondition_frequency": 5}, rates=LOW),
+    "dion": _swept("dion", {"lr": 2e-2, "momentum": 0.9}, rates=LOW),
+    "dion2": _swept("dion2", {"lr": 4e-2, "ef_decay": 0.9}, rates=HIGH),
+    "lion": _swept("lion", {"lr": 2e-3, "betas": (0.9, 0.99)}, rates=(5e-4, 1e-3, 2e-3, 4e-3), elementwise=None),
 }
 
 QUICK = ("adamw", "soap", "soap-f5", "kl-soap", "muon")
