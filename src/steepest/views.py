@@ -1,7 +1,7 @@
 """How a parameter is seen as matrices.
 
 A view turns a tensor of a parameter's shape into a list of batches ``[b, m, n]``, rows being outputs, and back. It is a
-list because blocks of a fused projection may differ in shape. Four options of a parameter group choose the view:
+list because blocks of a fused projection may differ in shape. Options of a parameter group choose the view:
 
 ==============  ========================================================================================
 ``merge_dims``  True: a convolution ``[o, i, h, w]`` is one matrix ``[o, i·h·w]``; False: leading dimensions
@@ -9,6 +9,7 @@ list because blocks of a fused projection may differ in shape. Four options of a
 ``transpose``   the parameter is stored ``[inputs, outputs]``
 ``split``       row counts of blocks that are matrices of their own, as in a fused query-key-value projection
 ``heads``       each block's rows are that many matrices, one per attention head
+``block_size``  no matrix is longer or wider: larger ones are cut into blocks of nearly equal size; 0: none is cut
 ==============  ========================================================================================
 """
 
@@ -17,6 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -43,8 +46,15 @@ class View:
     transpose: bool = False
     split: tuple[int, ...] = ()
     heads: int = 1
+    block_size: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.block_size, int) or self.block_size < 0:
+            raise ValueError(f"block_size={self.block_size!r}: must be an integer >= 0; 0 cuts nothing")
+        if self.block_size and self.heads > 1:
+            raise ValueError(
+                f"block_size={self.block_size!r} with heads={self.heads!r}: must be 0: heads are small already"
+            )
         if len(self.shape) < 2 and (self.split or self.heads != 1 or self.transpose):
             raise ValueError(f"a parameter of shape {list(self.shape)} has no rows to split, no heads, no transpose")
         if self.split and self.transpose and len(self.shape) > 2 and self.merge_dims:
@@ -61,9 +71,22 @@ class View:
         """The view of parameter ``p`` that its group's options describe; vectors and scalars ignore them."""
         if p.dim() < 2:
             return cls(tuple(p.shape))
-        return cls(tuple(p.shape), group["merge_dims"], group["transpose"], tuple(group["split"]), group["heads"])
+        view = cls(
+            tuple(p.shape),
+            group["merge_dims"],
+            group["transpose"],
+            tuple(group["split"]),
+            group["heads"],
+            group["block_size"],
+        )
+        if p.dim() > 2 and view.merge_dims and len(view.blocks) > 1 and not p.is_contiguous():
+            raise ValueError(
+                f"block_size={view.block_size!r}: a parameter of shape {list(p.shape)} whose dimensions merge must be "
+                "contiguous to be cut; call contiguous() on it, or leave block_size at 0"
+            )
+        return view
 
-    @property
+    @cached_property
     def stored(self) -> tuple[int, int, int]:
         """The parameter as a batch of matrices as it lies in memory, before transposing."""
         if len(self.shape) < 2:
@@ -77,38 +100,64 @@ class View:
         """Whether a piece may hold several matrices, so that its state keeps a leading dimension."""
         return self.heads > 1 or (len(self.shape) > 2 and not self.merge_dims)
 
-    @property
+    @cached_property
+    def blocks(self) -> list[tuple[slice, slice]]:
+        """The rows and columns of each piece, rows being outputs."""
+        _, m, n = self.stored
+        if self.transpose:
+            m, n = n, m
+        rows = [cut for start, stop in _bounds(self.split or (m,)) for cut in _cuts(start, stop, self.block_size)]
+        return [(r, c) for r in rows for c in _cuts(0, n, self.block_size)]
+
+    @cached_property
     def pieces(self) -> list[tuple[int, int, int]]:
         """The shapes ``(b, m, n)`` of the batches, rows being outputs; none for an empty parameter.
 
         >>> View((8, 3, 5, 5)).pieces, View((8, 64, 32), merge_dims=False).pieces, View((7,)).pieces
         ([(1, 8, 75)], [(8, 64, 32)], [(1, 1, 7)])
+        >>> View((8, 6), block_size=4).pieces
+        [(1, 4, 3), (1, 4, 3), (1, 4, 3), (1, 4, 3)]
         """
         if 0 in self.shape:
             return []
-        b, m, n = self.stored
-        if self.transpose:
-            m, n = n, m
-        return [(b * self.heads, rows // self.heads, n) for rows in self.split or (m,)]
+        b, h = self.stored[0], self.heads
+        return [(b * h, (r.stop - r.start) // h, c.stop - c.start) for r, c in self.blocks]
 
     def window(self, x: Tensor, piece: int) -> Tensor:
         """The part of ``x``, of the parameter's shape, that a piece covers: always a view, whatever x's layout."""
-        if not self.split:
+        blocks = self.blocks
+        if len(blocks) == 1:
             return x
-        rows = -1 if self.transpose else (-2 if len(self.shape) == 2 or not self.merge_dims else 0)
-        return x.narrow(rows, sum(self.split[:piece]), self.split[piece])
+        rows, columns = reversed(blocks[piece]) if self.transpose else blocks[piece]
+        if len(self.shape) > 2 and self.merge_dims:
+            every = slice(0, self.stored[2])
+            return x[rows] if columns == every else x.view(self.stored[1:])[rows, columns]
+        return x[..., rows, columns]
 
     def matrices(self, x: Tensor, piece: int) -> Tensor:
         """A piece of ``x``, of the parameter's shape, as ``[b, m, n]``; without a copy where its layout allows."""
         part = self.window(x, piece)
+        b, m, n = self.pieces[piece]
         if self.transpose:
-            part = part.reshape(*self.stored[:2], -1).mT
-        return part.reshape(self.pieces[piece])
+            part = part.reshape(self.stored[0], n, -1).mT
+        return part.reshape(b, m, n)
 
     def shaped(self, D: Tensor, piece: int) -> Tensor:
         """The inverse of `matrices`: ``D [b, m, n]`` in the shape of the piece's `window`."""
         if self.transpose:
             D = D.reshape(self.stored[0], -1, D.shape[-1]).mT
-        if not self.split:
-            return D.reshape(self.shape)
         return D.reshape(self.window(torch.empty(self.shape, device="meta"), piece).shape)
+
+
+def _bounds(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Where blocks of these lengths, one after the other, start and stop."""
+    stops = list(accumulate(lengths))
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def _cuts(start: int, stop: int, longest: int) -> list[slice]:
+    """``start:stop`` in as few slices of nearly equal length as ``longest`` allows; 0 allows any."""
+    length = stop - start
+    parts = -(-length // longest) if longest and length else 1
+    edges = [start + length * i // parts for i in range(parts + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]

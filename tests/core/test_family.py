@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import steepest
 from steepest.optimizer import Optimizer
 from steepest.rule import Rule, Step
 from steepest.rules import RULES
@@ -37,6 +38,24 @@ def optimizer(rule):
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_blocks_are_matrices_of_their_own():
+    whole, pieces = torch.nn.Parameter(random(8, 6)), []
+    blocked = steepest.Shampoo([whole], lr=0.1, block_size=4)
+    for rows in (slice(0, 4), slice(4, 8)):
+        for columns in (slice(0, 3), slice(3, 6)):
+            W = torch.nn.Parameter(random(8, 6)[rows, columns].clone())
+            pieces.append((W, rows, columns, steepest.Shampoo([W], lr=0.1)))
+    for t in range(3):
+        whole.grad = random(8, 6, seed=t + 1)
+        blocked.step()
+        for W, rows, columns, alone in pieces:
+            W.grad = whole.grad[rows, columns].clone()
+            alone.step()
+    for W, rows, columns, _ in pieces:
+        torch.testing.assert_close(whole[rows, columns], W, rtol=0, atol=1e-6)
+    assert tuple(blocked.state[whole]["L.3"].shape) == (4, 4)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4), (1, 7), (7, 1)])

@@ -21,6 +21,12 @@ CASES = [
     (View((8, 3), split=(4, 2, 2), heads=2), [(2, 2, 3), (2, 1, 3), (2, 1, 3)]),
     (View((3, 8), split=(4, 4), transpose=True), [(1, 4, 3), (1, 4, 3)]),
     (View((6, 2, 2), split=(4, 2)), [(1, 4, 4), (1, 2, 4)]),
+    (View((7, 4), block_size=4), [(1, 3, 4), (1, 4, 4)]),
+    (View((6, 4), block_size=3), [(1, 3, 2)] * 4),
+    (View((6, 4), block_size=3, transpose=True), [(1, 2, 3)] * 4),
+    (View((4, 3, 2, 2), block_size=6), [(1, 4, 6)] * 2),
+    (View((2, 6, 4), block_size=3, merge_dims=False), [(2, 3, 2)] * 4),
+    (View((6, 4), block_size=3, split=(4, 2)), [(1, 2, 2)] * 6),
 ]
 
 
@@ -57,6 +63,8 @@ def test_a_window_is_a_view_in_any_layout():
         ({"split": (7, -1)}, "split=(7, -1)"),
         ({"heads": 4}, "heads=4: must divide the 6 rows"),
         ({"heads": 0}, "heads=0"),
+        ({"block_size": -1}, "block_size=-1"),
+        ({"block_size": 2, "heads": 2}, "block_size=2 with heads=2"),
     ],
 )
 def test_impossible_views_are_refused(options, message):
@@ -65,16 +73,24 @@ def test_impossible_views_are_refused(options, message):
     assert message in str(error.value)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.booleans(), st.booleans(), st.integers(1, 3))
-def test_any_view_covers_every_entry_once(shape, merge, transpose, heads):
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 4), min_size=2, max_size=4), st.booleans(), st.booleans(), st.integers(1, 3),
+    st.integers(0, 3),
+)  # fmt: skip
+def test_any_view_covers_every_entry_once(shape, merge, transpose, heads, block_size):
     if transpose and merge and len(shape) > 2:
         transpose = False
     rows = shape[-1] if transpose else (shape[0] if merge or len(shape) == 2 else shape[-2])
     if rows % heads:
         heads = 1
-    view = View(tuple(shape), merge_dims=merge, transpose=transpose, heads=heads)
+    if heads > 1:
+        block_size = 0
+    view = View(tuple(shape), merge_dims=merge, transpose=transpose, heads=heads, block_size=block_size)
     x = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
-    G = view.matrices(x, 0)
-    assert sorted(G.flatten().tolist()) == sorted(x.flatten().tolist())
-    assert torch.equal(view.shaped(G, 0), x)
+    pieces = [view.matrices(x, k) for k in range(len(view.pieces))]
+    assert sorted(entry for G in pieces for entry in G.flatten().tolist()) == sorted(x.flatten().tolist())
+    for k, G in enumerate(pieces):
+        assert tuple(G.shape) == view.pieces[k]
+        assert block_size == 0 or max(G.shape[1:]) <= block_size
+        assert torch.equal(view.shaped(G, k), view.window(x, k))

@@ -27,9 +27,9 @@ class MOSO(Optimizer):
         weight_decay: strength of the decay.
         inner: "adam": bias-corrected Adam on the projected momentum. "rmsprop": only divide by its root mean square;
             Adam on top of momentum damps twice.
-        noise_floor: for "adam": entries far below this fraction of the root mean square vanish quadratically. A gradient
-            of low rank (few samples) is zero up to rounding in most directions of its own eigenbasis, and Adam would
-            take full-size steps there.
+        noise_floor: for "adam": entries far below this fraction of the root mean square vanish quadratically. A
+            gradient of low rank (few samples) is zero up to rounding in most directions of its own eigenbasis, and Adam
+            would take full-size steps there.
         weight_decay_method: "decoupled", "independent", "palm", "cautious" or "l2"; see `SOAP`.
         power_iter_steps: orthogonal iterations per step.
         max_update_rms: scale a matrix's update down to this root mean square; 0 never does.

@@ -45,6 +45,8 @@ class Shampoo(Optimizer):
         fp32_matmul_prec: precision of float32 products: "highest", "high" (TF32), "medium" (bfloat16).
         weight_decay_method: see `Muon`.
         max_precond_dim: longer sides get no covariance.
+        block_size: cut matrices into blocks of at most so many rows and columns, each with covariances of its own:
+            cheaper roots, less memory, and less seen; 0 cuts none. Distributed Shampoo's name for it is the same.
         precondition_1d: one covariance n × n for vectors. Otherwise they move by their momentum, grafted.
         stagger: spread the refreshes of a group's matrices over the steps of a period.
         merge_dims: see `Muon`.
@@ -85,6 +87,7 @@ class Shampoo(Optimizer):
         fp32_matmul_prec: str = "highest",
         weight_decay_method: str = "decoupled",
         max_precond_dim: int = 8192,
+        block_size: int = 0,
         precondition_1d: bool = False,
         stagger: bool = False,
         merge_dims: bool = True,

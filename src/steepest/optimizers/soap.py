@@ -55,9 +55,8 @@ class SOAP(Optimizer):
             run it: the first gradient only seeds the basis and moves nothing, and each refresh follows the step.
             The race shows no difference (docs/soap.md).
         noise_floor: entries of a projected gradient far below this fraction of its root mean square are rounding, and
-            vanish quadratically. "auto" is 1e-2, which trains as well as none (docs/first-steps.md); 0 turns it off. Without it a
-            relative change of the first gradient by 1e-6 moves the first update by more than itself (see
-            docs/first-steps.md).
+            vanish quadratically. "auto" is 1e-2; 0 turns it off. It trains as well as none, and without it a relative
+            change of the first gradient by 1e-6 moves the first update by more than itself (docs/first-steps.md).
         momentum_floor: Adam's second moment counts as no less than the squared first, so that no entry of an update
             exceeds 1, also right after a basis has turned.
         kl_floor: for ``use_kl_shampoo``: eigenvalues count as no less than this fraction of the largest, and the first
