@@ -28,6 +28,7 @@ from steepest.optimizers.moso import MOSO
 from steepest.optimizers.muon import AdaMuon, Muon, NorMuon
 from steepest.optimizers.shampoo import KLShampoo, Shampoo
 from steepest.optimizers.soap import REKLS, SOAP
+from steepest.recipes import recipe
 from steepest.routing import for_model, route
 from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
 
@@ -60,6 +61,7 @@ __all__ = [
     "init_kronecker_factors",
     "orthogonal_iteration",
     "precondition",
+    "recipe",
     "route",
     "update_eigenbasis_and_exp_avgs",
     "update_kronecker_factors",

@@ -41,7 +41,8 @@ def race(
         ),
     ] = None,
     workload: Annotated[
-        str, typer.Option(help="What is trained: stdlib, digits, digits-vit, or your own file: my_task.py.")
+        str,
+        typer.Option(help="What is trained: stdlib, digits, digits-vit, photo, convnet, or your own file, my_task.py."),
     ] = "stdlib",
     full: Annotated[
         bool, typer.Option("--full", help="Sweep learning rates, then run the best over shorter distances too.")
@@ -113,6 +114,33 @@ def check(
     except BadInput as error:
         _fail(str(error))
     raise typer.Exit(0 if kept else 1)
+
+
+@app.command()
+def optimizers() -> None:
+    """List every optimizer: state per entry, work per step, what it is for, its paper; and every recipe."""
+    try:
+        from steepest.lab import listing
+    except ModuleNotFoundError as missing:
+        _fail(f'the list needs {missing.name}; install it with: pip install "steepest[lab]"')
+    listing.print_optimizers(Console())
+
+
+@app.command()
+def routes(
+    model_file: Annotated[str, typer.Argument(help="A Python file with a function model() that returns a module.")],
+    rule: Annotated[str, typer.Option(help="Who steps hidden matrices: an optimizer or a recipe.")] = "soap",
+) -> None:
+    """Print which rule steps which parameter of a model, seen as which matrices, and why."""
+    try:
+        from steepest.lab import listing
+        from steepest.lab.errors import BadInput
+    except ModuleNotFoundError as missing:
+        _fail(f'the table needs {missing.name}; install it with: pip install "steepest[lab]"')
+    try:
+        listing.print_routes(model_file, rule, Console())
+    except BadInput as error:
+        _fail(str(error))
 
 
 def main() -> None:

@@ -21,12 +21,12 @@ from steepest.apply import DECAY_METHODS, apply
 from steepest.exchange import local
 from steepest.rule import Elementwise, Rule, State, Step, check, check_choice
 from steepest.rules import RULES
-from steepest.stacks import Echo, Run, Stack, lay_out, spread, state_dtype, to_device
+from steepest.stacks import Echo, Run, Stack, beside, lay_out, spread, state_dtype, to_device
 from steepest.views import OPTIONS as VIEW_OPTIONS
 from steepest.views import View
 
 OPTIONS: dict[str, Any] = {"lr": None, "weight_decay": 0.01, "nonfinite": "skip"}
-STACK_OPTIONS: dict[str, Any] = {"weight_decay_method": "decoupled", "stagger": False, **VIEW_OPTIONS}
+STACK_OPTIONS: dict[str, Any] = {"weight_decay_method": "decoupled", "stagger": False, "block_size": 0, **VIEW_OPTIONS}
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -52,10 +52,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], rule: str = "adamw", **options: Any) -> None:
         self._stacks: list[Stack] = []
-        self._waiting: list[
-            tuple[int, int]
-        ] = []  # frozen parameters, by group and position: no state before a gradient
+        self._waiting: list[tuple[int, int]] = []  # frozen, by group and position: no state before a gradient
         self._phases: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
+        self._homes: list[tuple[Tensor, torch.device]] = []  # whom state was laid out for, and where
         self._skipped = torch.zeros((), dtype=torch.int64)
         known = option_defaults(rule)
         for name in options:
@@ -87,6 +86,7 @@ class Optimizer(torch.optim.Optimizer):
         wanted = [i for i, p in enumerate(group["params"]) if p.requires_grad]
         self._waiting += [(number, i) for i, p in enumerate(group["params"]) if not p.requires_grad]
         self._adopt(number, wanted)
+        self._homes += [(p, p.device) for p in group["params"]]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -106,6 +106,7 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
+            self._follow()
             self._welcome()
             rules = [_admit(group) for group in self.param_groups]  # whatever is refused is refused before a change
             for stack in self._stacks:
@@ -196,11 +197,11 @@ class Optimizer(torch.optim.Optimizer):
         batches: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for p in group["params"]:
             if p.grad is not None and p.numel():
-                batches.setdefault((p.device, p.dtype), []).append((p, _beside(self.state[p], p, p.grad)))
+                batches.setdefault((p.device, p.dtype), []).append((p, beside(self.state[p], p, p.grad)))
         for batch in batches.values():
             norms = torch.stack(torch._foreach_norm([grad for _, grad in batch]))
             finite = norms < safe_norm(norms.dtype)
-            self._skipped = self._skipped + (~finite).sum().to(self._skipped)
+            self._skipped = self._skipped.to(finite.device) + (~finite).sum()
             if _at_hand(finite):
                 batch = [pair for pair, fine in zip(batch, finite.tolist(), strict=True) if fine]
             self._apply_elementwise(rule, group, batch, None if _at_hand(finite) else finite)
@@ -211,7 +212,7 @@ class Optimizer(torch.optim.Optimizer):
         if not batch:
             return
         params = [p for p, _ in batch]
-        weights = [_beside(self.state[p], p, p) for p in params]  # p itself, unless its dtype is too coarse to step in
+        weights = [beside(self.state[p], p, p) for p in params]  # p itself, unless its dtype is too coarse to step in
         states: list[State] = [self.state[p] for p in params]
         everything = [[W, *state.values()] for W, state in zip(weights, states, strict=True)]
         kept = None if finite is None else [[x.clone() for x in xs] for xs in everything]
@@ -253,6 +254,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, by parameter, as tensors of its own: no view drags a whole stack into the file."""
+        self._follow()
         self._settle()
         return checkpoint.detached(super().state_dict())
 
@@ -263,8 +265,20 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: if it doesn't fit: another number of groups or parameters, other names or rules, missing or
                 misshapen state, options out of range. Nothing has changed then.
         """
+        self._follow()
         self._settle()
         checkpoint.load(self, state_dict, check_options)
+
+    def _follow(self) -> None:
+        """Lay the state out anew if a host has replaced parameters in their groups, or moved them to another device."""
+        homes = [(p, p.device) for group in self.param_groups for p in group["params"]]
+        if len(homes) != len(self._homes):
+            raise RuntimeError(f"there were {len(self._homes)} parameters, now {len(homes)}: add_param_group adds some")
+        if all(p is q and device == home for (p, device), (q, home) in zip(homes, self._homes, strict=True)):
+            return
+        heirs = {q: p for (p, _), (q, _) in zip(homes, self._homes, strict=True)}
+        state = self.__getstate__()
+        self.__setstate__(state | {"state": {heirs[q]: named for q, named in state["state"].items()}})
 
     def _settle(self) -> None:
         for stack in self._stacks:
@@ -282,6 +296,7 @@ class Optimizer(torch.optim.Optimizer):
         self._skipped = torch.zeros((), dtype=torch.int64)
         for number, group in enumerate(self.param_groups):
             self._waiting += [(number, i) for i in range(len(group["params"]))]
+        self._homes = [(p, p.device) for group in self.param_groups for p in group["params"]]
         self._welcome(also=set(saved))
         for p, named in saved.items():
             for name, x in named.items():
@@ -348,14 +363,6 @@ def _update(
 def _at_hand(x: Tensor) -> bool:
     """Whether the host can read ``x`` without waiting for a device."""
     return x.device.type == "cpu"
-
-
-def _beside(state: State, p: Tensor, x: Tensor) -> Tensor:
-    """``x`` in the dtype and memory layout of p's state, since fused kernels pair by address; itself if it is."""
-    like = next((moment for moment in state.values() if moment.shape == p.shape), p)
-    if x.dtype == like.dtype and x.stride() == like.stride():
-        return x
-    return torch.empty_like(like).copy_(x)
 
 
 def _undo(finite: Tensor, tensors: Iterable[Tensor], kept: Iterable[Tensor]) -> None:

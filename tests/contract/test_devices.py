@@ -168,8 +168,9 @@ def test_the_contract_on_a_gpu(name: str) -> None:
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", [*RULES, *SOAP])
+@pytest.mark.parametrize("name", [name for name in [*RULES, *SOAP] if name not in ("soap kl", "inverse_root")])
 def test_a_step_on_a_gpu_does_not_wait(name: str) -> None:
+    """But for full decompositions, which report their errors to the host."""
     run = Subject(functools.partial(build, name=name), device="cuda").start()
     run.steps(range(3))
     run.set_gradients(3)

@@ -15,8 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from steepest import optimizer as engine
-from steepest import stacks
 from steepest.optimizer import Optimizer
 from steepest.testing import CLAUSES, Verdict, check_clause
 from steepest.testing.subject import Factory, Subject
@@ -63,97 +61,123 @@ def test_every_clause_has_a_mutant() -> None:
     assert set(MUTANTS) == set(CLAUSES)
 
 
-# Chapter 1: parameters.
+class Habit(Optimizer):
+    """Ours, with something done around each step, or to each state that is loaded."""
+
+    def before(self) -> None: ...
+
+    def after(self) -> None: ...
+
+    def loading(self, saved: dict[str, Any]) -> None: ...
+
+    def step(self, closure: Any = None) -> Any:
+        self.before()
+        loss = super().step(closure)
+        self.after()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loading(state_dict)
+        super().load_state_dict(state_dict)
 
 
-@breaks("parameter_forms")
-class ReadsTwice(Optimizer):
-    def __init__(self, params: Any, **options: Any) -> None:
-        count = sum(1 for _ in params)
-        super().__init__(params if count else [], **options)
+def habit(*clauses: str, **methods: Callable[..., Any]) -> None:
+    """Ours with some methods of its own breaks these clauses."""
+    breaks(*clauses)(type("Habit", (Habit,), methods))
+
+
+# Habits of a line.
+
+habit("empty_group", before=lambda self: [group["params"][0] for group in self.param_groups])
+habit("empty_parameters", before=lambda self: [p.grad.abs().max() for p in parameters(self) if p.grad is not None])
+habit("no_gradients", before=lambda self: next(p.grad for p in parameters(self) if p.grad is not None))
+habit("gradients_unchanged", after=lambda self: self.zero_grad())
+habit("gradients_unchanged", before=lambda self: nn.utils.clip_grad_norm_(parameters(self), 1e-3))
+habit("random_state", before=lambda self: torch.rand(()))
+habit("closure", step=lambda self, closure=None: [Optimizer.step(self, closure), None][1])
+habit("resume_by_name", loading=lambda self, saved: [group.pop("param_names", 0) for group in saved["param_groups"]])
+habit("resume_deepcopy", __deepcopy__=lambda self, memo: self)
+habit("own_options", "lr_reread", before=lambda self: keep(self, "lr"))
+habit("betas_reread", "decay_reread", before=lambda self: keep(self, "betas", "weight_decay"))
+habit("frozen_parameters", "missing_gradient", before=lambda self: [p.data.mul_(0.999) for p in parameters(self)])
+habit("saved_size", state_dict=torch.optim.Optimizer.state_dict)
+
+
+@breaks("resume_deepcopy", "resume_pickle")
+class PicklesOptionsOnly(Habit):
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"state": {}}
 
 
 @breaks("names_survive")
-class DropsNames(Optimizer):
+class DropsNames(Habit):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         self.param_groups[-1].pop("param_names", None)
 
 
-@breaks("empty_group")
-class LooksAtTheFirst(Optimizer):
-    def step(self, closure: Any = None) -> Any:
-        assert all(group["params"][0].is_floating_point() for group in self.param_groups)
-        return super().step(closure)
+@breaks("idle_step")
+class DecaysAtNoRate(Habit):
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options, weight_decay_method="independent")
 
 
-@breaks("empty_parameters")
-class ClipsByTheLargest(Optimizer):
-    def step(self, closure: Any = None) -> Any:
+@breaks("missing_leaves_state", "missing_leaves_clock", "no_gradients")
+class FillsInZeros(Habit):
+    def before(self) -> None:
         for p in parameters(self):
-            if p.grad is not None:
-                p.grad.abs().max()
-        return super().step(closure)
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+
+
+# Chapter 1: parameters.
+
+
+@breaks("parameter_forms")
+class ReadsTwice(Habit):
+    def __init__(self, params: Any, **options: Any) -> None:
+        count = sum(1 for _ in params)
+        super().__init__(params if count else [], **options)
 
 
 @breaks("strided_parameters", rule="adamw")
-class PairsByAddress(Optimizer):
-    def step(self, closure: Any = None) -> Any:
+class PairsByAddress(Habit):
+    def before(self) -> None:
         for p in parameters(self):
             if p.grad is not None and p.dim() > 1 and not p.is_contiguous():
                 p.grad = p.grad.as_strided(p.shape, p.stride())
-        return super().step(closure)
 
 
 @breaks("replaced_parameters")
-class RemembersParameters(Optimizer):
+class RemembersParameters(Habit):
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
         self.known = list(parameters(self))
 
-    def step(self, closure: Any = None) -> Any:
+    def before(self) -> None:
         for p, known in zip(parameters(self), self.known, strict=False):
             p.grad = None if p is not known else p.grad
-        return super().step(closure)
 
 
 @breaks("added_group")
-class FillsInNothing(Optimizer):
+class FillsInNothing(Habit):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if len(self.param_groups) > 1:
             del self.param_groups[-1]["eps"]
 
 
-@breaks("own_options", "lr_reread")
-class KeepsItsRate(Optimizer):
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            group["lr"] = self.defaults["lr"]
-        return super().step(closure)
-
-
-@breaks("frozen_parameters", "missing_gradient", "missing_leaves_state")
-class DecaysAll(Optimizer):
-    def step(self, closure: Any = None) -> Any:
-        with torch.no_grad():
-            for p in parameters(self):
-                p.mul_(0.999)
-        return super().step(closure)
-
-
 # Chapter 10: what is refused.
 
 
 @breaks("bad_lr", "bad_betas", "bad_decay_or_eps", "unknown_option")
-class TakesAnything(Optimizer):
+class TakesAnything(Habit):
     def __init__(self, params: Any, rule: str, **options: Any) -> None:
         known = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.01, "eps": 1e-8}
         super().__init__(params, rule=rule, **known)
 
 
 @breaks("bad_lr", "bad_betas", "bad_decay_or_eps")
-class RefusesWithoutAWord(Optimizer):
+class RefusesWithoutAWord(Habit):
     def __init__(self, params: Any, **options: Any) -> None:
         try:
             super().__init__(params, **options)
@@ -162,32 +186,23 @@ class RefusesWithoutAWord(Optimizer):
 
 
 @breaks("complex_gradients", "sparse_gradients")
-class TripsOver(Optimizer):
+class TripsOver(Habit):
     def __init__(self, params: Any, **options: Any) -> None:
         params = list(params)
         if any(isinstance(p, Tensor) and p.is_complex() for p in params):
             raise RuntimeError("expected scalar type Float")
         super().__init__(params, **options)
 
-    def step(self, closure: Any = None) -> Any:
+    def before(self) -> None:
         if any(p.grad is not None and p.grad.is_sparse for p in parameters(self)):
             raise RuntimeError("tensors must be contiguous")
-        return super().step(closure)
 
 
 # Chapter 2: options.
 
 
-@breaks("betas_reread", "decay_reread")
-class KeepsItsOptions(Optimizer):
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            group |= {name: self.defaults[name] for name in ("betas", "weight_decay")}
-        return super().step(closure)
-
-
 @breaks("tensor_lr")
-class ReadsTensorsOnce(Optimizer):
+class ReadsTensorsOnce(Habit):
     def __init__(self, params: Any, lr: Any, **options: Any) -> None:
         self.rate = float(lr)
         super().__init__(params, lr=lr, **options)
@@ -203,79 +218,35 @@ class ReadsTensorsOnce(Optimizer):
 
 
 @breaks("schedulers", "cycled_momentum")
-class KnowsItsOptions(Optimizer):
-    def step(self, closure: Any = None) -> Any:
+class KnowsItsOptions(Habit):
+    def before(self) -> None:
         for group in self.param_groups:
             unknown = group.keys() - self.defaults.keys() - {"params", "param_names"}
             if unknown:
                 raise ValueError(f"unknown options {unknown}")
-        return super().step(closure)
 
 
 # Chapters 3, 4 and 5: steps.
 
 
 @breaks("closure")
-class ForgetsTheLoss(Optimizer):
-    def step(self, closure: Any = None) -> Any:
-        super().step(closure)
-
-
-@breaks("closure")
-class LeavesGradientsOff(Optimizer):
+class LeavesGradientsOff(Habit):
     def step(self, closure: Any = None) -> Any:
         loss = None if closure is None else closure()
         super().step()
         return loss
 
 
-@breaks("no_gradients")
-class CountsOnGradients(Optimizer):
-    def step(self, closure: Any = None) -> Any:
-        next(p.grad for p in parameters(self) if p.grad is not None)
-        return super().step(closure)
-
-
-@breaks("missing_leaves_state", "missing_leaves_clock", "no_gradients")
-class FillsInZeros(Optimizer):
-    def step(self, closure: Any = None) -> Any:
-        for p in parameters(self):
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        return super().step(closure)
-
-
 @breaks("missing_leaves_clock", "missing_leaves_state")
-class HasOneClock(Optimizer):
-    def step(self, closure: Any = None) -> Any:
-        super().step(closure)
+class HasOneClock(Habit):
+    def after(self) -> None:
         latest = max(state["step"].max() for state in self.state.values())
         for state in self.state.values():
             state["step"].fill_(latest)
 
 
-@breaks("gradients_unchanged")
-class ClearsGradients(Optimizer):
-    def step(self, closure: Any = None) -> Any:
-        super().step(closure)
-        self.zero_grad()
-
-
-@breaks("gradients_unchanged")
-class ClipsGradients(Optimizer):
-    def step(self, closure: Any = None) -> Any:
-        nn.utils.clip_grad_norm_(parameters(self), 1e-3)
-        return super().step(closure)
-
-
-@breaks("random_state")
-class Rolls(Optimizer):
-    def step(self, closure: Any = None) -> Any:
-        torch.rand(())
-        return super().step(closure)
-
-
 @breaks("global_settings")
-class Hurries(Optimizer):
+class Hurries(Habit):
     def __init__(self, params: Any, **options: Any) -> None:
         torch.set_float32_matmul_precision("medium")
         super().__init__(params, **options)
@@ -284,7 +255,7 @@ class Hurries(Optimizer):
 # Chapters 6, 7 and 8: saving.
 
 
-class KeepsObject(Optimizer):
+class KeepsObject(Habit):
     """Puts something into every parameter's state that is no tensor, and knows how to save and load around it."""
 
     extra: Any = None
@@ -295,10 +266,9 @@ class KeepsObject(Optimizer):
             named["extra"] = self.extra
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for named in state_dict["state"].values():
+    def loading(self, saved: dict[str, Any]) -> None:
+        for named in saved["state"].values():
             named.pop("extra", None)
-        super().load_state_dict(state_dict)
 
 
 @breaks("plain_state", "resume_flattened")
@@ -312,94 +282,58 @@ class KeepsClass(KeepsObject):
 
 
 @breaks("resume_float32", "resume_untrained", "damaged_state")
-class ForgetsTheClock(Optimizer):
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+class ForgetsTheClock(Habit):
+    def loading(self, saved: dict[str, Any]) -> None:
         for key, named in self.state_dict()["state"].items():
-            if key in state_dict["state"]:
-                state_dict["state"][key] = named | state_dict["state"][key]
-                state_dict["state"][key]["step"] = named["step"]
-        super().load_state_dict(state_dict)
+            if key in saved["state"]:
+                saved["state"][key] = named | saved["state"][key]
+                saved["state"][key]["step"] = named["step"]
 
 
 @breaks("resume_bfloat16")
-class LoadsAsTorchDoes(Optimizer):
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+class LoadsAsTorchDoes(Habit):
+    def loading(self, saved: dict[str, Any]) -> None:
         dtype = next(parameters(self)).dtype
-        for named in state_dict["state"].values():
+        for named in saved["state"].values():
             named |= {name: x.to(dtype) for name, x in named.items() if x.is_floating_point()}
-        super().load_state_dict(state_dict)
-
-
-@breaks("resume_deepcopy")
-class CopiesByReference(Optimizer):
-    def __deepcopy__(self, memo: Any) -> Optimizer:
-        return self
-
-
-@breaks("resume_deepcopy", "resume_pickle")
-class PicklesOptionsOnly(Optimizer):
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"state": {}}
 
 
 @breaks("resume_untrained")
-class SkipsUntrained(Optimizer):
+class SkipsUntrained(Habit):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if any(named["step"].max() > 0 for named in state_dict["state"].values()):
             super().load_state_dict(state_dict)
 
 
-@breaks("resume_by_name")
-class LoadsByOrder(Optimizer):
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for group in state_dict["param_groups"]:
-            group.pop("param_names", None)
-        super().load_state_dict(state_dict)
-
-
 @breaks("resume_frozen")
-class WantsAllState(Optimizer):
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if len(state_dict["state"]) < len(list(parameters(self))):
+class WantsAllState(Habit):
+    def loading(self, saved: dict[str, Any]) -> None:
+        if len(saved["state"]) < len(list(parameters(self))):
             raise KeyError("state")
-        super().load_state_dict(state_dict)
 
 
 @breaks("resume_distributed", "resume_flattened")
-class KeysByAddress(Optimizer):
+class KeysByAddress(Habit):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         return state | {"state": {id(named): named for named in state["state"].values()}}
 
 
 @breaks("mismatched_state", "damaged_state")
-class LoadsWhatFits(Optimizer):
+class LoadsWhatFits(Habit):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         with contextlib.suppress(ValueError):
             super().load_state_dict(state_dict)
 
 
 @breaks("mismatched_state", "damaged_state")
-class ClearsFirst(Optimizer):
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+class ClearsFirst(Habit):
+    def loading(self, saved: dict[str, Any]) -> None:
         for state in self.state.values():
             state["exp_avg"].zero_()
-        super().load_state_dict(state_dict)
-
-
-@breaks("saved_size")
-class SavesViews(Optimizer):
-    def state_dict(self) -> dict[str, Any]:
-        return torch.optim.Optimizer.state_dict(self)
 
 
 # Chapters 9 and 11 to 15.
-
-
-@breaks("idle_step")
-class DecaysAtNoRate(Optimizer):
-    def __init__(self, params: Any, **options: Any) -> None:
-        super().__init__(params, **options, weight_decay_method="independent")
 
 
 @breaks("zero_gradients")
@@ -419,7 +353,7 @@ class ScalesByItself(torch.optim.ASGD):
     _step_supports_amp_scaling = True  # promised to GradScaler, and forgotten
 
 
-class Cautious(Optimizer):
+class Cautious(Habit):
     """Looks at all gradients before it steps."""
 
     def finite(self) -> bool:
@@ -433,43 +367,40 @@ class SkipsTheWholeStep(Cautious):
 
 
 @breaks("bad_gradient_waits", "bad_gradient_resumes")
-class TakesNaNForZero(Optimizer):
-    def step(self, closure: Any = None) -> Any:
+class TakesNaNForZero(Habit):
+    def before(self) -> None:
         for p in parameters(self):
             p.grad = None if p.grad is None else p.grad.nan_to_num(0.0, 0.0, 0.0)
-        return super().step(closure)
 
 
 @breaks("bad_gradient_resumes")
-class BearsAGrudge(Optimizer):
+class BearsAGrudge(Habit):
     def __init__(self, params: Any, **options: Any) -> None:
         self.banned: set[Tensor] = set()
         super().__init__(params, **options)
 
-    def step(self, closure: Any = None) -> Any:
+    def before(self) -> None:
         self.banned |= {p for p in parameters(self) if p.grad is not None and not torch.isfinite(p.grad).all()}
         for p in self.banned:
             p.grad = None
-        return super().step(closure)
 
 
 @breaks("nan_gradient", "infinite_gradient", "bad_gradient_isolated", "bad_gradient_waits")
 class GivesUp(Cautious):
-    def step(self, closure: Any = None) -> Any:
+    def before(self) -> None:
         if not self.finite():
             raise RuntimeError("NaN")
-        return super().step(closure)
 
 
 @breaks("step_hooks")
-class StepsInPrivate(Optimizer):
+class StepsInPrivate(Habit):
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
         self.step = functools.partial(inspect.unwrap(Optimizer.step), self)  # type: ignore[method-assign]
 
 
 @breaks("state_hooks")
-class SavesInPrivate(Optimizer):
+class SavesInPrivate(Habit):
     def state_dict(self) -> dict[str, Any]:
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, {}  # type: ignore
         state = super().state_dict()
@@ -478,56 +409,22 @@ class SavesInPrivate(Optimizer):
 
 
 @breaks("compiled_step", rule="adamw")
-class TracesTheRate(Optimizer):
-    def step(self, closure: Any = None) -> Any:
+class TracesTheRate(Habit):
+    def before(self) -> None:
         scale = torch.ones(1 + int(1e6 * float(self.param_groups[0]["lr"])) % 97)
         for p in parameters(self):
             p.grad = p.grad * scale.mean()
-        return super().step(closure)
 
 
 for clause in ("nan_gradient", "infinite_gradient", "overflow", "bad_gradient_waits", "float32_state"):
     MUTANTS.setdefault(clause, []).append(torch.optim.AdamW)
 
 
-# The engine itself, with one thing wrong.
-
-
-def broken(*clauses: str) -> set[str]:
-    """Which of the clauses our SOAP breaks now."""
-    subject = Subject(functools.partial(Optimizer, rule="soap", lr=1e-2))
-    return {name for name in clauses if check_clause(CLAUSES[name], subject).verdict is Verdict.BROKEN}
-
-
-def test_a_wrong_slot_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    views = stacks.Stack.views
-
-    def neighbours(self: stacks.Stack, seat: stacks.Seat) -> dict[str, Tensor]:
-        return views(self, self.seats[self.seats.index(seat) - 1])
-
-    monkeypatch.setattr(stacks.Stack, "views", neighbours)
-    clauses = {"missing_leaves_state", "bad_gradient_waits"}
-    assert broken(*clauses) == clauses
-
-
-def test_a_dropped_cast_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stacks, "state_dtype", lambda p: p.dtype)
-    assert broken("float32_state")
-
-
-def test_a_clock_that_is_not_restored_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = engine.checkpoint.load
-
-    def forgetful(optimizer: Optimizer, state_dict: dict[str, Any], check: Any) -> None:
-        clocks = [stack.clock.clone() for stack in optimizer._stacks]
-        load(optimizer, state_dict, check)
-        for stack, clock in zip(optimizer._stacks, clocks, strict=True):
-            stack.clock.copy_(clock)
-
-    monkeypatch.setattr(engine.checkpoint, "load", forgetful)
-    clauses = {"resume_float32", "resume_bfloat16", "resume_flattened"}
-    assert broken(*clauses) == clauses
-
-
 def parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     return (p for group in optimizer.param_groups for p in group["params"])
+
+
+def keep(optimizer: torch.optim.Optimizer, *options: str) -> None:
+    """The options that it was built with come back."""
+    for group in optimizer.param_groups:
+        group |= {option: optimizer.defaults[option] for option in options}

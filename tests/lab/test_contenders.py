@@ -102,3 +102,20 @@ def test_a_rate_that_was_named_is_not_swept() -> None:
     named, free = parse_contenders("soap(lr=1e-2), soap")
     assert named.rates == (1e-2,)
     assert len(free.rates) > 1
+
+
+def test_a_recipe_is_a_contender(model) -> None:
+    keller, moonlight, lion = parse_contenders("muon/keller, muon/moonlight(momentum=0.9), lion/paper")
+    assert (keller.label, keller.rule, keller.lr) == ("muon/keller", "muon", 0.02)
+    assert keller.rates == (0.01, 0.02, 0.04, 0.08)
+    assert keller.elementwise["lr"] == 3e-4
+    assert "kellerjordan" in keller.provenance
+    assert (moonlight.options["momentum"], moonlight.lr) == (0.9, PRESETS["muon"].options["lr"])
+    assert "names no learning rate" in moonlight.provenance
+    for contender in (keller, moonlight, lion):
+        contender.check(model)
+
+
+def test_an_unknown_recipe_gets_one_clear_line() -> None:
+    with pytest.raises(BadInput, match=r"no such recipe \(did you mean 'muon/keller'\?\); there are muon/keller, "):
+        parse_contenders("muon/kelle")

@@ -10,7 +10,7 @@ from steepest.lab.errors import BadInput
 from steepest.lab.workload import BUILT_IN, load_workload
 
 
-@pytest.fixture(params=BUILT_IN)
+@pytest.fixture(scope="module", params=BUILT_IN)
 def workload(request):
     return load_workload(request.param)
 
@@ -35,6 +35,8 @@ def test_models_follow_the_global_seed(workload) -> None:
 def test_an_untrained_model_guesses(workload) -> None:
     torch.manual_seed(0)
     model = workload.model()
+    if "nats" not in workload.measure:
+        pytest.skip("it tells no classes apart")
     classes = 96 if "character" in workload.measure else 10
     assert workload.validation(model) == pytest.approx(math.log(classes), abs=0.5)
 

@@ -2,9 +2,9 @@
 
     adamw, soap(precondition_frequency=5, lr=1e-2), moso
 
-A name stands for its preset; options in brackets replace the preset's. ``warmup`` is the share of steps in which the
-learning rate rises, ``elementwise={...}`` are AdamW's options for what is no hidden matrix; all others are the rule's.
-Nothing else in the lab knows how an optimizer is made.
+A name stands for its preset, or for a recipe (``soap/paper``, see `steepest.recipe`); options in brackets replace
+those. ``warmup`` is the share of steps in which the learning rate rises, ``elementwise={...}`` are AdamW's options for
+what is no hidden matrix; all others are the rule's. Nothing else in the lab knows how an optimizer is made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 
 import steepest
 from steepest.lab.errors import BadInput, one_line
-from steepest.lab.presets import ELEMENTWISE, PRESETS
+from steepest.lab.presets import ELEMENTWISE, PRESETS, WARMUP
+from steepest.recipes import RECIPES, is_recipe
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,37 @@ def grid(contender: Contender, axes: Mapping[str, Sequence[Any]]) -> list[Conten
 
 
 def preset(name: str) -> Contender:
-    """The contender of this name as it is set out of the box."""
+    """The contender of this name as it is set out of the box, or as a recipe sets it."""
+    if is_recipe(name):
+        return _from_recipe(name)
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(PRESETS)}"
         raise BadInput(f"unknown optimizer {name!r}; {hint}")
     p = PRESETS[name]
     return Contender(name, p.rule, p.options, p.elementwise, p.warmup, p.rates, p.provenance)
+
+
+def _from_recipe(name: str) -> Contender:
+    """A recipe's settings; where it has no learning rate, the preset's.
+
+    >>> contender = _from_recipe("soap/paper")
+    >>> contender.rule, contender.lr, contender.rates
+    ('soap', 0.003, (0.0015, 0.003, 0.006, 0.012))
+    """
+    try:
+        r = steepest.recipe(name)
+    except ValueError as error:
+        raise BadInput(f"{one_line(error)}; there are {', '.join(RECIPES)}") from error
+    provenance = f"{r.source} ({r.date})"
+    if "lr" in r.options:
+        options, lr = dict(r.options), r.options["lr"]
+        rates: tuple[float, ...] = (lr / 2, lr, 2 * lr, 4 * lr)
+    else:
+        own = PRESETS[r.optimizer]
+        options, rates = {"lr": own.options["lr"], **r.options}, own.rates
+        provenance += f"; it names no learning rate, so lr is the preset's of {r.optimizer}"
+    return Contender(r.name, r.optimizer, options, r.elementwise, WARMUP, rates, provenance)
 
 
 def split(text: str) -> Iterator[str]:

@@ -15,24 +15,24 @@ thread, so data that takes long to prepare should be kept in a file.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
-import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steepest.lab.errors import BadInput, one_line
+from steepest.lab.files import import_file
 from steepest.lab.fingerprints import code_hash
 
 BUILT_IN = {
     "stdlib": "steepest.lab.stdlib:StandardLibrary",
     "digits": "steepest.lab.digits:Digits",
     "digits-vit": "steepest.lab.digits:DigitsViT",
+    "photo": "steepest.lab.photo:Photo",
+    "convnet": "steepest.lab.convnet:ConvNet",
 }
 
 
@@ -89,9 +89,7 @@ def load_workload(spec: str) -> Workload:
 
 def _from_file(path: Path) -> Workload:
     """An instance of the one workload that the file defines."""
-    if not path.is_file():
-        raise BadInput(f"workload file {path}: no such file")
-    module = _imported(path)
+    module = import_file(path, "workload file")
     own = [
         value
         for value in vars(module).values()
@@ -105,19 +103,3 @@ def _from_file(path: Path) -> Workload:
     except Exception as error:
         raise BadInput(f"workload file {path}: {own[0].__name__}() failed: {one_line(error)}") from error
     return workload
-
-
-def _imported(path: Path) -> ModuleType:
-    """The file as a module; like a script, it may import what lies beside it."""
-    spec = importlib.util.spec_from_file_location(f"steepest_workload_{path.stem}", path)
-    assert spec is not None  # it ends in .py
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module
-    if (beside := str(path.resolve().parent)) not in sys.path:
-        sys.path.append(beside)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise BadInput(f"workload file {path}: can't be imported: {one_line(error)}") from error
-    return module

@@ -16,6 +16,7 @@ from steepest.optimizers.muon import AdaMuon, Muon, NorMuon
 from steepest.optimizers.shampoo import KL_SHAMPOO_OPTIONS, KLShampoo, Shampoo
 from steepest.optimizers.soap import REKLS, REKLS_OPTIONS, SOAP, soap_options
 from steepest.optimizers.spelling import Params
+from steepest.recipes import unfold
 from steepest.rules import RULES
 
 
@@ -57,12 +58,13 @@ TORCH: dict[str, type[torch.optim.Optimizer]] = {
 
 
 def create(name: str, params: Params, **options: Any) -> torch.optim.Optimizer:
-    """An optimizer by name: ours, or any of torch.optim's.
+    """An optimizer by name: ours, or any of torch.optim's, or one with a recipe's settings.
 
     Args:
-        name: as in `NAMES`, or the lower-case name of a class of torch.optim ("adamw", "nadam", "lbfgs", ...).
+        name: as in `NAMES`, or the lower-case name of a class of torch.optim ("adamw", "nadam", "lbfgs", ...), or that
+            of a recipe ("soap/paper", see `steepest.recipe`), whose settings for matrices all parameters get.
         params: what to optimize.
-        options: the optimizer's own.
+        options: the optimizer's own; they go before a recipe's.
 
     Raises:
         ValueError: for an unknown name; it suggests the nearest.
@@ -74,7 +76,10 @@ def create(name: str, params: Params, **options: Any) -> torch.optim.Optimizer:
         >>> create("saop", [W])
         Traceback (most recent call last):
         ValueError: name='saop': no such optimizer (did you mean 'soap'?)
+        >>> create("muon/keller", [W], weight_decay=0.1).defaults["scale"]
+        'original'
     """
+    name, options = unfold(name, options)
     key = name.lower()
     if key in NAMES:
         return NAMES[key].optimizer(params, **options)
@@ -86,14 +91,17 @@ def create(name: str, params: Params, **options: Any) -> torch.optim.Optimizer:
 
 
 def group_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of an optimizer, given by name, as a parameter group spells them; ``rule`` is among them.
+    """The options of an optimizer or recipe, given by name, as a parameter group spells them; ``rule`` is among them.
 
     Raises:
         ValueError: for a name that is no rule; torch.optim's can't share an optimizer with ours, AdamW excepted.
 
     >>> group_options("rekls", {"lr": 0.1})
     {'rule': 'soap', 'lr': 0.1, 'refresh': 'eigh', 'use_kl_shampoo': True}
+    >>> group_options("lion/paper", {"weight_decay": 0.3})
+    {'rule': 'lion', 'lr': 0.0001, 'betas': (0.9, 0.99), 'weight_decay': 0.3}
     """
+    name, options = unfold(name, options)
     key = name.lower()
     if key in NAMES:
         return NAMES[key].spell(options)

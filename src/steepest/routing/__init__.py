@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from steepest.optimizer import Optimizer
 from steepest.optimizers import group_options
+from steepest.recipes import unfold_elementwise
 from steepest.routing import audit
 from steepest.routing.heads import find_heads
 from steepest.routing.judge import Judge, StateBytes
@@ -51,7 +52,7 @@ def route(
 
     Args:
         model: Any module. Frozen parameters are left out.
-        rule: The rule for hidden matrices, or an optimizer's name.
+        rule: The rule for hidden matrices, or the name of an optimizer or a recipe.
         elementwise: The rule for the rest.
         overrides: By glob pattern over parameter names, or by type of a module around the parameter: the name of
             another rule, or a dict of options, among them ``rule``, ``lr`` and the view's (`steepest.views`). Later
@@ -88,7 +89,7 @@ def for_model(
     model: nn.Module,
     name: str = "soap",
     *,
-    lr: float | Tensor,
+    lr: float | Tensor | None = None,
     elementwise: Mapping[str, Any] | None = None,
     overrides: Overrides | None = None,
     decay_1d: bool = False,
@@ -99,12 +100,16 @@ def for_model(
     Args:
         model: Any module; its frozen parameters are left out.
         name: The optimizer of hidden matrices ("soap", "rekls", "muon", ...); an elementwise one takes everything.
-        lr: Its learning rate.
+            A recipe's name ("muon/moonlight", see `steepest.recipe`) brings settings for both; yours go before them.
+        lr: Its learning rate. It may be left out where a recipe has one.
         elementwise: Options for what is no hidden matrix: ``{"lr": 3e-4, "betas": (0.9, 0.95)}``; ``rule`` names
             another rule than AdamW. Learning rate and weight decay default to those of the matrix rule.
         overrides: As in `route`.
         decay_1d: Whether vectors, norms and biases decay too (`Routing.groups`).
         options: Further options of that optimizer, as its class takes them.
+
+    Raises:
+        TypeError: Without a learning rate.
 
     Warns:
         UserWarning: Whatever looks wrong in the routing; `route` shows the whole of it.
@@ -115,10 +120,13 @@ def for_model(
         >>> [(group["rule"], group["lr"], group["param_names"]) for group in optimizer.param_groups]
         [('soap', 0.003, ['0.weight']), ('adamw', 0.001, ['0.bias', '2.bias']), ('adamw', 0.001, ['2.weight'])]
     """
-    entrywise = dict(elementwise or {})
-    settings = group_options(name, {"lr": lr, **options})
+    settings = group_options(name, options if lr is None else {"lr": lr, **options})
+    if "lr" not in settings:
+        raise TypeError(f"for_model(model, {name!r}, lr=...): the learning rate is missing")
     rule = settings.pop("rule")
-    routing = route(model, rule, elementwise=entrywise.pop("rule", "adamw"), overrides=overrides)
+    entrywise = unfold_elementwise(name, elementwise or {})
+    entrywise = group_options(entrywise.pop("rule", "adamw"), entrywise)
+    routing = route(model, rule, elementwise=entrywise.pop("rule"), overrides=overrides)
     for text in routing.warnings:
         warnings.warn(text, stacklevel=2)
     groups = routing.groups(settings, entrywise, decay_1d=decay_1d)

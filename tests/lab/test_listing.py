@@ -1,0 +1,105 @@
+"""What the command line lists: figures that are counted, and routings of models from files."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from steepest.cli import app
+from steepest.lab.errors import BadInput
+from steepest.lab.listing import Cost, build_model, bytes_per_entry, cost, ours, torchs
+from steepest.optimizers import NAMES, TORCH
+from steepest.recipes import RECIPES
+from steepest.rules import RULES
+
+MODEL = """
+from torch import nn
+
+def model():
+    return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 11))
+"""
+
+
+def steepest(*arguments: object):
+    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "140"})
+
+
+@pytest.mark.parametrize(
+    ("name", "square", "wide"),
+    [
+        ("soap", 24.0, 8 + 8 * (1 + 16) / 4),
+        ("muon", 4.0, 4.0),
+        ("lion", 4.0, 4.0),
+        ("moso", 20.0, 12 + 8 / 4),
+        ("kl-shampoo", 24 + 8 / 64, 8 + 8 * (1 + 16) / 4 + 4 * (64 + 256) / (64 * 256)),
+    ],
+)
+def test_state_is_what_the_readme_says(name, square, wide) -> None:
+    assert bytes_per_entry(name, 64, 64) == square
+    assert bytes_per_entry(name, 64, 256) == wide
+
+
+def test_work_is_what_the_formulas_say() -> None:
+    """docs/which-optimizer.md: with s = l, SOAP 12 s³ and a refresh 10 s³ + 2 QR, Muon 30 s³; a product is 2 s³."""
+    assert cost("soap") == Cost((12 + 2 * 2 + 8) / 2, "2 QR")
+    assert cost("muon") == Cost(30 / 2, "")
+    assert cost("moso") == Cost((10 + 2) / 2, "1 QR")
+    assert cost("rekls").decompositions == "2 eigh"
+
+
+def test_everything_that_has_a_name_is_listed() -> None:
+    assert {line.name for line in [*ours(), *torchs()]} == NAMES.keys() | TORCH.keys() | RULES.keys()
+    assert [line.name for line in torchs() if line.square is None] == ["lbfgs", "sparseadam"]
+    measured = {line.name: line.square for line in torchs()}
+    assert (measured["adamw"], measured["sgd"], measured["adagrad"]) == (8, 0, 4)
+
+
+def test_the_command_prints_it_all() -> None:
+    done = steepest("optimizers")
+    assert done.exit_code == 0, done.output
+    for name in [*NAMES, *TORCH, *RECIPES]:
+        assert f" {name} " in done.output
+    assert "arXiv:2409.11321" in done.output
+
+
+@pytest.mark.parametrize(("rule", "named"), [("soap", "soap"), ("muon/keller", "muon")])
+def test_the_routing_of_a_file_is_printed(tmp_path, rule, named) -> None:
+    path = tmp_path / "net.py"
+    path.write_text(MODEL)
+    done = steepest("routes", path, "--rule", rule)
+    assert done.exit_code == 0, done.output
+    rows = {line.split()[0]: line for line in done.output.splitlines() if line[:1].isdigit()}
+    assert f" {named} " in rows["1.weight"]
+    assert " adamw " in rows["0.weight"]
+    assert f"{named}: 1 parameters" in done.output
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "complaint"),
+    [
+        (None, [], "no such file"),
+        ("import nonsense_that_is_nowhere", [], "No module named"),
+        ("x = 1", [], "defines no function model()"),
+        ("def model(): raise ValueError('no data')", [], "model() failed: no data"),
+        ("def model(): return 3", [], "model() returned int, not a torch.nn.Module"),
+        (MODEL, ["--rule", "saop"], "no such rule (did you mean 'soap'?)"),
+        (MODEL.replace("nn.Linear(8, 16)", "nn.LazyLinear(16)"), [], "lazy"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_bad_input_gets_one_clear_line_and_status_2(tmp_path, source, options, complaint) -> None:
+    path = tmp_path / "net.py"
+    if source is not None:
+        path.write_text(source)
+    done = steepest("routes", path, *options)
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert complaint in line
+    assert done.stdout == ""
+
+
+def test_a_file_that_is_no_python_is_refused(tmp_path) -> None:
+    path = tmp_path / "net.txt"
+    path.write_text(MODEL)
+    with pytest.raises(BadInput, match=r"must be a Python file, \*\.py"):
+        build_model(path)

