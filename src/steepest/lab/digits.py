@@ -11,18 +11,37 @@ from typing_extensions import override
 
 from steepest.lab.workload import Workload
 
-HELD_OUT = 360
-BATCH = 128
-
 Labelled = tuple[Tensor, Tensor]
-"""Images ``[b, 64]`` and what they show ``[b]``."""
+"""Images ``[b, ...]`` and what they show ``[b]``."""
 
 
-class Digits(Workload):
-    """A perceptron, 64-128-128-128-10."""
+class Classification(Workload):
+    """Images and their labels, in a fixed order; the first ones are held out."""
 
     steps = 200
     measure = "validation loss (nats per image)"
+    held_out = 360
+    batch_size = 128
+    images: Tensor
+    labels: Tensor
+
+    @override
+    def batch(self, generator: torch.Generator) -> Labelled:
+        chosen = torch.randint(self.held_out, len(self.labels), (self.batch_size,), generator=generator)
+        return self.images[chosen], self.labels[chosen]
+
+    @override
+    def loss(self, model: nn.Module, batch: Labelled) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(model(images), labels)
+
+    @override
+    def validation(self, model: nn.Module) -> float:
+        return self.loss(model, (self.images[: self.held_out], self.labels[: self.held_out])).item()
+
+
+class Digits(Classification):
+    """A perceptron, 64-128-128-128-10."""
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -37,20 +56,6 @@ class Digits(Workload):
         widths = (64, 128, 128, 128)
         hidden = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
         return nn.Sequential(*hidden, nn.Linear(128, 10))
-
-    @override
-    def batch(self, generator: torch.Generator) -> Labelled:
-        chosen = torch.randint(HELD_OUT, len(self.labels), (BATCH,), generator=generator)
-        return self.images[chosen], self.labels[chosen]
-
-    @override
-    def loss(self, model: nn.Module, batch: Labelled) -> Tensor:
-        images, labels = batch
-        return F.cross_entropy(model(images), labels)
-
-    @override
-    def validation(self, model: nn.Module) -> float:
-        return self.loss(model, (self.images[:HELD_OUT], self.labels[:HELD_OUT])).item()
 
 
 class DigitsViT(Digits):
