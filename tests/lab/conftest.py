@@ -77,7 +77,7 @@ def _results(plan: Plan, final: Callable[[Trial], float], **fields: object) -> R
             found.runs.append(Run(trial, _record(min(loss, 9.0), trial.steps, status, **fields)))
 
     run(plan.tuning())
-    run(plan.distances([best for entry in plan.entries if (best := found.best(entry)) is not None]))
+    run(plan.finals([best for entry in plan.entries if (best := found.best(entry)) is not None]))
     return found
 
 

@@ -50,12 +50,14 @@ def test_everybody_is_tuned_then_the_best_runs_the_shorter_distances(make_plan, 
     plan = make_plan("adamw", "soap", swept=True, shorter=(5, 8))
     crew = PaperCrew(make_record)
     race(plan, crew, store, Results(plan))
-    tuning, distances = crew.ran[:16], crew.ran[16:]
-    assert {trial.steps for trial in tuning} == {10}
-    assert len(set(map(str, tuning))) == 16
-    assert {(t.contender.label, t.contender.lr, t.steps) for t in distances} == {
-        (name, 0.01, steps) for name in ("adamw", "soap") for steps in (5, 8)
+    tuning, finals = crew.ran[:8], crew.ran[8:]  # four rates each, one seed
+    assert {(trial.steps, trial.seed) for trial in tuning} == {(10, 0)}
+    assert len(set(map(str, tuning))) == 8
+    further = [(5, 0), (8, 0), (5, 1), (8, 1), (10, 1)]
+    assert {(t.contender.label, t.contender.lr, t.steps, t.seed) for t in finals} == {
+        (name, 0.01, steps, seed) for name in ("adamw", "soap") for steps, seed in further
     }
+    assert len(crew.ran) == plan.total_trials
     assert sum(trial.steps for trial in crew.ran) == plan.total_steps
 
 

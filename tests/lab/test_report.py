@@ -66,7 +66,7 @@ def test_a_report_says_everything(html) -> None:
         "How long an optimizer step takes",
         "How far a step goes",
         "Condition number of the covariances",
-        "All 36 runs",
+        "All 27 runs",
         "diverged at",
         "weight of Linear",
         "steepest race --optimizers &quot;adamw, &lt;b&gt;&quot;",

@@ -1,8 +1,9 @@
 """The race: which trials are run, and in which order.
 
-First every entry's candidates run the whole distance, so each is tuned with as many trials as it has candidates. Then
-the best of each runs shorter distances, each with a schedule of its own, because a long run half-way is no short run:
-its learning rate has not come down. Between those distances the steps to a given loss are interpolated.
+First every entry's candidates run the whole distance, so each is tuned with as many trials as it has candidates. In a
+full race they do so with one seed; then the best of each runs with all seeds, and shorter distances too, each with a
+schedule of its own, because a long run half-way is no short run: its learning rate has not come down. Between those
+distances the steps to a given loss are interpolated.
 """
 
 from __future__ import annotations
@@ -62,32 +63,45 @@ class Plan:
         """The entry whose final loss is the target: AdamW, or else the first."""
         return next((e for e in self.entries if e.candidates[0].rule == BASELINE), self.entries[0])
 
+    @property
+    def tuning_seeds(self) -> int:
+        """With how many seeds every candidate runs; where the best run again afterwards, one is enough to find them."""
+        return 1 if self.shorter else self.seeds
+
     def tuning(self) -> list[Trial]:
         """Every candidate over the whole distance; a broken-off race has seen all entries, first seeds first."""
         most = max(len(entry.candidates) for entry in self.entries)
         return [
             Trial(self.workload, entry.candidates[i], self.steps, seed)
-            for seed in range(self.seeds)
+            for seed in range(self.tuning_seeds)
             for i in range(most)
             for entry in self.entries
             if i < len(entry.candidates)
         ]
 
-    def distances(self, best: Iterable[Contender]) -> list[Trial]:
-        """The shorter runs of each entry's best candidate."""
+    def finals(self, best: Iterable[Contender]) -> list[Trial]:
+        """What each entry's best candidate runs besides: the shorter distances, and the whole one with other seeds."""
         best = list(best)
         return [
             Trial(self.workload, contender, steps, seed)
             for seed in range(self.seeds)
-            for steps in self.shorter
+            for steps in (*self.shorter, *([self.steps] if seed >= self.tuning_seeds else []))
             for contender in best
         ]
 
     @property
+    def total_trials(self) -> int:
+        """How many there are."""
+        tuning = sum(len(entry.candidates) for entry in self.entries) * self.tuning_seeds
+        further = self.seeds * len(self.shorter) + self.seeds - self.tuning_seeds
+        return tuning + len(self.entries) * further
+
+    @property
     def total_steps(self) -> int:
         """Of all trials."""
-        tuning = sum(len(entry.candidates) for entry in self.entries) * self.steps
-        return self.seeds * (tuning + len(self.entries) * sum(self.shorter))
+        tuning = sum(len(entry.candidates) for entry in self.entries) * self.tuning_seeds * self.steps
+        further = self.seeds * sum(self.shorter) + (self.seeds - self.tuning_seeds) * self.steps
+        return tuning + len(self.entries) * further
 
 
 def shorter_distances(steps: int) -> tuple[int, ...]:
@@ -146,4 +160,4 @@ def race(plan: Plan, crew: Crew, store: Store, results: Results) -> None:
 
     run(plan.tuning())
     if plan.shorter:
-        run(plan.distances(best for entry in plan.entries if (best := results.best(entry)) is not None))
+        run(plan.finals(best for entry in plan.entries if (best := results.best(entry)) is not None))

@@ -100,10 +100,9 @@ def _try_out(plan: Plan, workload: Workload) -> None:
 
 def _announce(plan: Plan, workload: Workload, request: Request, console: Console) -> None:
     """What is about to happen, and on what."""
-    trials = len(plan.tuning()) + plan.seeds * len(plan.entries) * len(plan.shorter)
     names = escape(", ".join(entry.label for entry in plan.entries))
     console.print(f"[bold]steepest race[/]: {names} on {escape(request.workload)}", highlight=False)
-    console.print(f"  {trials} runs, {request.workers} at a time with one thread each", highlight=False)
+    console.print(f"  {plan.total_trials} runs, {request.workers} at a time with one thread each", highlight=False)
     for name, fact in {**workload.describe(), **versions(), "machine": machine()}.items():
         console.print(f"  [dim]{escape(f'{name}: {fact}')}[/]", highlight=False)
 
