@@ -70,7 +70,7 @@ def test_a_report_says_everything(html) -> None:
         "diverged at",
         "weight of Linear",
         "steepest race --optimizers &quot;adamw, &lt;b&gt;&quot;",
-        "same number of trials: 4 settings × 2 seeds",
+        "same number of trials: 4 settings × 1 seed",
     ):
         assert text in html, text
     assert "<b>&quot;" not in html

@@ -38,12 +38,13 @@ def tuning_note(findings: Findings) -> str:
     """How equal the tuning was."""
     counts = {line.tried for line in findings.lines}
     seeds = plural(findings.plan.seeds, "seed")
+    trials = plural(findings.plan.tuning_seeds, "seed")
     if counts == {1}:
         return f"Everybody ran at preset settings, {seeds} each; --full tunes all with the same number of trials."
     if len(counts) == 1:
-        return f"Everybody was tuned with the same number of trials: {counts.pop()} settings × {seeds}."
+        return f"Everybody was tuned with the same number of trials: {counts.pop()} settings × {trials}."
     tried = ", ".join(f"{line.label} {line.tried}" for line in findings.lines)
-    return f"Not tuned equally. Settings tried, × {seeds}: {tried}."
+    return f"Not tuned equally. Settings tried, × {trials}: {tried}."
 
 
 def noise_note(findings: Findings) -> str:
