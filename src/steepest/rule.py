@@ -261,11 +261,6 @@ def check(condition: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name}={value!r}: must be {allowed}")
 
 
-def check_beta(name: str, value: float) -> None:
-    """Raise unless ``value`` is a coefficient in [0, 1)."""
-    check(_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
-
-
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise unless ``value`` is one of the ``choices``."""
     check(value in choices, name, value, "one of " + ", ".join(map(repr, choices)))

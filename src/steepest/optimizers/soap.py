@@ -60,7 +60,8 @@ class SOAP(Optimizer):
         momentum_floor: Adam's second moment counts as no less than the squared first, so that no entry of an update
             exceeds 1, also right after a basis has turned.
         kl_floor: for ``use_kl_shampoo``: eigenvalues count as no less than this fraction of the largest, and the first
-            feed is not whitened. 0: the authors' absolute ``eps``, which starts the covariances 1e8 too large.
+            feed is divided by the gradient's root mean square. 0: the authors' absolute ``eps``, which starts the
+            covariances 1e8 too large.
         stagger: spread the refreshes of a group's matrices over the steps of a period, by cost: the step time is flat.
             A lone matrix behaves as if unstaggered.
         refresh: "qr" is orthogonal iteration from the identity on; "eigh" a full decomposition each time; "auto" starts
