@@ -1,17 +1,16 @@
-"""Moving the weights: ``W ← (1 - decay) W - lr · D``, in place, for the seats of one stack."""
+"""Moving the weights: ``W ← (1 - decay) W - lr · D``, in place; and writing them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steepest.exchange import local
-from steepest.stacks import Seat, to_device
-
-DECAY_METHODS = ("decoupled", "independent", "palm", "cautious", "l2")
+from steepest.exchange.lot import Move
+from steepest.options import parameter_name
+from steepest.rounding import positions, round_stochastically, rounding_key
 
 
 def kept(group: Mapping[str, Any], W: Tensor, D: Tensor) -> float | Tensor:
@@ -37,42 +36,44 @@ def kept(group: Mapping[str, Any], W: Tensor, D: Tensor) -> float | Tensor:
     return 1 - wd * {"decoupled": lr, "independent": 1.0, "palm": lr * lr}[method]
 
 
-def apply(
-    group: Mapping[str, Any],
-    seats: Sequence[Seat],
-    D: Tensor,
-    moved: Sequence[bool],
-    finite: Tensor | None,
-    decay_follows: bool,
-) -> None:
-    """Move the parameters in their seats along ``D [B, m, n]``.
+def apply(group: Mapping[str, Any], number: int, moves: Sequence[Move], decay_follows: bool) -> None:
+    """Move weights, in place.
 
     Args:
-        group: names the parameters, learning rate and decay.
-        seats: the stack's.
-        D: directions; read only where ``moved``.
-        moved: for every slot, whether it takes this step at all.
-        finite: ``[B, 1, 1]`` on the device, False where the step must leave no trace; None if it is True everywhere.
+        group: learning rate, decay and rounding.
+        number: the group's.
+        moves: parts of its parameters, and where they go.
         decay_follows: decay after the step, as SOAP's authors do, not before.
     """
-    plain = []
-    for seat in seats:
-        p = group["params"][seat.index]
-        takes = moved[seat.start : seat.stop]
-        if finite is None and p.dtype == D.dtype and all(takes):
-            plain.append(seat)
-        elif any(takes):
-            W = seat.view.matrices(p, seat.piece).to(D.dtype)  # [b, m, n]
-            new = W.clone()
-            _move(group, [new], [D[seat.slots]], decay_follows)
-            if not all(takes):
-                new = torch.where(to_device(takes, D.device).view(-1, 1, 1), new, W)
-            if finite is not None:
-                new = torch.where(finite[seat.slots], new, W)
-            seat.view.window(p, seat.piece).copy_(seat.view.shaped(new, seat.piece))
+    plain = [move for move in moves if not move.may_stay and move.W.dtype == move.D.dtype]
     if plain:
-        weights = [seat.view.window(group["params"][seat.index], seat.piece) for seat in plain]
-        _move(group, weights, local.scatter(D, plain), decay_follows)
+        _move(group, [move.W for move in plain], [move.D for move in plain], decay_follows)
+    for move in moves:
+        if move.may_stay or move.W.dtype != move.D.dtype:
+            W = move.W.to(move.D.dtype)
+            new = W.clone()
+            _move(group, [new], [move.D], decay_follows)
+            if move.may_stay:
+                new = torch.where(move.D.isnan(), W, new)
+            write(group, parameter_name(group, number, move.index), move.W, new, move.place, move.t)
+
+
+def write(
+    group: Mapping[str, Any], name: str, out: Tensor, new: Tensor, place: Callable[[], Tensor], t: Tensor | None
+) -> None:
+    """Copy ``new`` into ``out``, rounded to its dtype as the group says.
+
+    Args:
+        group: ``stochastic_rounding`` and ``rounding_seed``; they count for bfloat16 only.
+        name: the parameter's.
+        out: the parameter or a part of it.
+        new: what to write, of the same shape.
+        place: where that part lies, as the same part of a tensor of the whole parameter's shape on the meta device.
+        t: the count of updates, this one included.
+    """
+    if group["stochastic_rounding"] and out.dtype == torch.bfloat16 and t is not None:
+        new = round_stochastically(new, positions(place(), new.device), rounding_key(name, group["rounding_seed"], t))
+    out.copy_(new)
 
 
 def _move(group: Mapping[str, Any], weights: list[Tensor], steps: list[Tensor], decay_follows: bool) -> None:

@@ -11,12 +11,16 @@ from torch import Tensor
 
 from steepest import kronecker
 from steepest.kronecker import INTO, OUT_OF
-from steepest.linalg.eigenbasis import eigh_with_fallback
+from steepest.linalg.eigenbasis import eigenvectors
 from steepest.rule import Slots, State
 
 
 class Factors:
     """Factors and bases of a stack, living in its ``state``.
+
+    Args:
+        state: the stack's; what is found here is changed in place.
+        failures: ``[B]``, counts the decompositions that failed; see `steepest.rule.Step`.
 
     Example:
         >>> state = Factors.init(torch.empty(1, 2, 3), max_precond_dim=2)
@@ -30,8 +34,9 @@ class Factors:
                  [0., 4.]]])
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, failures: Tensor | None = None) -> None:
         self.state = state
+        self.failures = failures
 
     @staticmethod
     def init(G: Tensor, max_precond_dim: int, precondition_1d: bool = False, bases: bool = True) -> State:
@@ -97,15 +102,15 @@ class Factors:
         rounding is then all that Adam sees. Second moments gathered before have no order to follow, and stay.
         """
         part = self._part(slots)
-        bases = [K if K is None else eigh_with_fallback(K, in_float64)[1] for K in (part.get("L"), part.get("R"))]
-        self._turn(slots, part, bases)
+        bases = [None if K is None else eigenvectors(K, in_float64) for K in (part.get("L"), part.get("R"))]
+        self._turn(slots, part, bases, part["exp_avg_sq"])
 
     def refresh(
         self, slots: Slots, use_eigh: bool = False, power_iter_steps: int = 1, match_columns: bool = True
     ) -> None:
         """The bases of these slots follow their factors; ``exp_avg`` turns along, ``exp_avg_sq`` is reordered."""
         part = self._part(slots)
-        bases, part["exp_avg_sq"] = kronecker.refresh_eigenbases(
+        bases, reordered = kronecker.refresh_eigenbases(
             [part.get("L"), part.get("R")],
             [part.get("Q_L"), part.get("Q_R")],
             part["exp_avg_sq"],
@@ -113,7 +118,7 @@ class Factors:
             power_iter_steps,
             match_columns,
         )
-        self._turn(slots, part, bases)
+        self._turn(slots, part, bases, reordered)
 
     def outdated(self, slots: Slots, tolerance: float) -> Tensor:
         """Those of the slots whose bases no longer diagonalize their factors within ``tolerance``, as indices."""
@@ -125,11 +130,16 @@ class Factors:
     def _part(self, slots: Slots) -> State:
         return {name: tensor[slots] for name, tensor in self.state.items()}
 
-    def _turn(self, slots: Slots, part: State, bases: list[Tensor | None]) -> None:
-        """Put new bases in place of old ones, and the moments with them."""
+    def _turn(self, slots: Slots, part: State, bases: list[Tensor | None], exp_avg_sq: Tensor) -> None:
+        """Put new bases in place of old ones, and the moments with them; where a new one is NaN, nothing moves."""
+        new = {name: Q for name, Q in zip(("Q_L", "Q_R"), bases, strict=True) if Q is not None}
+        new["exp_avg_sq"] = exp_avg_sq
         if "exp_avg" in part:
             raw = kronecker.precondition(part["exp_avg"], [part.get("Q_L"), part.get("Q_R")], OUT_OF)
-            part["exp_avg"] = kronecker.precondition(raw, bases, INTO)
-        part |= {name: Q for name, Q in zip(("Q_L", "Q_R"), bases, strict=True) if Q is not None}
-        for name in part.keys() & {"Q_L", "Q_R", "exp_avg", "exp_avg_sq"}:
-            self.state[name][slots] = part[name]
+            new["exp_avg"] = kronecker.precondition(raw, bases, INTO)
+        failures = kronecker.failures(bases, exp_avg_sq)  # [b]
+        found = (failures == 0).view(-1, 1, 1)
+        for name, x in new.items():
+            self.state[name][slots] = torch.where(found, x, part[name])
+        if self.failures is not None:
+            self.failures[slots] += failures

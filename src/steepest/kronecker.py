@@ -15,10 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from steepest.linalg.attempts import succeeded
 from steepest.linalg.eigenbasis import (
     by_rayleigh_quotient,
     conjugate,
     eigenbasis_error,
+    eigenvectors,
     eigh_with_fallback,
     ordered_iteration,
 )
@@ -184,7 +186,8 @@ def update_eigenbasis_and_exp_avgs(
         power_iter_steps: iterations of the latter.
 
     Returns:
-        ``(eigenbases, exp_avg, exp_avg_sq)``, of which only ``exp_avg_sq`` is the tensor that was passed.
+        ``(eigenbases, exp_avg, exp_avg_sq)``, of which only ``exp_avg_sq`` is the tensor that was passed. A matrix for
+        which a decomposition fails, in float64 too, keeps all three as they were.
 
     Example:
         >>> L, R = torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2)
@@ -195,11 +198,17 @@ def update_eigenbasis_and_exp_avgs(
         tensor([[5., 5.],
                 [1., 1.]])
     """
-    raw = precondition(exp_avg, eigenbasis_list, OUT_OF)
     bases, reordered = refresh_eigenbases(
         kronecker_factor_list, eigenbasis_list, exp_avg_sq, use_eigh, power_iter_steps
     )
-    return bases, precondition(raw, bases, INTO), exp_avg_sq.copy_(reordered)
+    turned = precondition(precondition(exp_avg, eigenbasis_list, OUT_OF), bases, INTO)
+    found = failures(bases, exp_avg_sq)[..., None, None] == 0
+    exp_avg_sq.copy_(torch.where(found, reordered, exp_avg_sq))
+    kept = [
+        None if Q is None or old is None else torch.where(found, Q, old)
+        for Q, old in zip(bases, eigenbasis_list, strict=True)
+    ]
+    return kept, torch.where(found, turned, exp_avg), exp_avg_sq
 
 
 def refresh_eigenbases(
@@ -211,6 +220,8 @@ def refresh_eigenbases(
     match_columns: bool = True,
 ) -> tuple[list[Tensor | None], Tensor]:
     """New eigenbases by either solver, and ``exp_avg_sq`` in their columns' order; nothing is changed in place.
+
+    A basis that no solver finds is NaN.
 
     Without ``match_columns`` a full decomposition leaves ``exp_avg_sq`` by rank: where two eigenvalues have crossed,
     each direction then goes on with the other's second moments.
@@ -224,7 +235,7 @@ def refresh_eigenbases(
     """
     if not use_eigh:
         return get_eigenbasis_qr(kronecker_factor_list, eigenbasis_list, exp_avg_sq, power_iter_steps)
-    bases = get_eigenbasis_eigh(kronecker_factor_list)
+    bases = [None if K is None else eigenvectors(K) for K in kronecker_factor_list]
     if not match_columns:
         return bases, exp_avg_sq
     # The i-th largest eigenvalue takes the place of the i-th largest Rayleigh quotient of the old columns.
@@ -233,6 +244,19 @@ def refresh_eigenbases(
         for K, Q in zip(kronecker_factor_list, eigenbasis_list, strict=True)
     ]
     return bases, _reorder(exp_avg_sq, orders)
+
+
+def failures(bases: Sides, x: Tensor) -> Tensor:
+    """How many of the bases of each matrix in ``x [..., m, n]`` no solver found: an int64 tensor ``[...]``.
+
+    >>> failures([torch.eye(2), torch.full((3, 3), torch.nan)], torch.zeros(2, 3))
+    tensor(1)
+    """
+    count = torch.zeros(x.shape[:-2], dtype=torch.int64, device=x.device)
+    for Q in bases:
+        if Q is not None:
+            count += ~succeeded(Q)
+    return count
 
 
 def all_eigenbases_met_criteria(

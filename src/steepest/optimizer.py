@@ -8,25 +8,28 @@ different rules: matrices under one, embeddings and norms under another, in one 
 
 from __future__ import annotations
 
-import difflib
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from steepest import checkpoint
-from steepest.apply import DECAY_METHODS, apply
-from steepest.exchange import local
-from steepest.rule import Elementwise, Rule, State, Step, check, check_choice
+from steepest import checkpoint, consolidation
+from steepest.apply import apply
+from steepest.elementwise import step_elementwise
+from steepest.exchange.lot import Lot, Tensors
+from steepest.exchange.placement import local, put
+from steepest.exchange.sharing import domains, held_gradient, share
+from steepest.options import check_options, nearest, option_defaults, parameter_name
+from steepest.rule import Elementwise, Rule
 from steepest.rules import RULES
-from steepest.stacks import Echo, Run, Stack, beside, lay_out, spread, state_dtype, to_device
-from steepest.views import OPTIONS as VIEW_OPTIONS
+from steepest.stacks import Stack, spread, state_dtype
+from steepest.stepping import directions, safe_norm
 from steepest.views import View
 
-OPTIONS: dict[str, Any] = {"lr": None, "weight_decay": 0.01, "nonfinite": "skip"}
-STACK_OPTIONS: dict[str, Any] = {"weight_decay_method": "decoupled", "stagger": False, "block_size": 0, **VIEW_OPTIONS}
+if TYPE_CHECKING:
+    from steepest.exchange.domain import Domain
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -51,9 +54,11 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[Any], rule: str = "adamw", **options: Any) -> None:
-        self._stacks: list[Stack] = []
+        self._lots: list[Lot] = []
+        self._domains: dict[Tensor, Domain] = {}  # the ranks that hold parts of a parameter, where there are others
+        self._elsewhere: dict[Domain, int] = {}  # what the other ranks have skipped
         self._waiting: list[tuple[int, int]] = []  # frozen, by group and position: no state before a gradient
-        self._phases: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
+        self._phases: dict[tuple[int, int], dict[tuple[int, int, int], int]] = {}
         self._homes: list[tuple[Tensor, torch.device]] = []  # whom state was laid out for, and where
         self._skipped = torch.zeros((), dtype=torch.int64)
         known = option_defaults(rule)
@@ -80,6 +85,9 @@ class Optimizer(torch.optim.Optimizer):
             if isinstance(p, Tensor) and issubclass(RULES[rule], Rule):
                 View.of(p, group)
         super().add_param_group(group)
+        group |= RULES[rule].settled(group)
+        group["format"] = checkpoint.FORMAT
+        self._domains |= _shared_among(group["params"])
         for name in self.defaults.keys() - known.keys() - param_group.keys():
             del group[name]  # the other rule's options, which torch fills in everywhere
         number = len(self.param_groups) - 1
@@ -107,74 +115,103 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         with torch.no_grad():
             self._follow()
-            self._welcome()
-            rules = [_admit(group) for group in self.param_groups]  # whatever is refused is refused before a change
-            for stack in self._stacks:
-                rule = rules[stack.group]
-                assert isinstance(rule, Rule)
-                self._step_stack(stack, self.param_groups[stack.group], rule)
-            for group, rule in zip(self.param_groups, rules, strict=True):
+            rules = [RULES[group["rule"]].from_group(group) for group in self.param_groups]
+            grads = self._take_stock()  # whatever is refused is refused before a change
+            _run(self._trip(lot, rules[lot.group], grads[lot.group]) for lot in self._lots)
+            for number, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
                 if isinstance(rule, Elementwise):
-                    self._step_elementwise(group, rule)
+                    left_out = step_elementwise(rule, group, number, grads[number], self.state, self._domains)
+                    self._skipped = left_out + self._skipped
         return loss
 
     @property
     def skipped(self) -> int:
-        """How many updates of single matrices their non-finite gradients have cost. Asking waits for the device."""
-        return int(self._skipped) + sum(int(stack.skipped.sum()) for stack in self._stacks)
+        """How many updates of single matrices their non-finite gradients have cost. Asking waits for the device.
 
-    # One stack, one step: gather, rule, scatter, apply.
-
-    def _step_stack(self, stack: Stack, group: dict[str, Any], rule: Rule) -> None:
-        params = [group["params"][seat.index] for seat in stack.seats]
-        grads = [p.grad for p in params]
-        if all(grad is None for grad in grads):
-            return
-        stack.settle()
-        live = [grad is not None for seat, grad in zip(stack.seats, grads, strict=True) for _ in seat.range]
-        G = local.gather(stack, grads)  # [B, m, n]
-        finite = self._drop_nonfinite(stack, G, live)
-        penalty = local.gather(stack, params) * group["weight_decay"] if _has_penalty(group) else None
-
-        runs = list(stack.runs(rule, live, self._stagger(stack, group, rule)))
-        whole = len(runs) == 1 and runs[0].slots == slice(0, stack.size)
-        D = None if whole else torch.empty_like(G)
-        moved = [False] * stack.size
-        for run in runs:
-            d = _update(rule, stack, run, G, penalty, finite)  # [b, m, n]
-            if d is None:
-                continue
-            moved[run.slots] = [True] * len(d)
-            if D is None:
-                D = d
-            else:
-                D[run.slots] = d
-        if D is not None:
-            apply(group, stack.seats, D, moved, finite, rule.decay_follows)
-
-    def _drop_nonfinite(self, stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
-        """Take matrices whose gradient is not finite out of this step.
-
-        On a CPU the answer is at hand, and they leave ``live``. Elsewhere asking would wait for the device: their
-        gradient becomes zero, and the mask ``[B, 1, 1]`` that is returned undoes whatever the step does to them.
+        Other ranks' matrices count too, as of the beginning of the latest step.
         """
-        norms = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
-        finite: Tensor = norms < safe_norm(G.dtype)  # False for NaN
-        alive = to_device(live, G.device).view(-1, 1, 1)
-        undone = (alive & ~finite).view(-1)
-        stack.skipped += undone
-        if _at_hand(G):
-            live[:] = (alive & finite).view(-1).tolist()
-            return None
-        G.masked_fill_(~finite, 0)
-        stack.undone = Echo(undone.long())
-        return finite
+        self._settle()
+        mine = sum(stack.skipped for lot in self._lots if lot.counts for stack in lot.stacks)
+        return int(self._skipped) + mine + sum(self._elsewhere.values())
+
+    @property
+    def failed_decompositions(self) -> int:
+        """How often every solver failed on a matrix, in float64 too; asking waits for the device.
+
+        The matrix then keeps its old basis or inverse root, at first the identity, and steps all the same; with a polar
+        factor or a basis that are made anew in every step it stays where it is, but for weight decay. Of matrices that
+        other ranks step, those ranks know.
+        """
+        return sum(int(stack.failures.sum()) for stack in self._stacks)
+
+    @property
+    def _stacks(self) -> list[Stack]:
+        """What this process steps."""
+        return [stack for lot in self._lots for stack in lot.stacks]
+
+    # Before a step: who takes part.
+
+    def _take_stock(self) -> list[Tensors]:
+        """By group, the parts that this rank holds of the gradients: None for parameters that sit this step out.
+
+        They do if any rank has no gradient for them; all ranks that hold a part agree on that, and on what to refuse.
+        """
+        self._settle()
+        places = [(number, i) for number, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
+        absent = {place: _is_absent(self.param_groups[place[0]]["params"][place[1]]) for place in places}
+        refused = {place: not absent[place] and _is_refused(self.param_groups[place[0]], place[1]) for place in places}
+        for domain, those in self._by_domain(places).items():
+            lots = [lot for lot in self._lots if lot.domain == domain and lot.counts]
+            mine = sum(stack.skipped for lot in lots for stack in lot.stacks)
+            flags = [absent[place] for place in those] + [refused[place] for place in those]
+            agreed, everyone = domain.agree(flags, mine)
+            absent |= dict(zip(those, agreed[: len(those)], strict=True))
+            refused |= dict(zip(those, agreed[len(those) :], strict=True))
+            self._elsewhere[domain] = everyone - mine
+        for number, i in places:
+            if refused[number, i]:
+                raise _refusal(self.param_groups[number], number, i)
+        self._welcome(place for place in places if not absent[place])
+        return [
+            [None if absent[number, i] else held_gradient(p) for i, p in enumerate(group["params"])]
+            for number, group in enumerate(self.param_groups)
+        ]
+
+    def _by_domain(self, places: Iterable[tuple[int, int]]) -> dict[Domain, list[tuple[int, int]]]:
+        found: dict[Domain, list[tuple[int, int]]] = {}
+        for number, i in places:
+            domain = self._domains.get(self.param_groups[number]["params"][i])
+            if domain is not None:
+                found.setdefault(domain, []).append((number, i))
+        return found
+
+    # One lot, one step: gather, rule, spread, apply.
+
+    def _trip(self, lot: Lot, rule: Rule | Elementwise, grads: Tensors) -> Iterator[None]:
+        """Take a lot's step, with a pause wherever its tensors are on their way."""
+        assert isinstance(rule, Rule)
+        group = self.param_groups[lot.group]
+        arrive = lot.gather(grads)
+        weights = [None if grad is None else local(p) for p, grad in zip(group["params"], grads, strict=True)]
+        arrive_too = lot.gather(weights) if _has_penalty(group) else None
+        if lot.travels:
+            yield
+        gradients = arrive()
+        decaying = None if arrive_too is None else arrive_too()
+        made = [
+            directions(rule, stack, gradients, decaying, group["weight_decay"], self._stagger(stack, group, rule))
+            for stack in lot.stacks
+        ]
+        land = lot.spread([d for d in made if d is not None])
+        if lot.travels:
+            yield
+        apply(group, lot.group, land(), rule.decay_follows)
 
     def _stagger(self, stack: Stack, group: Mapping[str, Any], rule: Rule) -> list[int]:
         """The phase of each slot's refresh; spread over all matrices of the group that share a period.
 
         They queue by name, or by position where there are no names: neither thawing nor loading by name in another
-        order changes a phase.
+        order changes a phase, nor does it matter which rank steps what.
         """
         if not group["stagger"]:
             return [0] * stack.size
@@ -182,47 +219,18 @@ class Optimizer(torch.optim.Optimizer):
         key = (stack.group, period)
         if key not in self._phases:
             names = group.get("param_names") or range(len(group["params"]))
-            peers = [(k, other) for k, other in enumerate(self._stacks) if other.group == stack.group]
+            frozen = {i for number, i in self._waiting if number == stack.group}
             jobs = sorted(
-                (names[s.index], s.piece, slot, k) for k, other in peers for s in other.seats for slot in s.range
+                (names[i], piece, k, i, m, n)
+                for i, p in enumerate(group["params"])
+                if i not in frozen
+                for piece, (b, m, n) in enumerate(View.of(p, group).pieces)
+                for k in range(b)
             )
-            phases = spread([rule.refresh_cost(*self._stacks[k].shape) for *_, k in jobs], period)
-            self._phases[key] = {(k, slot): phase for (*_, slot, k), phase in zip(jobs, phases, strict=True)}
-        number = self._stacks.index(stack)
-        return [self._phases[key][number, slot] for slot in range(stack.size)]
-
-    # Parameters that are no matrices.
-
-    def _step_elementwise(self, group: dict[str, Any], rule: Elementwise) -> None:
-        batches: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-        for p in group["params"]:
-            if p.grad is not None and p.numel():
-                batches.setdefault((p.device, p.dtype), []).append((p, beside(self.state[p], p, p.grad)))
-        for batch in batches.values():
-            norms = torch.stack(torch._foreach_norm([grad for _, grad in batch]))
-            finite = norms < safe_norm(norms.dtype)
-            self._skipped = self._skipped.to(finite.device) + (~finite).sum()
-            if _at_hand(finite):
-                batch = [pair for pair, fine in zip(batch, finite.tolist(), strict=True) if fine]
-            self._apply_elementwise(rule, group, batch, None if _at_hand(finite) else finite)
-
-    def _apply_elementwise(
-        self, rule: Elementwise, group: dict[str, Any], batch: list[tuple[Tensor, Tensor]], finite: Tensor | None
-    ) -> None:
-        if not batch:
-            return
-        params = [p for p, _ in batch]
-        weights = [beside(self.state[p], p, p) for p in params]  # p itself, unless its dtype is too coarse to step in
-        states: list[State] = [self.state[p] for p in params]
-        everything = [[W, *state.values()] for W, state in zip(weights, states, strict=True)]
-        kept = None if finite is None else [[x.clone() for x in xs] for xs in everything]
-        rule.apply(weights, [grad for _, grad in batch], states, group["lr"], group["weight_decay"])
-        if finite is not None and kept is not None:
-            for fine, xs, olds in zip(finite, everything, kept, strict=True):
-                _undo(fine, xs, olds)
-        for p, W in zip(params, weights, strict=True):
-            if W is not p:
-                p.copy_(W)
+            times = spread([rule.refresh_cost(m, n) for *_, m, n in jobs], period)
+            self._phases[key] = {(i, piece, k): at for (_, piece, k, i, *_), at in zip(jobs, times, strict=True)}
+        phases = self._phases[key]
+        return [phases[(*seat.key, seat.first + k)] for seat in stack.seats for k in range(seat.stop - seat.start)]
 
     # State: eager for what trains, at the first gradient for what was frozen.
 
@@ -235,22 +243,19 @@ class Optimizer(torch.optim.Optimizer):
                 p = group["params"][i]
                 self.state[p] = rule.init(torch.empty_like(p, dtype=state_dtype(p), requires_grad=False))
             return
-        for stack in lay_out(rule, number, group, indices):
-            self._stacks.append(stack)
-            for seat in stack.seats:
-                self.state[group["params"][seat.index]].update(stack.views(seat))
+        lots = share(rule, number, group, indices, self._lots)
+        self._lots += lots
+        for lot in lots:
+            for i, state in lot.state():
+                self.state[group["params"][i]].update(state)
         self._phases.clear()
 
-    def _welcome(self, also: Container[Tensor] = ()) -> None:
-        """Adopt frozen parameters that have thawed: they have a gradient, or are among ``also``."""
-        ready = [
-            (number, i)
-            for number, i in self._waiting
-            if (p := self.param_groups[number]["params"][i]).grad is not None or p in also
-        ]
-        for number in sorted({number for number, _ in ready}):
-            self._adopt(number, [i for n, i in ready if n == number])
-        self._waiting = [pair for pair in self._waiting if pair not in ready]
+    def _welcome(self, ready: Iterable[tuple[int, int]]) -> None:
+        """Adopt frozen parameters, by group and position, that have thawed."""
+        thawed = sorted(set(ready) & set(self._waiting))
+        for number in sorted({number for number, _ in thawed}):
+            self._adopt(number, [i for n, i in thawed if n == number])
+        self._waiting = [place for place in self._waiting if place not in thawed]
 
     def state_dict(self) -> dict[str, Any]:
         """The state, by parameter, as tensors of its own: no view drags a whole stack into the file."""
@@ -262,12 +267,36 @@ class Optimizer(torch.optim.Optimizer):
         """Copy a saved state in. Dtypes stay as they are here: float32 factors of a bfloat16 parameter stay float32.
 
         Raises:
-            ValueError: if it doesn't fit: another number of groups or parameters, other names or rules, missing or
-                misshapen state, options out of range. Nothing has changed then.
+            ValueError: if it doesn't fit: other groups, parameters or rules, missing or misshapen state, options out
+                of range, a format of a newer steepest. Nothing has changed then.
         """
         self._follow()
         self._settle()
-        checkpoint.load(self, state_dict, check_options)
+        checkpoint.load(self, state_dict)
+
+    def consolidate(self) -> dict[str, Any] | None:
+        """The whole state as a plain dict, on rank 0; None elsewhere. Every rank must ask.
+
+        What `state_dict` is in one process, and one process can load it. In one process, the same as `state_dict`.
+        Values come to the host's memory of rank 0 one tensor after the other: for large models use
+        torch.distributed.checkpoint instead.
+        """
+        self._follow()
+        self._settle()
+        return consolidation.consolidate(self)
+
+    def load_consolidated(self, state_dict: Mapping[str, Any] | None) -> None:
+        """Load what `consolidate`, or `state_dict` in one process, returned. Every rank must ask.
+
+        Args:
+            state_dict: read on rank 0 only; others may pass None.
+
+        Raises:
+            ValueError: as `load_state_dict`, on all ranks. Nothing has changed then.
+        """
+        self._follow()
+        self._settle()
+        consolidation.load_consolidated(self, state_dict)
 
     def _follow(self) -> None:
         """Lay the state out anew if a host has replaced parameters in their groups, or moved them to another device."""
@@ -292,107 +321,57 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state["state"]
         super().__setstate__(state | {"state": defaultdict(dict)})
-        self._stacks, self._waiting, self._phases = [], [], {}
+        self._lots, self._domains, self._elsewhere, self._waiting, self._phases = [], {}, {}, [], {}
         self._skipped = torch.zeros((), dtype=torch.int64)
         for number, group in enumerate(self.param_groups):
+            group["format"] = checkpoint.FORMAT
             self._waiting += [(number, i) for i in range(len(group["params"]))]
+            self._domains |= _shared_among(group["params"])
         self._homes = [(p, p.device) for group in self.param_groups for p in group["params"]]
-        self._welcome(also=set(saved))
+        self._welcome((number, i) for number, i in self._waiting if self.param_groups[number]["params"][i] in saved)
         for p, named in saved.items():
             for name, x in named.items():
-                self.state[p][name].copy_(x)
+                put(self.state[p][name], x)
 
 
-def option_defaults(rule: str) -> dict[str, Any]:
-    """Every option of a group under ``rule``, the engine's and the rule's, with its default.
-
-    Raises:
-        ValueError: for a rule that does not exist; it names the nearest.
-
-    >>> option_defaults("adamw")["betas"]
-    (0.9, 0.999)
-    """
-    if rule not in RULES:
-        raise ValueError(f"rule={rule!r}: no such rule{nearest(rule, RULES)}")
-    engine = OPTIONS | (STACK_OPTIONS if issubclass(RULES[rule], Rule) else {})
-    return {"rule": rule} | engine | RULES[rule].defaults()
+def _run(trips: Iterable[Iterator[None]]) -> None:
+    """Run trips to their ends: while one computes, the next one's tensors come, and those of the one before land."""
+    under_way: list[Iterator[None]] = []
+    for trip in trips:
+        under_way = [t for t in (trip, *under_way) if next(t, DONE) is not DONE]
+    while under_way:
+        under_way = [t for t in under_way if next(t, DONE) is not DONE]
 
 
-def check_options(group: Mapping[str, Any]) -> None:
-    """Raise the ValueError that names the first option of a group that is out of range."""
-    lr, wd = group["lr"], group["weight_decay"]
-    if lr is None:
-        raise ValueError("lr=None: a group needs a learning rate, of its own or from the optimizer")
-    check(isinstance(lr, Tensor) or lr >= 0, "lr", lr, "a number >= 0")
-    check(not isinstance(lr, Tensor) or lr.numel() == 1, "lr", lr, "a number, or a tensor of one element")
-    check(wd >= 0, "weight_decay", wd, "a number >= 0")
-    check_choice("nonfinite", group["nonfinite"], ("skip", "raise"))
-    if "weight_decay_method" in group:
-        check_choice("weight_decay_method", group["weight_decay_method"], DECAY_METHODS)
-    RULES[group["rule"]].from_group(group)
+DONE = object()
 
 
-def safe_norm(dtype: torch.dtype) -> float:
-    """The largest gradient norm whose square, whitened by the smallest floor (1e-8), is finite: 1.8e15 in float32."""
-    return float(torch.finfo(dtype).max ** 0.5 * 1e-4)
+def _shared_among(params: Sequence[Tensor]) -> dict[Tensor, Domain]:
+    return {p: domain for p, domain in zip(params, domains(params), strict=True) if domain is not None}
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean ...?)``, or nothing if nothing is near."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _update(
-    rule: Rule, stack: Stack, run: Run, G: Tensor, penalty: Tensor | None, finite: Tensor | None
-) -> Tensor | None:
-    """Advance the clocks of one run, and have the rule update it; where ``finite`` is False nothing happens."""
-    s = run.slots
-    t, state = stack.t[s], {name: x[s] for name, x in stack.state.items()}
-    changes = [t, *state.values()]
-    kept = None if finite is None else [x.clone() for x in changes]
-    t += 1
-    stack.clock[s] += 1
-    step = Step(t, run.stage, run.refresh, None if penalty is None else penalty[s])
-    D = rule.update(G[s], state, step)
-    if finite is not None and kept is not None:
-        _undo(finite[s], changes, kept)
-    return D
-
-
-def _at_hand(x: Tensor) -> bool:
-    """Whether the host can read ``x`` without waiting for a device."""
-    return x.device.type == "cpu"
-
-
-def _undo(finite: Tensor, tensors: Iterable[Tensor], kept: Iterable[Tensor]) -> None:
-    """Put back what was kept wherever ``finite`` (leading dimensions of the tensors) is False; no waiting."""
-    for x, old in zip(tensors, kept, strict=True):
-        x.copy_(torch.where(finite.view(finite.shape[:1] + (1,) * (x.dim() - 1)) if finite.dim() else finite, x, old))
-
-
-def _dense(p: Tensor) -> Tensor | None:
-    """The gradient of ``p``, or None; anything but a dense real tensor is refused."""
+def _is_absent(p: Tensor) -> bool:
+    """Whether a parameter of which this rank holds anything has no gradient; only dense ones are taken."""
     if p.grad is not None and p.grad.is_sparse:
         raise RuntimeError(f"the gradient of a parameter of shape {list(p.shape)} is sparse: only dense ones are taken")
-    return p.grad
+    return p.grad is None and bool(local(p).numel() or not p.numel())
+
+
+def _is_refused(group: Mapping[str, Any], index: int) -> bool:
+    """Whether a gradient is not finite in a group that has none of that."""
+    p = group["params"][index]
+    if group["nonfinite"] != "raise" or p.grad is None:
+        return False
+    dtype = state_dtype(p)
+    return not bool(torch.linalg.vector_norm(local(p.grad).to(dtype)) < safe_norm(dtype))
+
+
+def _refusal(group: Mapping[str, Any], number: int, index: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"the gradient of {parameter_name(group, number, index)} (shape {list(group['params'][index].shape)}) is not "
+        'finite or too large to square; nonfinite="skip" would leave the parameter out of this step'
+    )
 
 
 def _has_penalty(group: Mapping[str, Any]) -> bool:
     return bool(group["weight_decay_method"] == "l2" and group["weight_decay"] != 0)
-
-
-def _admit(group: Mapping[str, Any]) -> Rule | Elementwise:
-    """A group's rule; raise for options and gradients that it doesn't take, NaN only where the group says so."""
-    grads = [_dense(p) for p in group["params"]]
-    rule = RULES[group["rule"]].from_group(group)
-    if group["nonfinite"] != "raise":
-        return rule
-    names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-    for name, p, grad in zip(names, group["params"], grads, strict=True):
-        if grad is not None and not torch.linalg.vector_norm(grad.to(state_dtype(p))) < safe_norm(state_dtype(p)):
-            raise FloatingPointError(
-                f"the gradient of {name} (shape {list(p.shape)}) is not finite or too large to square; "
-                'nonfinite="skip" would leave the parameter out of this step'
-            )
-    return rule

@@ -2,7 +2,7 @@
 
 ``"soap/paper"`` is SOAP as its authors ran it, ``"muon/keller"`` is Muon as its author released it. A recipe names its
 source and the date of that source. What is not from there, or differs here, its note says. Settings don't change under
-a name: later ones get a name of their own.
+a name: later ones get a name of their own. All were compared with their sources once more in 2026-11.
 
 Recipes go where optimizers' names go: `steepest.create`, `steepest.for_model`, overrides, and ``steepest race``.
 Whatever the caller says goes before the recipe.
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from steepest.optimizer import nearest
+from steepest.options import nearest
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,10 @@ _ALL = (
         KELLERS_ADAM,
         "https://kellerjordan.github.io/posts/muon",
         "2024-12",
-        "Defaults of the code that belongs to the post, https://github.com/KellerJordan/Muon. It runs Newton-Schulz"
-        " in bfloat16; here it is bfloat16 where that is fast. The author's records use other rates, larger ones "
-        "for AdamW.",
+        "Defaults of the code that belongs to the post, https://github.com/KellerJordan/Muon; the example there decays "
+        "by 0.01. It runs Newton-Schulz in bfloat16; here it is bfloat16 where that is fast. A record with the same "
+        "code (2025-05) takes 0.05, and for AdamW 0.22 in the head, 0.6 in embeddings and 0.04 in vectors, with betas "
+        "of 0.8 and 0.95.",
     ),
     Recipe(
         "muon/moonlight",
@@ -90,8 +91,8 @@ _ALL = (
         "arXiv:2502.16982",
         "2025-02",
         "No learning rate: AdamW's carries over, which is the paper's point, and the rest shares it. Betas and eps "
-        "of AdamW are from https://github.com/MoonshotAI/Moonlight. There weight decay acts on vectors too; here it"
-        " doesn't, unless decay_1d=True.",
+        "of AdamW are from https://github.com/MoonshotAI/Moonlight, whose example takes 1e-3. There weight decay acts "
+        "on vectors too; here it doesn't, unless decay_1d=True.",
     ),
     Recipe(
         "normuon/paper",
@@ -101,8 +102,8 @@ _ALL = (
         "arXiv:2510.05491",
         "2025-10",
         "No learning rate and no weight decay: the paper tunes both. Momentum looks ahead as in the authors' code, "
-        'https://github.com/zichongli5/NorMuon, whose defaults otherwise are those of "muon/keller". Betas of AdamW'
-        " are from there.",
+        'https://github.com/zichongli5/NorMuon, whose defaults otherwise are those of "muon/keller", the scale '
+        '"original" among them; here it is the paper\'s. Betas of AdamW are from there.',
     ),
     Recipe(
         "soap/paper",
@@ -174,12 +175,32 @@ _ALL = (
         "dion/paper",
         "dion",
         {"lr": 0.01, "momentum": 0.95, "rank_fraction": 0.25, "scale": "mup", "weight_decay": 0.01},
-        {"betas": (0.9, 0.95)},
+        {"betas": (0.9, 0.95), "eps": 1e-8},
         "arXiv:2504.05295",
         "2025-04",
-        "Rate, momentum and decay are defaults of the authors' code, https://github.com/microsoft/dion; the rank "
-        "is ours, theirs is full by default, and the paper tries many. They advise to divide the head's rate by the "
-        'root of its input width: overrides={"head.weight": {"lr": ...}}. Their rest runs by AdamW or Lion.',
+        "Defaults of the authors' code, https://github.com/microsoft/dion, but for the rank: theirs is full, and a "
+        "quarter is what they find nearly as good at 3B parameters. Their configuration for 160M takes a rate of "
+        "0.02. They advise to divide the head's rate by the root of its input width: "
+        'overrides={"head.weight": {"lr": ...}}. Their rest runs by AdamW or Lion.',
+    ),
+    Recipe(
+        "dion2/paper",
+        "dion2",
+        {
+            "lr": 0.01,
+            "fraction": 0.25,
+            "ef_decay": 0.95,
+            "scale": "mup",
+            "ns": "polar_express_dion",
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+        },
+        {"betas": (0.9, 0.95), "eps": 1e-8},
+        "arXiv:2512.16928",
+        "2025-12",
+        "Defaults of the authors' code, https://github.com/microsoft/dion, which they recommend over Dion; their "
+        "configuration for 160M parameters takes a rate of 0.02 and a fraction of 0.5. The head's rate as in "
+        '"dion/paper".',
     ),
     Recipe(
         "lion/paper",
@@ -188,8 +209,8 @@ _ALL = (
         None,
         "arXiv:2302.06675",
         "2023-02",
-        "The rate is the authors' example beside 1e-3 for AdamW. Weight decay is left to you: 3 to 10 times "
-        "AdamW's, they say, and for language models betas of 0.95 and 0.98.",
+        "The rate is the authors' example beside 1e-3 for AdamW, https://github.com/google/automl/tree/master/lion. "
+        "Weight decay is left to you: 3 to 10 times AdamW's, they say, and for language models betas of 0.95 and 0.98.",
     ),
     Recipe(
         "adamw/nanogpt",

@@ -22,11 +22,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from steepest.linalg.attempts import succeeded
+
 State = dict[str, Tensor]
 """A rule's memory of one stack: every tensor's leading dimension is the stack's ``B``."""
 
 Slots = slice | Tensor
 """Which matrices of a stack: a slice, or a tensor of indices."""
+
+THE_END = 10**9
+"""A clock at which every schedule of refreshes has arrived."""
 
 
 # Options that know what they may be.
@@ -94,6 +99,15 @@ class Step:
     """The slots whose slow part (a basis, an inverse root) is due, or None."""
     penalty: Tensor | None = None
     """``[B, m, n]``: weight decay as a gradient (method "l2"), which moments see and covariances don't."""
+    failures: Tensor | None = None
+    """``[B]``: counts, matrix by matrix, decompositions that every solver failed at; the rule adds to it in place."""
+
+    def found(self, new: Tensor, old: Tensor | float, slots: Slots = slice(None)) -> Tensor:
+        """What a decomposition gave for these slots, ``[b, m, n]``, and ``old`` where that is NaN, which is counted."""
+        good = succeeded(new)  # [b]
+        if self.failures is not None:
+            self.failures[slots] += ~good
+        return torch.where(good.view(-1, 1, 1), new, old)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +129,11 @@ class Options:
     def defaults(cls) -> dict[str, Any]:
         """Every option that has a default."""
         return {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+
+    @classmethod
+    def settled(cls, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a new parameter group that depend on its devices, as plain words; they are saved with it."""
+        return {}
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> Self:
@@ -160,6 +179,19 @@ class Rule(Options, ABC):
         """Relative cost of refreshing one m × n matrix, by which refreshes are spread; 0: nothing to spread."""
         return 0.0
 
+    def flops(self, m: int, n: int) -> float:
+        """FLOPs of one step of an m × n matrix, refreshes spread over their period; passes over entries count nothing.
+
+        Products and decompositions as in `steepest.linalg.flops`, which says how they are counted. Plans for many ranks
+        balance by it, and by state where it is 0. A refresh frequency that changes counts as it is in the end.
+        """
+        return 0.0
+
+    def sides(self, m: int, n: int) -> list[int]:
+        """The lengths of those sides of an m × n matrix that have a factor, as `init` lays them out."""
+        state = self.init(torch.empty(1, m, n, device="meta"))
+        return [state[side].shape[-1] for side in ("L", "R") if side in state]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refreshing(Rule):
@@ -187,6 +219,11 @@ class Refreshing(Rule):
         """The frequency at this clock."""
         every = self.precondition_frequency
         return every if isinstance(every, int) else every(clock)
+
+    @property
+    def last_period(self) -> int:
+        """The period in the end."""
+        return self.period(THE_END)
 
     def due(self, clock: int, phase: int) -> bool:
         """At the first refresh, and then when the clock is at the matrix's phase of the period."""

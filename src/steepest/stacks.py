@@ -7,8 +7,8 @@ corrections; ``clock``, on the host, says where in its life it stands, for refre
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from steepest.rule import Rule, Slots, State
 from steepest.views import View
+
+Windows = Mapping[tuple[int, int], Tensor]
+"""By a parameter's position in its group and the number of a piece: what the piece covers of a tensor of its shape."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,13 @@ class Seat:
     start: int
     stop: int
     view: View
+    first: int = 0
+    """The number of its first matrix among those of the whole parameter, if this rank holds only some of them."""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The parameter's position and the number of its piece."""
+        return self.index, self.piece
 
     @property
     def range(self) -> range:
@@ -84,16 +94,39 @@ class Stack:
         self.state: State = rule.init(like)
         self.t = torch.zeros(self.size, 1, 1, dtype=like.dtype, device=like.device)
         self.clock = torch.zeros(self.size, dtype=torch.int64)
-        self.skipped = torch.zeros(self.size, dtype=torch.int64, device=like.device)
+        self.skipped = 0
+        self.failures = torch.zeros(self.size, dtype=torch.int64, device=like.device)
         self.undone: Echo | None = None
 
+    @classmethod
+    def blank(cls, rule: Rule, number: int, seat: Seat, p: Tensor) -> Stack:
+        """The stack of one piece of a parameter by itself, without values: on the meta device."""
+        b, m, n = seat.view.pieces[seat.piece]
+        like = torch.empty(b, m, n, dtype=state_dtype(p), device="meta")
+        return cls(rule, number, [replace(seat, start=0, stop=b)], like)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state."""
+        return sum(x.nbytes for x in (self.t, self.clock, *self.state.values()))
+
+    def fill(self, windows: Windows) -> Tensor:
+        """The windows of its pieces as one stack ``[B, m, n]``, in its dtype; slots without one stay unset."""
+        out = torch.empty(self.size, *self.shape, dtype=self.dtype, device=self.device)
+        there = [(seat, windows[seat.key]) for seat in self.seats if seat.key in windows]
+        if there:
+            torch._foreach_copy_([out[s.slots] for s, _ in there], [s.view.batch(x, s.piece) for s, x in there])
+        return out
+
     def settle(self) -> None:
-        """Turn back the host's clock for the slots whose last update the device undid.
+        """Count what the device left out in the last step, and turn back the host's clock for it.
 
         The host hears of it a step late, when the answer has long come in and waiting for it holds nothing up.
         """
         if self.undone is not None:
-            self.clock -= self.undone.heard()
+            undone = self.undone.heard()
+            self.skipped += int(undone.sum())
+            self.clock -= undone
             self.undone = None
 
     def views(self, seat: Seat) -> dict[str, Tensor]:
@@ -118,20 +151,23 @@ class Stack:
             start = stop
 
 
-def lay_out(rule: Rule, number: int, group: Mapping[str, Any], indices: Sequence[int]) -> list[Stack]:
-    """Stacks for the parameters at ``indices`` of group ``number``, in order of first appearance."""
-    seats: dict[tuple[Any, ...], list[Seat]] = {}
-    for index in indices:
-        p = group["params"][index]
-        view = View.of(p, group)
-        dtype = state_dtype(p)
-        for piece, (b, m, n) in enumerate(view.pieces):
-            row = seats.setdefault((m, n, p.device, p.dtype, dtype), [])
-            start = row[-1].stop if row else 0
-            row.append(Seat(index, piece, start, start + b, view))
+def loose(index: int, p: Tensor, group: Mapping[str, Any], first: int = 0) -> list[Seat]:
+    """Seats for the pieces of ``p``, the parameter at ``index`` of its group, in no stack yet."""
+    view = View.of(p, group)
+    return [Seat(index, piece, 0, b, view, first) for piece, (b, _, _) in enumerate(view.pieces)]
+
+
+def lay_out(rule: Rule, number: int, pieces: Iterable[tuple[Seat, Tensor]]) -> list[Stack]:
+    """Stacks for pieces of parameters of group ``number``, each with its parameter, in order of first appearance."""
+    rows: dict[tuple[Any, ...], list[Seat]] = {}
+    for seat, p in pieces:
+        b, m, n = seat.view.pieces[seat.piece]
+        row = rows.setdefault((m, n, p.device, p.dtype, state_dtype(p)), [])
+        start = row[-1].stop if row else 0
+        row.append(replace(seat, start=start, stop=start + b))
     return [
         Stack(rule, number, row, torch.empty(row[-1].stop, m, n, dtype=dtype, device=device))
-        for (m, n, device, _, dtype), row in seats.items()
+        for (m, n, device, _, dtype), row in rows.items()
     ]
 
 

@@ -123,20 +123,38 @@ class View:
         b, h = self.stored[0], self.heads
         return [(b * h, (r.stop - r.start) // h, c.stop - c.start) for r, c in self.blocks]
 
+    def box(self, piece: int) -> tuple[slice, ...] | None:
+        """Where in the parameter's own dimensions a piece lies; None if that is no box, as of merged columns.
+
+        >>> View((6, 4), split=(4, 2)).box(1), View((6, 2, 2), block_size=3).box(0)
+        ((slice(4, 6, None), slice(0, 4, None)), None)
+        """
+        if len(self.shape) < 2 or len(self.blocks) == 1:
+            return tuple(slice(0, length) for length in self.shape)
+        rows, columns = self.blocks[piece]
+        if self.transpose:
+            rows, columns = columns, rows
+        if len(self.shape) == 2 or not self.merge_dims:
+            return (*(slice(0, length) for length in self.shape[:-2]), rows, columns)
+        every = slice(0, self.stored[2])
+        return (rows, *(slice(0, length) for length in self.shape[1:])) if columns == every else None
+
     def window(self, x: Tensor, piece: int) -> Tensor:
         """The part of ``x``, of the parameter's shape, that a piece covers: always a view, whatever x's layout."""
-        blocks = self.blocks
-        if len(blocks) == 1:
+        if len(self.blocks) == 1:
             return x
-        rows, columns = reversed(blocks[piece]) if self.transpose else blocks[piece]
-        if len(self.shape) > 2 and self.merge_dims:
-            every = slice(0, self.stored[2])
-            return x[rows] if columns == every else x.view(self.stored[1:])[rows, columns]
-        return x[..., rows, columns]
+        box = self.box(piece)
+        if box is not None:
+            return x[box]
+        rows, columns = self.blocks[piece]
+        return x.view(self.stored[1:])[(columns, rows) if self.transpose else (rows, columns)]
 
     def matrices(self, x: Tensor, piece: int) -> Tensor:
         """A piece of ``x``, of the parameter's shape, as ``[b, m, n]``; without a copy where its layout allows."""
-        part = self.window(x, piece)
+        return self.batch(self.window(x, piece), piece)
+
+    def batch(self, part: Tensor, piece: int) -> Tensor:
+        """The `window` of a piece as matrices ``[b, m, n]``; without a copy where its layout allows."""
         b, m, n = self.pieces[piece]
         if self.transpose:
             part = part.reshape(self.stored[0], n, -1).mT

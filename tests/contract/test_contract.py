@@ -199,7 +199,7 @@ def test_nonfinite_may_raise() -> None:
     W, b, optimizer = two_groups(nonfinite="raise")
     W.grad, b.grad = torch.eye(2, 3), torch.full((3,), torch.nan)
     optimizer.param_groups[1]["nonfinite"] = "raise"
-    with pytest.raises(FloatingPointError, match=r"parameter 0 \(shape \[3\]\)"):
+    with pytest.raises(FloatingPointError, match=r"parameter 0 of group 1 \(shape \[3\]\)"):
         optimizer.step()
     assert torch.equal(W, torch.ones(2, 3))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steepest
-from steepest import optimizer as engine
+from steepest.linalg import attempts
 from steepest.rules import RULES
 from steepest.stacks import Echo
 from steepest.testing import check_optimizer
@@ -49,7 +49,7 @@ def build(params: Any, name: str, **options: Any) -> steepest.Optimizer:
 
 @pytest.fixture
 def masked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_at_hand", lambda x: False)
+    monkeypatch.setattr(attempts, "at_hand", lambda x: False)
 
 
 def train(name: str, dtype: torch.dtype = torch.float32, steps: int = 8, **options: Any) -> tuple[Run, list[Snapshot]]:
@@ -65,7 +65,7 @@ def train(name: str, dtype: torch.dtype = torch.float32, steps: int = 8, **optio
 @pytest.mark.parametrize("name", [*RULES, *SOAP, "soap adaptive"])
 def test_masking_is_the_same_to_the_last_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, steps = train(name)
-    monkeypatch.setattr(engine, "_at_hand", lambda x: False)
+    monkeypatch.setattr(attempts, "at_hand", lambda x: False)
     run, masked_steps = train(name)
     for k, (seen, wanted) in enumerate(zip(masked_steps, steps, strict=True)):
         expect_same(seen, wanted, f"the same after step {k}")
@@ -79,7 +79,7 @@ def test_whatever_the_weights_are(
     name: str, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, steps = train(name, dtype, steps=4, **options)
-    monkeypatch.setattr(engine, "_at_hand", lambda x: False)
+    monkeypatch.setattr(attempts, "at_hand", lambda x: False)
     _, masked_steps = train(name, dtype, steps=4, **options)
     expect_same(masked_steps[-1], steps[-1], "the same training")
 

@@ -40,9 +40,9 @@ def test_a_dropped_cast_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_clock_that_is_not_restored_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     load = engine.checkpoint.load
 
-    def forgetful(optimizer: Optimizer, state_dict: dict[str, Any], check: Any) -> None:
+    def forgetful(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         clocks = [stack.clock.clone() for stack in optimizer._stacks]
-        load(optimizer, state_dict, check)
+        load(optimizer, state_dict)
         for stack, clock in zip(optimizer._stacks, clocks, strict=True):
             stack.clock.copy_(clock)
 

@@ -221,7 +221,7 @@ class ReadsTensorsOnce(Habit):
 class KnowsItsOptions(Habit):
     def before(self) -> None:
         for group in self.param_groups:
-            unknown = group.keys() - self.defaults.keys() - {"params", "param_names"}
+            unknown = group.keys() - self.defaults.keys() - {"params", "param_names", "format"}
             if unknown:
                 raise ValueError(f"unknown options {unknown}")
 
@@ -364,6 +364,14 @@ class Cautious(Habit):
 class SkipsTheWholeStep(Cautious):
     def step(self, closure: Any = None) -> Any:
         return super().step(closure) if self.finite() else None
+
+
+@breaks("bad_gradient_isolated")
+class TellsTheOthers(Cautious):
+    def before(self) -> None:
+        for p in parameters(self) if not self.finite() else ():
+            if p.grad is not None and torch.isfinite(p.grad).all():
+                self.state[p]["bad_ones"] = self.state[p].get("bad_ones", 0) + 1
 
 
 @breaks("bad_gradient_waits", "bad_gradient_resumes")

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import steepest
-from steepest.optimizer import STACK_OPTIONS
 from steepest.optimizers import NAMES
+from steepest.options import STACK_OPTIONS
 from steepest.views import OPTIONS as VIEW_OPTIONS
 
 ROOT = Path(__file__).parents[2]

@@ -10,10 +10,10 @@ import steepest
 ROOT = Path(steepest.__file__).parent
 FLOORS = [
     {"linalg", "kernels"},
-    {"rule", "kronecker", "moments", "factors", "scales", "schedules"},
-    {"rules", "views", "stacks"},
+    {"rule", "kronecker", "moments", "factors", "scales", "schedules", "rounding"},
+    {"rules", "views", "stacks", "options"},
     {"exchange", "capture"},
-    {"apply", "checkpoint", "optimizer"},
+    {"apply", "checkpoint", "consolidation", "elementwise", "optimizer", "stepping"},
     {"optimizers", "routing", "recipes"},
     {"probes", "testing", "lab"},
     {"cli"},

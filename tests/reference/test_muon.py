@@ -48,7 +48,7 @@ def test_torch_steps_alike_in_float32(trajectory):
         return torch.optim.Muon(params, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
 
     def ours(params):
-        return Optimizer(params, "muon", lr=0.02, weight_decay=0.1)
+        return Optimizer(params, "muon", lr=0.02, weight_decay=0.1, ns_dtype="float32")
 
     (expected, _), (weights, _) = (trajectory(make, 24, 16, 3) for make in (theirs, ours))
     for W, reference in zip(weights, expected, strict=True):  # torch iterates in bfloat16

@@ -1,33 +1,73 @@
-"""The exchange of one process: every stack is computed where its parameters are.
-
-Gradients are copied into one tensor a stack, and directions are handed back as views. An exchange across ranks is the
-same two functions with communication in them.
-"""
+"""Matrices that are stepped where they are: those of one process, and whole ones that no other rank has a part of."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from steepest.stacks import Seat, Stack
+from steepest.exchange.lot import Directions, Lot, Move, Tensors
+from steepest.exchange.placement import local, place, shard_like
+from steepest.stacks import Seat, Stack, Windows
+
+if TYPE_CHECKING:
+    from steepest.exchange.domain import Domain
 
 
-def gather(stack: Stack, tensors: Sequence[Tensor | None]) -> Tensor:
-    """One tensor per seat, each of its parameter's shape, as one stack ``[B, m, n]`` of the state's dtype.
+class Here(Lot):
+    """One stack, stepped here. Nothing is copied on the way: windows are views of gradients and weights."""
 
-    Slots whose tensor is None are left unset: nobody may read them.
-    """
-    out = torch.empty(stack.size, *stack.shape, dtype=stack.dtype, device=stack.device)
-    there = [(seat, x) for seat, x in zip(stack.seats, tensors, strict=True) if x is not None]
-    if there:
-        torch._foreach_copy_(
-            [out[seat.slots] for seat, _ in there], [seat.view.matrices(x, seat.piece) for seat, x in there]
+    travels = False
+
+    def __init__(
+        self,
+        number: int,
+        stack: Stack,
+        params: Sequence[Tensor],
+        domain: Domain | None = None,
+        replica: int = 0,
+    ) -> None:
+        self.group = number
+        self.domain = domain
+        self.counts = replica == 0
+        self.stacks = [stack]
+        self.params = params
+
+    def state(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """See `Lot.state`."""
+        for seat in self.stacks[0].seats:
+            p, views = self.params[seat.index], self.stacks[0].views(seat)
+            yield seat.index, {name: shard_like(p, x) for name, x in views.items()}
+
+    def gather(self, tensors: Tensors) -> Callable[[], Windows]:
+        """See `Lot.gather`."""
+        seats = [(seat, tensors[seat.index]) for seat in self.stacks[0].seats]
+        windows = {seat.key: seat.view.window(x, seat.piece) for seat, x in seats if x is not None}
+        return lambda: windows
+
+    def spread(self, directions: Sequence[Directions]) -> Callable[[], list[Move]]:
+        """See `Lot.spread`."""
+        moves = [
+            self._move(made, seat)
+            for made in directions
+            for seat in made.stack.seats
+            if any(made.moved[seat.start : seat.stop])
+        ]
+        return lambda: moves
+
+    def _move(self, made: Directions, seat: Seat) -> Move:
+        p, view, piece = self.params[seat.index], seat.view, seat.piece
+        return Move(
+            seat.index,
+            view.window(local(p), piece),
+            view.shaped(made.marked(seat), piece),
+            made.stays(seat),
+            made.stack.t[seat.start],
+            partial(_part, p, seat),
         )
-    return out
 
 
-def scatter(D: Tensor, seats: Sequence[Seat]) -> list[Tensor]:
-    """The directions ``D [B, m, n]`` of some seats, each in the shape of the window that it moves."""
-    return [seat.view.shaped(D[seat.slots], seat.piece) for seat in seats]
+def _part(p: Tensor, seat: Seat) -> Tensor:
+    return seat.view.window(place(p), seat.piece)

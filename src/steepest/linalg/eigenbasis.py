@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from steepest.linalg.attempts import attempt
+
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
@@ -46,6 +48,17 @@ def eigh_with_fallback(K: Tensor, force_double: bool = False, eps: float | None 
     return values.flip(-1).to(K), vectors.flip(-1).to(K)
 
 
+def eigenvectors(K: Tensor, force_double: bool = False) -> Tensor:
+    """`eigh_with_fallback`'s eigenvectors for use inside a step: NaN, not an exception, where every solver fails.
+
+    Example:
+        >>> eigenvectors(torch.stack([torch.eye(2), torch.full((2, 2), torch.nan)])).isnan().any(dim=(-2, -1))
+        tensor([False,  True])
+    """
+    Q = attempt(lambda K: torch.linalg.eigh(K).eigenvectors, K.double() if force_double else K)
+    return Q.flip(-1).to(K)
+
+
 def orthogonal_iteration(K: Tensor, Q: Tensor, power_iter_steps: int = 1) -> Tensor:
     """One refinement of an approximate eigenbasis: ``Q ← qr(K Q)``, ``power_iter_steps`` times.
 
@@ -55,6 +68,9 @@ def orthogonal_iteration(K: Tensor, Q: Tensor, power_iter_steps: int = 1) -> Ten
         K: symmetric positive semidefinite matrices ``[..., d, d]``.
         Q: their approximate eigenvectors ``[..., d, d]``, orthonormal columns.
         power_iter_steps: products and factorizations; more cost more and follow faster.
+
+    Returns:
+        ``[..., d, d]``; NaN for a matrix that can't be factorized.
 
     Example:
         >>> K = torch.diag(torch.tensor([4.0, 1.0]))
@@ -128,9 +144,8 @@ def eigenbasis_error(K: Tensor, Q: Tensor) -> Tensor:
 
 
 def _orthonormal(A: Tensor) -> Tensor:
-    """The Q of QR by Householder's reflections, without forming R."""
-    Q: Tensor = torch.linalg.householder_product(*torch.geqrf(A))
-    return Q
+    """The Q of QR by Householder's reflections, without forming R; NaN where it fails."""
+    return attempt(lambda A: torch.linalg.householder_product(*torch.geqrf(A)), A)
 
 
 def _check_square(K: Tensor, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Orthonormal bases for the columns of tall matrices ``[..., m, r]``."""
+"""Orthonormal bases for the columns of tall matrices ``[..., m, r]``; NaN for one that no solver can factorize."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from steepest.linalg.attempts import attempt
+
 OVERSAMPLING = 1.25
 """Rows of the sketch per column; with `EXTRA_ROWS` more, so that few columns are not left to chance."""
 EXTRA_ROWS = 8
@@ -14,8 +16,7 @@ EXTRA_ROWS = 8
 
 def qr(A: Tensor) -> Tensor:
     """Householder's: backward stable, and slow in batches on GPUs. Columns beyond the rank of A come out arbitrary."""
-    Q: Tensor = torch.linalg.qr(A).Q
-    return Q
+    return attempt(_qr, A)
 
 
 def rcqr(A: Tensor) -> Tensor:
@@ -30,19 +31,28 @@ def rcqr(A: Tensor) -> Tensor:
         >>> torch.dist(P.mT @ P, torch.eye(2)) < 1e-6
         tensor(True)
     """
+    return attempt(_rcqr, A)
+
+
+def _qr(A: Tensor) -> Tensor:
+    Q: Tensor = torch.linalg.qr(A).Q
+    return Q
+
+
+def _rcqr(A: Tensor) -> Tensor:
     m, r = A.shape[-2:]
     k = math.ceil(OVERSAMPLING * r) + EXTRA_ROWS
     if k >= m:
-        return qr(A)
+        return _qr(A)
     R = torch.linalg.qr(gaussian(k, m, A) @ A, mode="r").R  # [..., r, r]
     pivots = R.diagonal(dim1=-2, dim2=-1).abs()  # what a column adds to the earlier ones, [..., r]
     dependent = pivots <= m * torch.finfo(A.dtype).eps * torch.linalg.vector_norm(R, dim=-2)
     one = torch.diag_embed(dependent.to(A.dtype))  # [..., r, r]; where a column is missing, both factors have a one
     P: Tensor = torch.linalg.solve_triangular(torch.where(dependent.unsqueeze(-1), one, R), A, upper=True, left=False)
     P = P.masked_fill(dependent.unsqueeze(-2), 0)  # [..., m, r], nearly orthonormal
-    C, _ = torch.linalg.cholesky_ex(P.mT @ P + one, upper=True)
+    C, info = torch.linalg.cholesky_ex(P.mT @ P + one, upper=True)
     P = torch.linalg.solve_triangular(C, P, upper=True, left=False)
-    return P
+    return torch.where(info.unsqueeze(-1).unsqueeze(-1) == 0, P, torch.nan)
 
 
 def gaussian(rows: int, columns: int, like: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steepest.linalg.attempts import attempt
 from steepest.linalg.precision import fp32_matmul_precision
 
 Polynomial = tuple[float, float, float]
@@ -29,6 +30,10 @@ GRAM_STEPS = 5
 """Steps from one Gram matrix before it is formed anew. Its zero eigenvalues are rounding noise, which every step
 multiplies by a²; once negative noise comes near -1 the iteration diverges, as ten steps do. After five, the tables'
 results are within 4e-3 of float64's, at condition numbers up to 1e12."""
+
+
+BFLOAT16_ROWS, BFLOAT16_ASPECT = 128, 4
+"""Which matrices gain by bfloat16 on a CPU that has units for it; see `iteration_dtype`."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def polar_factor(G: Tensor, method: str = "keller", *, eps: float = 1e-7, dtype:
         dtype: what the iteration computes in; by default `working_dtype`.
 
     Returns:
-        ``[..., m, n]`` in G's dtype.
+        ``[..., m, n]`` in G's dtype. By "exact", NaN for a matrix that no solver can decompose.
 
     Raises:
         ValueError: for an unknown method.
@@ -140,11 +145,11 @@ def polar_factor(G: Tensor, method: str = "keller", *, eps: float = 1e-7, dtype:
     if method not in METHODS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(map(repr, METHODS))}")
     if method == "exact":
-        return _by_svd(G)
+        return attempt(_by_svd, G)
     table = TABLES[method]
     X = G.reshape(-1, *G.shape[-2:])  # [N, m, n]
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)  # [N, 1, 1]
-    X = torch.where(norm > negligible_norm(X.dtype), X / (table.safety * norm + eps), 0)
+    X = X / torch.where(norm > negligible_norm(X.dtype), table.safety * norm + eps, torch.inf)
     with fp32_matmul_precision("highest"):
         X = _iterate(X.to(dtype or working_dtype(G, table)), table.steps)
     return X.to(G.dtype).reshape(G.shape)
@@ -155,11 +160,25 @@ def negligible_norm(dtype: torch.dtype) -> float:
     return 10 * math.sqrt(torch.finfo(dtype).tiny)
 
 
+def iteration_dtype(G: Tensor, word: str) -> torch.dtype | None:
+    """What "float32", "bfloat16" or "auto" (`working_dtype`) mean for matrices ``G [..., m, n]``.
+
+    float64 stays float64. On a CPU, bfloat16 is for those that gain by it: at least `BFLOAT16_ROWS` long on the short
+    side, and not so far from square that float32's Gram form does as well.
+    """
+    short, long = sorted(G.shape[-2:])
+    if word == "auto" or G.dtype == torch.float64:
+        return None
+    if word == "float32" or (G.device.type == "cpu" and (short < BFLOAT16_ROWS or long > BFLOAT16_ASPECT * short)):
+        return torch.float32
+    return torch.bfloat16
+
+
 def working_dtype(G: Tensor, table: Table) -> torch.dtype:
     """What to iterate in: float64 for float64, bfloat16 on GPUs that have it if the table allows, otherwise float32.
 
     Newton-Schulz forgives bfloat16's rounding, but a CPU without units for it multiplies bfloat16 at 1 GFLOP/s, 60
-    times slower than float32. The device decides and never a stopwatch, so that runs can be repeated bit by bit.
+    times slower than float32. The kind of device decides and no stopwatch, so that calls can be repeated bit by bit.
     """
     if G.dtype == torch.float64:
         return torch.float64
@@ -176,34 +195,48 @@ def _by_svd(G: Tensor) -> Tensor:
 
 
 def _iterate(X: Tensor, steps: Sequence[Polynomial]) -> Tensor:
-    rows, columns = X.shape[-2:]
-    if rows > columns:
-        return _iterate(X.mT, steps).mT
-    if columns >= GRAM_ASPECT * rows and X.dtype != torch.bfloat16:
+    """All ``steps`` on a batch ``X [N, m, n]``, or on one matrix, by products on its shorter side."""
+    if len(X) == 1 and X.dim() == 3 and X.dtype == torch.bfloat16:  # torch's batched products of one are slower
+        return _iterate(X[0], steps).unsqueeze(0)
+    short, long = sorted(X.shape[-2:])
+    if long >= GRAM_ASPECT * short and X.dtype != torch.bfloat16:
         return _iterate_gram(X, steps)
+    tall = X.shape[-2] > X.shape[-1]
     for a, b, c in steps:
+        P = _polynomial(_gram(X), 0.0, b, c)  # [..., s, s]
         # Were a on the diagonal of the polynomial, bfloat16 would round it there: 2.5 times the error.
-        X = torch.baddbmm(X, _polynomial(X @ X.mT, 0.0, b, c), X, beta=a)  # [N, s, l]
+        X = _plus_product(a, X, 1.0, *((X, P) if tall else (P, X)))  # [..., m, n]
     return X
 
 
 def _iterate_gram(X: Tensor, steps: Sequence[Polynomial]) -> Tensor:
-    """The same on ``A = X Xᵀ``: a step takes X to ``P X`` and A to ``P A P`` with ``P = a I + b A + c A²``."""
+    """The same on the Gram matrix A: a step takes X to ``P X`` and A to ``P A P`` with ``P = a I + b A + c A²``."""
     for start in range(0, len(steps), GRAM_STEPS):
         first, *others = steps[start : start + GRAM_STEPS]
-        A = X @ X.mT  # [N, s, s]
-        P = product = _polynomial(A, *first)  # [N, s, s]
+        A = _gram(X)  # [..., s, s]
+        P = product = _polynomial(A, *first)  # [..., s, s]
         for step in others:
             A = P @ A @ P
             P = _polynomial(A, *step)
             product = P @ product
-        X = product @ X
+        X = X @ product.mT if X.shape[-2] > X.shape[-1] else product @ X
     return X
 
 
+def _gram(X: Tensor) -> Tensor:
+    """``X Xᵀ``, or ``Xᵀ X`` if X is tall: the smaller one."""
+    return X.mT @ X if X.shape[-2] > X.shape[-1] else X @ X.mT
+
+
 def _polynomial(A: Tensor, a: float, b: float, c: float) -> Tensor:
-    """``a I + b A + c A²`` for ``A [N, s, s]``."""
-    P = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
+    """``a I + b A + c A²`` for ``A [..., s, s]``."""
+    P = _plus_product(b, A, c, A, A) if c else b * A
     if a:
         P.diagonal(dim1=-2, dim2=-1).add_(a)
     return P
+
+
+def _plus_product(beta: float, C: Tensor, alpha: float, A: Tensor, B: Tensor) -> Tensor:
+    """``β C + α A B``, of matrices or batches."""
+    plus_product = torch.addmm if C.dim() == 2 else torch.baddbmm
+    return plus_product(C, A, B, beta=beta, alpha=alpha)

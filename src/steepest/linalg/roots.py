@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steepest.linalg.eigenbasis import eigh_with_fallback
+from steepest.linalg.attempts import attempt
 
 
 def matrix_power(K: Tensor, exponent: float, *, eps: float = 0.0, relative: bool = False) -> Tensor:
@@ -22,7 +22,7 @@ def matrix_power(K: Tensor, exponent: float, *, eps: float = 0.0, relative: bool
             homogeneous: ``(c K)^p = c^p K^p`` at any scale of the gradients. Otherwise it has the units of ``K``.
 
     Returns:
-        ``[..., d, d]``, symmetric.
+        ``[..., d, d]``, symmetric; NaN for a matrix that no solver can decompose.
 
     Example:
         >>> K = torch.diag(torch.tensor([16.0, 1.0, 0.0]))
@@ -31,8 +31,13 @@ def matrix_power(K: Tensor, exponent: float, *, eps: float = 0.0, relative: bool
         >>> matrix_power(K, -0.25, eps=1e-4).diagonal()
         tensor([ 0.5000,  1.0000, 10.0000])
     """
-    eigenvalues, Q = eigh_with_fallback(K)  # [..., d], [..., d, d]
-    return (Q * spectral_power(eigenvalues, exponent, eps=eps, relative=relative).unsqueeze(-2)) @ Q.mT
+
+    def power(K: Tensor) -> Tensor:
+        eigenvalues, Q = torch.linalg.eigh(K)  # [..., d], [..., d, d]
+        P: Tensor = (Q * spectral_power(eigenvalues, exponent, eps=eps, relative=relative).unsqueeze(-2)) @ Q.mT
+        return P
+
+    return attempt(power, K)
 
 
 def spectral_power(eigenvalues: Tensor, exponent: float, *, eps: float = 0.0, relative: bool = False) -> Tensor:
@@ -46,4 +51,6 @@ def spectral_power(eigenvalues: Tensor, exponent: float, *, eps: float = 0.0, re
     largest = eigenvalues.amax(dim=-1, keepdim=True)  # [..., 1]
     damped = eigenvalues + (eps * largest if relative else eps)
     rounding = eigenvalues.shape[-1] * torch.finfo(eigenvalues.dtype).eps * largest if eps == 0 else 0.0
-    return damped.pow(exponent).where(damped > rounding, 0.0)
+    # In float64, because powers in float32 round differently in whole vector registers and in what remains of them:
+    # a matrix would get other bits in another stack.
+    return damped.double().pow(exponent).to(damped.dtype).where(damped > rounding, 0.0)

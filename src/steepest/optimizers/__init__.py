@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from steepest.optimizer import Optimizer, nearest
+from steepest.optimizer import Optimizer
 from steepest.optimizers.dion import Dion, Dion2
 from steepest.optimizers.lion import Lion
 from steepest.optimizers.moso import MOSO
 from steepest.optimizers.muon import AdaMuon, Muon, NorMuon
 from steepest.optimizers.shampoo import KL_SHAMPOO_OPTIONS, KLShampoo, Shampoo
 from steepest.optimizers.soap import REKLS, REKLS_OPTIONS, SOAP, soap_options
-from steepest.optimizers.spelling import Params
+from steepest.optimizers.spelling import Params, spelled
+from steepest.optimizers.torch_optim import TORCH
+from steepest.options import nearest
 from steepest.recipes import unfold
 from steepest.rules import RULES
 
@@ -24,18 +27,26 @@ from steepest.rules import RULES
 class Entry:
     """What a name stands for."""
 
-    optimizer: type[Optimizer]
+    optimizer: Callable[..., Optimizer]
+    """The class, or the class with options that the name stands for."""
     spell: Callable[[dict[str, Any]], dict[str, Any]]
     """From the class's keyword options to a parameter group's, with its ``rule``."""
     paper: str
 
 
-def _entry(optimizer: type[Optimizer], rule: str, paper: str = "", **fixed: Any) -> Entry:
+def _entry(optimizer: Callable[..., Optimizer], rule: str, paper: str = "", **fixed: Any) -> Entry:
     return Entry(optimizer, lambda options: {"rule": rule} | options | fixed, paper or RULES[rule].paper)
 
 
+KL_SOAP_OPTIONS: dict[str, Any] = {"use_kl_shampoo": True}
+
 NAMES: dict[str, Entry] = {
     "soap": Entry(SOAP, soap_options, RULES["soap"].paper),
+    "kl-soap": Entry(
+        partial(SOAP, **KL_SOAP_OPTIONS),
+        lambda options: soap_options(KL_SOAP_OPTIONS | options),
+        "Lin et al., arXiv:2509.03378",
+    ),
     "rekls": _entry(REKLS, "soap", paper="Emerging-Optimizers, 2025", **REKLS_OPTIONS),
     "moso": _entry(MOSO, "moso"),
     "shampoo": _entry(Shampoo, "shampoo"),
@@ -49,20 +60,17 @@ NAMES: dict[str, Entry] = {
 }
 """Our optimizers by name. A rule without a class of its own goes by the name that it is registered under."""
 
-TORCH: dict[str, type[torch.optim.Optimizer]] = {
-    name.lower(): cls
-    for name, cls in vars(torch.optim).items()
-    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
-}
-"""torch.optim's, by the lower-case names of their classes."""
+ALIASES = {"soap-kl": "kl-soap", "shampoo-kl": "kl-shampoo"}
+"""Other names for some. Case doesn't matter, nor do hyphens, underscores and blanks: see `canonical`."""
 
 
 def create(name: str, params: Params, **options: Any) -> torch.optim.Optimizer:
     """An optimizer by name: ours, or any of torch.optim's, or one with a recipe's settings.
 
     Args:
-        name: as in `NAMES`, or the lower-case name of a class of torch.optim ("adamw", "nadam", "lbfgs", ...), or that
-            of a recipe ("soap/paper", see `steepest.recipe`), whose settings for matrices all parameters get.
+        name: as in `NAMES`, or that of a class of torch.optim ("adamw", "nadam", "lbfgs", ..., and "torch.muon" where
+            there is one of ours), in any spelling: "KL_SOAP" and "Adam-W" are known too. Or a recipe's ("soap/paper",
+            see `steepest.recipe`), whose settings for matrices all parameters get.
         params: what to optimize.
         options: the optimizer's own; they go before a recipe's.
 
@@ -80,11 +88,11 @@ def create(name: str, params: Params, **options: Any) -> torch.optim.Optimizer:
         'original'
     """
     name, options = unfold(name, options)
-    key = name.lower()
+    key = canonical(name)
     if key in NAMES:
         return NAMES[key].optimizer(params, **options)
-    if key in TORCH:
-        return TORCH[key](params, **options)
+    if key.removeprefix("torch.") in TORCH:
+        return TORCH[key.removeprefix("torch.")](params, **options)
     if key in RULES:
         return Optimizer(params, key, **options)
     raise ValueError(f"name={name!r}: no such optimizer{nearest(key, [*NAMES, *TORCH, *RULES])}")
@@ -102,9 +110,20 @@ def group_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     {'rule': 'lion', 'lr': 0.0001, 'betas': (0.9, 0.99), 'weight_decay': 0.3}
     """
     name, options = unfold(name, options)
-    key = name.lower()
+    key = canonical(name)
     if key in NAMES:
         return NAMES[key].spell(options)
     if key in RULES:
         return {"rule": key} | options
     raise ValueError(f"name={name!r}: no such rule{nearest(key, [*NAMES, *RULES])}")
+
+
+def canonical(name: str) -> str:
+    """A name as `NAMES`, torch.optim's classes (in lower case) and rules have it, if one of them is meant.
+
+    >>> [canonical(name) for name in ("KL_SOAP", "soap-kl", "Adam-W", "inverse root", "torch.Muon", "xyz")]
+    ['kl-soap', 'kl-soap', 'adamw', 'inverse_root', 'torch.muon', 'xyz']
+    """
+    names = [*NAMES, *TORCH, *RULES, *ALIASES, *(f"torch.{name}" for name in TORCH)]
+    found = spelled(name, names) or name.lower()
+    return ALIASES.get(found, found)

@@ -26,10 +26,12 @@ class Dion2(Optimizer):
         weight_decay: strength of the decay; it acts on all rows.
         scale: see `Muon`; it is computed from the whole matrix's shape, so that rows move as under Muon.
         ns: see `Muon`.
+        ns_dtype: see `Muon`.
         eps: see `Muon`.
         weight_decay_method: see `Muon`.
         merge_dims: see `Muon`.
         nonfinite: see `Muon`.
+        stochastic_rounding: see `Muon`.
 
     Raises:
         ValueError: for an option out of range.
@@ -54,10 +56,12 @@ class Dion2(Optimizer):
         *,
         scale: str = "match_rms_adamw",
         ns: str = "keller",
+        ns_dtype: str = "auto",
         eps: float = 1e-7,
         weight_decay_method: str = "decoupled",
         merge_dims: bool = True,
         nonfinite: str = "skip",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, "dion2", **given(locals()))
 
@@ -82,6 +86,7 @@ class Dion(Optimizer):
         weight_decay_method: see `Muon`.
         merge_dims: see `Muon`.
         nonfinite: see `Muon`.
+        stochastic_rounding: see `Muon`.
 
     Raises:
         ValueError: for an option out of range.
@@ -109,5 +114,6 @@ class Dion(Optimizer):
         weight_decay_method: str = "decoupled",
         merge_dims: bool = True,
         nonfinite: str = "skip",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, "dion", **given(locals()))

@@ -24,6 +24,7 @@ class Lion(Optimizer):
         weight_decay: strength of the decay, decoupled; as steps are smaller than AdamW's, the paper takes 3 to 10
             times as much.
         nonfinite: see `Muon`.
+        stochastic_rounding: see `Muon`.
 
     Raises:
         ValueError: for an option out of range.
@@ -46,5 +47,6 @@ class Lion(Optimizer):
         weight_decay: float = 0.01,
         *,
         nonfinite: str = "skip",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, "lion", **given(locals()))

@@ -38,6 +38,7 @@ class MOSO(Optimizer):
         max_precond_dim: where the smaller side is longer, it gets the identity.
         merge_dims: see `SOAP`.
         nonfinite: see `SOAP`.
+        stochastic_rounding: see `SOAP`.
 
     Raises:
         ValueError: for an option out of range. shampoo_beta = 1 is: its bias correction would be 0/0.
@@ -72,5 +73,6 @@ class MOSO(Optimizer):
         max_precond_dim: int = 8192,
         merge_dims: bool = True,
         nonfinite: str = "skip",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, "moso", **given(locals()))

@@ -33,6 +33,11 @@ class Muon(Optimizer):
         ns: how it is orthogonalized: a table of Newton-Schulz coefficients, "keller" (its author's), "quintic_you",
             "polar_express_5", "polar_express_dion", "cans", "cubic5" or "deepseekv4", see `steepest.linalg.polar`; or
             "exact", by singular value decomposition, for tests.
+        ns_dtype: what Newton-Schulz iterates in: "float32", "bfloat16" or "auto". "auto" becomes one of the others when
+            the optimizer is made, and is saved as such: bfloat16 on GPUs that have it and on CPUs that multiply it at
+            least 1.5 times as fast, which is measured once per process; otherwise float32. Name it where two runs
+            from scratch must agree bit by bit on different CPUs. On a CPU, matrices that gain nothing by bfloat16 (a
+            side shorter than 128, or one more than 4 times the other) stay in float32, and float64 ones in float64.
         eps: added to the norm by which the momentum is divided before; matrices with less than that move less.
         weight_decay_method: "decoupled" ``W *= 1 - lr·wd``; "independent" ``W *= 1 - wd``; "palm"
             ``W *= 1 - lr²·wd``; "cautious" as decoupled, where the step shrinks the weight too; "l2" adds ``wd·W`` to
@@ -43,6 +48,9 @@ class Muon(Optimizer):
             matrices, as in stacked experts ``[E, m, n]``.
         nonfinite: "skip": a matrix whose gradient is not finite is left out of the step, weights, state and clock
             untouched, and counted in ``skipped``. "raise": FloatingPointError before anything has changed.
+        stochastic_rounding: bfloat16 weights are rounded up or down at random, so that small steps count on average;
+            otherwise all below 1/512 of a weight are lost. Weights of other dtypes are not touched by it. The numbers
+            come from the parameter's name and step and the group option ``rounding_seed`` (0), so they repeat.
 
     Raises:
         ValueError: for an option out of range; it names the option, its value and what is allowed.
@@ -67,12 +75,14 @@ class Muon(Optimizer):
         nesterov: bool = True,
         scale: str = "match_rms_adamw",
         ns: str = "keller",
+        ns_dtype: str = "auto",
         eps: float = 1e-7,
         weight_decay_method: str = "decoupled",
         split: tuple[int, ...] = (),
         heads: int = 1,
         merge_dims: bool = True,
         nonfinite: str = "skip",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, "muon", **given(locals()))
 
@@ -94,12 +104,14 @@ class NorMuon(Optimizer):
         nesterov: see `Muon`.
         scale: see `Muon`; with the default, a step has the paper's norm.
         ns: see `Muon`.
+        ns_dtype: see `Muon`.
         eps: see `Muon`.
         weight_decay_method: see `Muon`.
         split: see `Muon`.
         heads: see `Muon`.
         merge_dims: see `Muon`.
         nonfinite: see `Muon`.
+        stochastic_rounding: see `Muon`.
 
     Raises:
         ValueError: for an option out of range.
@@ -126,12 +138,14 @@ class NorMuon(Optimizer):
         nesterov: bool = True,
         scale: str = "match_rms_adamw",
         ns: str = "keller",
+        ns_dtype: str = "auto",
         eps: float = 1e-7,
         weight_decay_method: str = "decoupled",
         split: tuple[int, ...] = (),
         heads: int = 1,
         merge_dims: bool = True,
         nonfinite: str = "skip",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, "normuon", **given(locals()))
 
@@ -152,12 +166,14 @@ class AdaMuon(Optimizer):
         nesterov: see `Muon`.
         scale: see `Muon`; the default is the paper's.
         ns: see `Muon`.
+        ns_dtype: see `Muon`.
         eps: see `Muon`; here the norm is that of a matrix of signs, so it hardly matters.
         weight_decay_method: see `Muon`.
         split: see `Muon`.
         heads: see `Muon`.
         merge_dims: see `Muon`.
         nonfinite: see `Muon`.
+        stochastic_rounding: see `Muon`.
 
     Raises:
         ValueError: for an option out of range.
@@ -181,11 +197,13 @@ class AdaMuon(Optimizer):
         nesterov: bool = True,
         scale: str = "match_rms_adamw",
         ns: str = "keller",
+        ns_dtype: str = "auto",
         eps: float = 1e-7,
         weight_decay_method: str = "decoupled",
         split: tuple[int, ...] = (),
         heads: int = 1,
         merge_dims: bool = True,
         nonfinite: str = "skip",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, "adamuon", **given(locals()))

@@ -51,6 +51,7 @@ class Shampoo(Optimizer):
         stagger: spread the refreshes of a group's matrices over the steps of a period.
         merge_dims: see `Muon`.
         nonfinite: see `Muon`.
+        stochastic_rounding: see `Muon`.
 
     Raises:
         ValueError: for an option out of range.
@@ -92,6 +93,7 @@ class Shampoo(Optimizer):
         stagger: bool = False,
         merge_dims: bool = True,
         nonfinite: str = "skip",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, "shampoo", **given(locals()))
 

@@ -7,8 +7,9 @@ from typing import Any, final
 
 from torch import Tensor
 
-from steepest.optimizer import Optimizer, option_defaults
+from steepest.optimizer import Optimizer
 from steepest.optimizers.spelling import Params, given
+from steepest.options import option_defaults
 from steepest.rule import check_choice
 
 
@@ -81,6 +82,9 @@ class SOAP(Optimizer):
         preconditioner_decay: another name for ``shampoo_beta``.
         nonfinite: "skip": a matrix whose gradient is not finite is left out of the step, weights, state and clock
             untouched, and counted in ``skipped``. "raise": FloatingPointError before anything has changed.
+        stochastic_rounding: bfloat16 weights are rounded up or down at random, so that small steps count on average;
+            otherwise all below 1/512 of a weight are lost. Weights of other dtypes are not touched by it. The numbers
+            come from the parameter's name and step and the group option ``rounding_seed`` (0), so they repeat.
 
     Raises:
         ValueError: for an option out of range; it names the option, its value and what is allowed.
@@ -135,6 +139,7 @@ class SOAP(Optimizer):
         precondition_1d: bool = False,
         preconditioner_decay: float | None = None,
         nonfinite: str = "skip",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(params, **soap_options(given(locals())))
 

@@ -1,4 +1,4 @@
-"""What every optimizer's signature shares."""
+"""What every optimizer's signature shares, and how freely names may be spelled."""
 
 from __future__ import annotations
 
@@ -18,3 +18,16 @@ def given(scope: Mapping[str, Any]) -> dict[str, Any]:
     {'lr': 0.1}
     """
     return {name: value for name, value in scope.items() if name not in ("self", "params", "__class__")}
+
+
+def spelled(name: str, known: Iterable[str]) -> str | None:
+    """Which of the ``known`` names is meant, whatever its case, hyphens, underscores and blanks; None if none is.
+
+    >>> spelled("KL_Soap", ["soap", "kl-soap"]), spelled("soup", ["soap"])
+    ('kl-soap', None)
+    """
+    return next((other for other in known if _bare(other) == _bare(name)), None)
+
+
+def _bare(name: str) -> str:
+    return name.lower().translate(str.maketrans("", "", "-_ "))

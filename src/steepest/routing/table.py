@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from steepest.optimizer import OPTIONS as SHARED
-from steepest.optimizer import nearest, option_defaults
+from steepest.options import OPTIONS as SHARED
+from steepest.options import nearest, option_defaults
 from steepest.views import OPTIONS, View
 
 TITLES = ("parameter", "shape", "view", "rule", "why", "state")

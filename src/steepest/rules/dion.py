@@ -25,6 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from steepest.linalg import flops
 from steepest.linalg.orthonormal import ORTHONORMALIZERS, gaussian
 from steepest.rule import Rule, State, Step, beta, checked, one_of
 from steepest.scales import SCALES
@@ -50,12 +51,18 @@ class Dion(Rule):
     def update(self, G: Tensor, state: State, step: Step) -> Tensor:
         M = state["momentum_buffer"].add_(G if step.penalty is None else G + step.penalty)
         wide = G.shape[1] < G.shape[2]
-        D = self.follow(M.mT if wide else M, state["Q"]).mul_(SCALES[self.scale](*G.shape[1:]))
+        D = self.follow(M.mT if wide else M, state["Q"], step).mul_(SCALES[self.scale](*G.shape[1:]))
         return D.mT if wide else D
 
-    def follow(self, M: Tensor, Q: Tensor) -> Tensor:
+    def flops(self, m: int, n: int) -> float:
+        """8slr, four products, and r columns of length l made orthonormal; s and l are the shorter and longer side."""
+        s, l = sorted((m, n))
+        r = math.ceil(self.rank_fraction * s)
+        return 4 * flops.product(s, l, r) + flops.orthonormal(l, r, self.orthonormalize)
+
+    def follow(self, M: Tensor, Q: Tensor, step: Step) -> Tensor:
         """One power iteration for ``M [B, m, n]``, in place in both; ``P Qᵀ``."""
-        P = ORTHONORMALIZERS[self.orthonormalize](M @ Q)  # [B, m, r]
+        P = step.found(ORTHONORMALIZERS[self.orthonormalize](M @ Q), 0.0)  # [B, m, r]; by zero, nothing is applied
         R = M.mT @ P  # [B, n, r]
         M.baddbmm_(P, R.mT, alpha=self.momentum - 1)
         norms = torch.linalg.vector_norm(R, dim=-2, keepdim=True)  # [B, 1, r]

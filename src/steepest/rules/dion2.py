@@ -23,13 +23,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.linalg.polar import METHODS, polar_factor
-from steepest.rule import Rule, State, Step, at_least, beta, checked, one_of
+from steepest.linalg import flops
+from steepest.rule import State, Step, beta, checked, one_of
+from steepest.rules.newton_schulz import NewtonSchulz
 from steepest.scales import SCALES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dion2(Rule):
+class Dion2(NewtonSchulz):
     """Options as `steepest.Dion2` describes them."""
 
     name: ClassVar[str] = "dion2"
@@ -38,8 +39,6 @@ class Dion2(Rule):
     fraction: float = checked(0.25, lambda x: 0 < x <= 1, "a number in (0, 1]")
     ef_decay: float = beta(0.95)
     scale: str = one_of(tuple(SCALES), "match_rms_adamw")
-    ns: str = one_of(METHODS, "keller")
-    eps: float = at_least(0, 1e-7)
 
     def init(self, G: Tensor) -> State:
         return {"momentum_buffer": torch.zeros_like(G)}  # [B, m, n]
@@ -49,16 +48,21 @@ class Dion2(Rule):
         D = torch.zeros_like(G)
         scale = SCALES[self.scale](*G.shape[1:])
         if G.shape[1] > G.shape[2]:
-            self.apply_largest(M.mT, D.mT, scale)
+            self.apply_largest(M.mT, D.mT, scale, step)
         else:
-            self.apply_largest(M, D, scale)
+            self.apply_largest(M, D, scale, step)
         return D
 
-    def apply_largest(self, M: Tensor, D: Tensor, scale: float) -> None:
+    def flops(self, m: int, n: int) -> float:
+        """Muon's, for a fraction of the shorter side."""
+        s, l = sorted((m, n))
+        return flops.polar(math.ceil(self.fraction * s), l, self.ns, self.ns_dtype == "float32")
+
+    def apply_largest(self, M: Tensor, D: Tensor, scale: float, step: Step) -> None:
         """Move the largest rows of ``M [B, s, l]`` into ``D``, orthogonalized; both are changed in place."""
         k = math.ceil(self.fraction * M.shape[1])
         K = M.abs().sum(dim=-1, keepdim=True).topk(k, dim=1).indices  # [B, k, 1]
         K = K.expand(-1, -1, M.shape[2])
         rows = M.gather(1, K)  # [B, k, l]
-        D.scatter_(1, K, polar_factor(rows, self.ns, eps=self.eps) * scale)
+        D.scatter_(1, K, self.polar(rows, step) * scale)
         M.scatter_(1, K, rows * self.ef_decay)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from steepest.factors import Factors
 from steepest.kronecker import precondition
+from steepest.linalg.flops import eigh, product
 from steepest.linalg.roots import matrix_power
 from steepest.moments import adam
-from steepest.rule import Refreshing, State, Step, at_least, beta, betas, clip_rms, corrected_beta, one_of
+from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, betas, clip_rms, corrected_beta, one_of
 from steepest.scales import frobenius, with_norm
 
 
@@ -34,6 +35,7 @@ class InverseRoot(Refreshing):
     """Options as `steepest.SOAP` describes them under ``form``."""
 
     name: ClassVar[str] = "inverse_root"
+    paper: ClassVar[str] = "none: a formula that goes by SOAP's name"
 
     betas: tuple[float, float] = betas((0.9, 0.95))
     shampoo_beta: float = beta(0.95)
@@ -50,17 +52,30 @@ class InverseRoot(Refreshing):
     def init(self, G: Tensor) -> State:
         state = Factors.init(G, self.max_precond_dim, self.precondition_1d, bases=False)
         roots = {f"P_{side}": torch.zeros_like(K) for side, K in state.items()}
+        for P in roots.values():
+            P.diagonal(dim1=-2, dim2=-1).fill_(1)
         return {"exp_avg": torch.zeros_like(G), "exp_avg_sq": torch.zeros_like(G)} | state | roots
 
     def update(self, G: Tensor, state: State, step: Step) -> Tensor:
         corrects = self.correct_bias if self.correct_shampoo_beta_bias is None else self.correct_shampoo_beta_bias
         Factors(state).feed(G, corrected_beta(self.shampoo_beta, step.t) if corrects else self.shampoo_beta)
-        for side in state.keys() & {"L", "R"} if step.refresh is not None else ():
-            K = state[side][step.refresh]
-            state[f"P_{side}"][step.refresh] = matrix_power(K, -1 / self.root, eps=self.damping)
+        if step.refresh is not None:
+            self.follow(state, step, step.refresh)
         g = G if step.penalty is None else G + step.penalty
         u = adam(g, state, step.t, self.betas, self.eps, correct_bias=self.correct_bias, nesterov=self.nesterov)
         D = precondition(u, [state.get("P_L"), state.get("P_R")])  # symmetric, so the transpose in it is none
         if self.graft == "adam":
             D = with_norm(D, frobenius(u))
         return clip_rms(D, self.max_update_rms)
+
+    def flops(self, m: int, n: int) -> float:
+        """4mn(m+n): feed and precondition. At a refresh on each side a full decomposition and a product, 9d³ + 2d³."""
+        sides = self.sides(m, n)
+        roots = sum(eigh(d) + product(d, d, d) for d in sides)
+        return 2 * sum(product(d, m, n) for d in sides) + roots / self.last_period
+
+    def follow(self, state: State, step: Step, slots: Slots) -> None:
+        """The inverse roots of these slots follow their covariances."""
+        for side in state.keys() & {"L", "R"}:
+            K, P = state[side][slots], state[f"P_{side}"][slots]
+            state[f"P_{side}"][slots] = step.found(matrix_power(K, -1 / self.root, eps=self.damping), P, slots)

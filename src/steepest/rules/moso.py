@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from steepest.factors import Factors
+from steepest.linalg.flops import iteration, product
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
 from steepest.moments import adam
 from steepest.rule import Rule, State, Step, at_least, beta, betas, clip_rms, corrected_beta, one_of
@@ -57,7 +58,7 @@ class Moso(Rule):
         G = G if step.penalty is None else G + step.penalty
         with fp32_matmul_precision(self.fp32_matmul_prec):
             M = state["momentum_buffer"].lerp_(G, 1 - self.momentum)
-            factors = Factors(state)
+            factors = Factors(state, step.failures)
             if not factors.trivial:
                 factors.feed(M, corrected_beta(self.shampoo_beta, step.t))
                 with fp32_matmul_precision(self.qr_fp32_matmul_prec):
@@ -75,3 +76,8 @@ class Moso(Rule):
 
     def stage(self, clock: int) -> str:
         return "first" if clock == 0 else "steady"
+
+    def flops(self, m: int, n: int) -> float:
+        """10s²l: feed, project, unproject, turn the momentum (not for "rmsprop"). A product and a QR decomposition."""
+        along = 3 + (2 if self.inner == "adam" else 0)
+        return sum(along * product(s, m, n) + iteration(s, self.power_iter_steps) for s in self.sides(m, n))

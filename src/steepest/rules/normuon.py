@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.rule import State, beta, one_of
+from steepest.rule import State, Step, beta, one_of
 from steepest.rules.muon import Orthogonalized
 from steepest.scales import frobenius, with_norm
 
@@ -41,8 +41,8 @@ class NorMuon(Orthogonalized):
     def init(self, G: Tensor) -> State:
         return super().init(G) | {"exp_avg_sq": torch.zeros_like(G.narrow(self.dim, 0, 1))}
 
-    def orthogonalize(self, M: Tensor, state: State) -> Tensor:
-        return equalize(self.polar(M), state["exp_avg_sq"], self.beta2, self.dim)
+    def orthogonalize(self, M: Tensor, state: State, step: Step) -> Tensor:
+        return equalize(self.polar(M, step), state["exp_avg_sq"], self.beta2, self.dim)
 
     @property
     def dim(self) -> int:

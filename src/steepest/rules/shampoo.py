@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from steepest.factors import Factors
-from steepest.linalg.eigenbasis import conjugate, eigh_with_fallback, orthogonal_iteration
+from steepest.linalg.eigenbasis import conjugate, eigenvectors, orthogonal_iteration
+from steepest.linalg.flops import eigh, iteration, product
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
 from steepest.linalg.roots import spectral_power
 from steepest.rule import (
@@ -81,7 +82,7 @@ class Shampoo(Refreshing):
                 factors.feed(G, beta)
             self.track(G, state, beta)
             if step.refresh is not None:
-                self.follow(state, step.refresh, first=step.stage == "first")
+                self.follow(state, step, step.refresh)
             G = G if step.penalty is None else G + step.penalty
             M = state["exp_avg"].lerp_(G, 1 - self.betas[0]) / correction(self.betas[0], t)
             D = factors.unproject(self.whiten(factors.project(M), state, t))
@@ -98,16 +99,33 @@ class Shampoo(Refreshing):
             if side in state:
                 state[f"lambda_{side}"].lerp_(energy, (1 - beta).squeeze(-1))
 
-    def follow(self, state: State, slots: Slots, first: bool) -> None:
+    def follow(self, state: State, step: Step, slots: Slots) -> None:
         """The bases of these slots follow their factors."""
+        first = step.stage == "first"
         for side in state.keys() & {"L", "R"}:
             K, Q = state[side][slots], state[f"Q_{side}"][slots]
             if first or self.refresh == "eigh":
-                _, Q = eigh_with_fallback(K, force_double=first)
+                new = eigenvectors(K, force_double=first)
             else:
-                Q = orthogonal_iteration(K, Q, self.power_iter_steps)
+                new = orthogonal_iteration(K, Q, self.power_iter_steps)
+            Q = step.found(new, Q, slots)
             state[f"Q_{side}"][slots] = Q
             state[f"lambda_{side}"][slots] = conjugate(K, Q, diag=True)
+
+    def flops(self, m: int, n: int) -> float:
+        """8mn(m+n): feed, project gradient and momentum, unproject. With KL on each side two products, 4d³, more.
+
+        At a refresh on each side two products and a QR decomposition, 4d³ + 8d³/3, or a product and a full
+        decomposition, 2d³ + 9d³.
+        """
+        sides = self.sides(m, n)
+        along = sum(product(d, m, n) for d in sides)  # 2mn(m+n)
+        cubes = sum(product(d, d, d) for d in sides)
+        every = 4 * along
+        if self.use_kl_shampoo:  # a whitening instead of the gradient's projection
+            every += 2 * cubes - (0.0 if len(sides) == 2 else along)
+        solve = sum(eigh(d) if self.refresh == "eigh" else iteration(d, self.power_iter_steps) for d in sides)
+        return every + (solve + cubes) / self.last_period
 
     def whiten(self, projected: Tensor, state: State, t: Tensor) -> Tensor:
         """``Λ_L^p · Λ_R^p`` for the momentum in the eigenbases, ``[B, m, n]``."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from steepest.factors import Factors
+from steepest.linalg.flops import eigh, iteration, product
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
 from steepest.moments import adam
 from steepest.rule import (
@@ -85,7 +86,7 @@ class Soap(Refreshing):
 
     def learn(self, G: Tensor, state: State, step: Step) -> None:
         """The covariances take the gradient in; where a refresh is due, the bases follow."""
-        factors = Factors(state)
+        factors = Factors(state, step.failures)
         if factors.trivial:
             return
         beta = self.factor_beta(step.t)
@@ -123,6 +124,27 @@ class Soap(Refreshing):
             noise_floor=self.relative_noise if guarded else 0.0,
         )
         return clip_rms(factors.unproject(u), self.max_update_rms)
+
+    def flops(self, m: int, n: int) -> float:
+        """6mn(m+n): feed, project, unproject. With KL 2mn(m+n) more, and a product on each side, 2d³.
+
+        At a refresh 4mn(m+n), to turn the momentum, and on each side a product and a QR decomposition, 2d³ + 8d³/3, or
+        a full decomposition, 9d³. With one factor the other side's part of all this falls away.
+        """
+        sides = self.sides(m, n)
+        along = sum(product(d, m, n) for d in sides)  # 2mn(m+n): one product on each side
+        cubes = sum(product(d, d, d) for d in sides)
+        every = 3 * along
+        if self.use_kl_shampoo:
+            every += cubes + (along if len(sides) == 2 else 0.0)
+        refresh = 2 * along
+        if self.refresh == "eigh":
+            refresh += sum(map(eigh, sides)) + (cubes if self.match_columns else 0.0)
+        else:
+            refresh += sum(iteration(d, self.power_iter_steps) for d in sides)
+        if self.use_adaptive_criteria:
+            refresh += cubes
+        return every + refresh / self.last_period
 
     @property
     def seeds(self) -> bool:

@@ -52,7 +52,7 @@ def resume_float32(subject: Subject) -> None:
 
 @clause(7, "resume from a file, bfloat16 parameters")
 def resume_bfloat16(subject: Subject) -> None:
-    """Likewise with bfloat16 parameters, to whose dtype torch's own loading casts every state that is not in it."""
+    """With bfloat16 parameters training goes on bit for bit, too; torch's own loading casts state to their dtype."""
     _resumes(subject, by_file, torch.bfloat16)
 
 
@@ -128,13 +128,19 @@ def resume_frozen(subject: Subject) -> None:
 
 @clause(7, "resume from a distributed checkpoint")
 def resume_distributed(subject: Subject) -> None:
-    """``get_optimizer_state_dict`` and ``set_optimizer_state_dict`` of torch.distributed.checkpoint, one process."""
+    """Training goes on bit for bit after torch.distributed.checkpoint carried the state over, in one process.
+
+    By ``get_optimizer_state_dict`` and ``set_optimizer_state_dict``, as hosts with sharded models do.
+    """
     _resumes(subject, _by_distributed(flatten=False))
 
 
 @clause(7, "resume from a flattened distributed checkpoint")
 def resume_flattened(subject: Subject) -> None:
-    """Likewise with ``flatten_optimizer_state_dict``, in which every value stands under a name of its own."""
+    """Training goes on bit for bit after a checkpoint in which every value stands under a name of its own.
+
+    ``flatten_optimizer_state_dict`` is what pipelines with changing shares of a model need.
+    """
     _resumes(subject, _by_distributed(flatten=True))
 
 

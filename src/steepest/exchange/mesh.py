@@ -1,0 +1,219 @@
+"""The exchange between ranks: gradients travel to the ranks that step them, directions travel back.
+
+A matrix is stepped by one rank, its owner, which has its whole state. A `Shared` lot holds parameters that travel
+together: one ``all_to_all_single`` brings the parts of their gradients to the owners, who fit them together (*gather*),
+and one takes the owners' directions apart and brings every rank those of the parts that it holds (*spread*). DDP,
+FSDP2, HSDP and tensor parallelism differ in which rank holds which box of a parameter, and in nothing else. Bytes are
+moved, never added, so the result is that of one process, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from steepest.exchange.compat import Owned
+from steepest.exchange.domain import Domain
+from steepest.exchange.layout import Rectangle
+from steepest.exchange.lot import Directions, Lot, Move, Tensors
+from steepest.exchange.placement import local
+from steepest.exchange.plan import Plan, Transfer
+from steepest.rule import Rule
+from steepest.stacks import Seat, Stack, Windows, lay_out, state_dtype
+
+
+class Shipment:
+    """Tensors on their way to other ranks, and others on their way from there. They set out when it is made.
+
+    All tensors of one shipment have one dtype. What comes from this rank itself is copied, and sent to nobody.
+    """
+
+    def __init__(
+        self, domain: Domain, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]], like: Tensor
+    ) -> None:
+        """``outgoing[r]`` leaves for rank r; ``incoming[r]``, in rank r's order, is filled when it is unloaded."""
+        me = domain.me
+        self.own = [(place, x) for place, x in zip(incoming[me], outgoing[me], strict=True)]
+        self.places = [place for rank, places in enumerate(incoming) if rank != me for place in places]
+        leaving = [x.reshape(-1) for rank, xs in enumerate(outgoing) if rank != me for x in xs]
+        self.sent = torch.cat(leaving) if leaving else like.new_empty(0)
+        self.received = self.sent.new_empty(sum(place.numel() for place in self.places))
+        self.arrival = dist.all_to_all_single(
+            self.received.view(torch.uint8),  # as bytes: not every backend knows every dtype
+            self.sent.view(torch.uint8),
+            _bytes(incoming, me),
+            _bytes(outgoing, me),
+            group=domain.group,
+            async_op=True,
+        )
+        if self.own:
+            torch._foreach_copy_([place for place, _ in self.own], [x for _, x in self.own])
+
+    def unload(self) -> None:
+        """Wait until everything is there, and fill the places."""
+        self.arrival.wait()
+        pieces = torch.split(self.received, [place.numel() for place in self.places])
+        if pieces:
+            torch._foreach_copy_(
+                self.places, [piece.view(place.shape) for place, piece in zip(self.places, pieces, strict=True)]
+            )
+
+
+class Shared(Lot):
+    """The jobs of one bucket of a plan."""
+
+    domain: Domain
+    travels = True
+
+    def __init__(
+        self,
+        rule: Rule,
+        number: int,
+        group: Mapping[str, Any],
+        domain: Domain,
+        plan: Plan,
+        bucket: int,
+        seats: Sequence[Sequence[Seat]],
+    ) -> None:
+        """Take the jobs of one bucket of what all ranks have planned; each job has its pieces in ``seats``."""
+        self.group = number
+        self.options = group
+        self.domain = domain
+        self.plan = plan
+        self.inward = plan.inward(bucket, domain.me)
+        self.outward = plan.outward(bucket, domain.me)
+        self.jobs = plan.buckets[bucket]
+        self.mine = [job for job in self.jobs if plan.owners[job] == domain.me]
+        self.seats = {job: seats[job] for job in self.jobs}
+        self.params = {job: group["params"][seats[job][0].index] for job in self.jobs}
+        self.stacks = lay_out(rule, number, [(seat, self.params[job]) for job in self.mine for seat in seats[job]])
+        self.blanks = {
+            job: [(seat, Stack.blank(rule, number, seat, self.params[job])) for seat in seats[job]] for job in self.jobs
+        }
+        p = self.params[self.jobs[0]]
+        self.of_gradients = torch.empty(0, dtype=p.dtype, device=p.device)
+        self.of_directions = torch.empty(0, dtype=state_dtype(p), device=p.device)
+        self.travelling: set[int] = set()
+
+    def state(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """See `Lot.state`."""
+        mine = {seat.key: stack.views(seat) for stack in self.stacks for seat in stack.seats}
+        for job in self.jobs:
+            owner = self.domain.ranks[self.plan.owners[job]]
+            device = self.params[job].device.type
+            for seat, blank in self.blanks[job]:
+                here = mine.get(seat.key, {})
+                yield (
+                    seat.index,
+                    {
+                        name: Owned.wrap(here.get(name), owner, like, "cpu" if like.is_cpu else device)
+                        for name, like in blank.views(seat).items()
+                    },
+                )
+
+    def gather(self, tensors: Tensors) -> Callable[[], Windows]:
+        """See `Lot.gather`."""
+        shards = {job: x for job, seats in self.seats.items() if (x := tensors[seats[0].index]) is not None}
+        wholes = {job: self.of_gradients.new_empty(self._window(job).shape) for job in self.mine if job in shards}
+        outgoing, incoming = self._sides()
+        for transfer in self.inward:
+            job = transfer.job
+            if job in shards and transfer.source == self.domain.me:
+                outgoing[transfer.target].append(shards[job][self._in_shard(transfer)])
+            if job in shards and transfer.target == self.domain.me:
+                incoming[transfer.source].append(wholes[job][self._in_window(transfer)])
+        self.travelling = set(shards)
+        shipment = Shipment(self.domain, outgoing, incoming, self.of_gradients)
+
+        def arrive() -> Windows:
+            shipment.unload()
+            return {
+                seat.key: _window(whole, seat, self.seats[job])
+                for job, whole in wholes.items()
+                for seat in self.seats[job]
+            }
+
+        return arrive
+
+    def spread(self, directions: Sequence[Directions]) -> Callable[[], list[Move]]:
+        """See `Lot.spread`."""
+        made = {seat.key: (d, seat) for d in directions for seat in d.stack.seats}
+        wholes = {job: self._whole(job, made) for job in self.mine if job in self.travelling}
+        ages = {job: self._age(job, made) for job in wholes} if self._rounds() else {}
+        moves: list[Move] = []
+        outgoing, incoming = self._sides()
+        for transfer in self.outward:
+            job = transfer.job
+            if job in self.travelling and transfer.source == self.domain.me:
+                outgoing[transfer.target].append(wholes[job][self._in_window(transfer)])
+                outgoing[transfer.target] += [ages[job]] if ages else []
+            if job in self.travelling and transfer.target == self.domain.me:
+                move = self._move(transfer)
+                incoming[transfer.source].append(move.D)
+                incoming[transfer.source] += [move.t] if move.t is not None else []
+                moves.append(move)
+        shipment = Shipment(self.domain, outgoing, incoming, self.of_directions)
+
+        def land() -> list[Move]:
+            shipment.unload()
+            return moves
+
+        return land
+
+    def _move(self, transfer: Transfer) -> Move:
+        """How this rank's part moves that a transfer is for; the direction, and the age, come with the shipment."""
+        p = self.params[transfer.job]
+        D = self.of_directions.new_empty(transfer.part.shape)
+        t = self.of_directions.new_empty(1) if self._rounds() else None
+        W = local(p)[self._in_shard(transfer)]
+        whole = torch.empty(p.shape, device="meta")
+        index = self.seats[transfer.job][0].index
+        return Move(index, W, D, may_stay=True, t=t, place=lambda: whole[transfer.part.slices])
+
+    def _rounds(self) -> bool:
+        """Whether weights are rounded in a way that depends on their age, which only the owner knows."""
+        return bool(self.options["stochastic_rounding"]) and self.of_gradients.dtype == torch.bfloat16
+
+    def _age(self, job: int, made: Mapping[tuple[int, int], tuple[Directions, Seat]]) -> Tensor:
+        """``[1]``: how many updates the first matrix of a job has had."""
+        key = self.seats[job][0].key
+        if key not in made:
+            return self.of_directions.new_zeros(1)
+        directions, seat = made[key]
+        return directions.stack.t[seat.start].view(1)
+
+    def _whole(self, job: int, made: Mapping[tuple[int, int], tuple[Directions, Seat]]) -> Tensor:
+        """The directions of a job that this rank owns, in the shape of its window; NaN where nothing was made."""
+        whole = self.of_directions.new_full(self._window(job).shape, torch.nan)
+        for seat in self.seats[job]:
+            if seat.key in made:
+                directions, placed = made[seat.key]
+                shaped = placed.view.shaped(directions.marked(placed), placed.piece)
+                _window(whole, seat, self.seats[job]).copy_(shaped)
+        return whole
+
+    def _window(self, job: int) -> Rectangle:
+        return self.plan.jobs[job].window
+
+    def _in_window(self, transfer: Transfer) -> tuple[slice, ...]:
+        return transfer.part.within(self._window(transfer.job))
+
+    def _in_shard(self, transfer: Transfer) -> tuple[slice, ...]:
+        return transfer.part.within(self.plan.jobs[transfer.job].layout.parts[self.domain.me])
+
+    def _sides(self) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        return [[] for _ in self.domain.ranks], [[] for _ in self.domain.ranks]
+
+
+def _window(whole: Tensor, seat: Seat, seats: Sequence[Seat]) -> Tensor:
+    """What a seat's piece covers of its job's tensor, which is the piece itself if it is the only one."""
+    return whole if len(seats) == 1 else seat.view.window(whole, seat.piece)
+
+
+def _bytes(sides: Sequence[Sequence[Tensor]], me: int) -> list[int]:
+    """How many bytes each rank's share has; this rank's own is not sent."""
+    return [0 if rank == me else sum(x.numel() * x.element_size() for x in xs) for rank, xs in enumerate(sides)]

@@ -1,0 +1,96 @@
+"""One stack, one step: what its rule makes of the gradients that have come, and what must leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from steepest.exchange.lot import Directions
+from steepest.linalg import attempts
+from steepest.rule import Rule, Step
+from steepest.stacks import Echo, Run, Stack, Windows, to_device
+
+
+def directions(
+    rule: Rule, stack: Stack, grads: Windows, weights: Windows | None, decay: float, phases: Sequence[int]
+) -> Directions | None:
+    """Have the rule step a stack; None if no matrix in it moves.
+
+    Args:
+        rule: its rule.
+        stack: state and clocks, which advance.
+        grads: gradients of its pieces; pieces without one are not in this step.
+        weights: of the same pieces, if they decay by way of their gradient.
+        decay: by how much.
+        phases: for each slot when in its period it refreshes.
+    """
+    live = [seat.key in grads for seat in stack.seats for _ in seat.range]
+    if not any(live):
+        return None
+    G = stack.fill(grads)  # [B, m, n]
+    finite = _drop_nonfinite(stack, G, live)
+    penalty = None if weights is None else stack.fill(weights) * decay
+
+    runs = list(stack.runs(rule, live, phases))
+    whole = len(runs) == 1 and runs[0].slots == slice(0, stack.size)
+    D = None if whole else torch.empty_like(G)
+    moved = [False] * stack.size
+    for run in runs:
+        d = _update(rule, stack, run, G, penalty, finite)  # [b, m, n]
+        if d is None:
+            continue
+        moved[run.slots] = [True] * len(d)
+        if D is None:
+            D = d
+        else:
+            D[run.slots] = d
+    return None if D is None else Directions(stack, D, moved, finite)
+
+
+def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
+    """Take matrices whose gradient is not finite out of this step.
+
+    On a CPU the answer is at hand, and they leave ``live``. Elsewhere asking would wait for the device: their
+    gradient becomes zero, and the mask ``[B, 1, 1]`` that is returned undoes whatever the step does to them.
+    """
+    norms = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
+    finite: Tensor = norms < safe_norm(G.dtype)  # False for NaN
+    alive = to_device(live, G.device).view(-1, 1, 1)
+    undone = (alive & ~finite).view(-1)
+    if attempts.at_hand(G):
+        stack.skipped += int(undone.sum())
+        live[:] = (alive & finite).view(-1).tolist()
+        return None
+    G.masked_fill_(~finite, 0)
+    stack.undone = Echo(undone.long())
+    return finite
+
+
+def _update(
+    rule: Rule, stack: Stack, run: Run, G: Tensor, penalty: Tensor | None, finite: Tensor | None
+) -> Tensor | None:
+    """Advance the clocks of one run, and have the rule update it; where ``finite`` is False nothing happens."""
+    s = run.slots
+    t, failures, state = stack.t[s], stack.failures[s], {name: x[s] for name, x in stack.state.items()}
+    changes = [t, failures, *state.values()]
+    kept = None if finite is None else [x.clone() for x in changes]
+    t += 1
+    stack.clock[s] += 1
+    step = Step(t, run.stage, run.refresh, None if penalty is None else penalty[s], failures)
+    D = rule.update(G[s], state, step)
+    if finite is not None and kept is not None:
+        undo(finite[s], changes, kept)
+    return D
+
+
+def undo(finite: Tensor, tensors: Iterable[Tensor], kept: Iterable[Tensor]) -> None:
+    """Put back what was kept wherever ``finite`` (leading dimensions of the tensors) is False; no waiting."""
+    for x, old in zip(tensors, kept, strict=True):
+        x.copy_(torch.where(finite.view(finite.shape[:1] + (1,) * (x.dim() - 1)) if finite.dim() else finite, x, old))
+
+
+def safe_norm(dtype: torch.dtype) -> float:
+    """The largest gradient norm whose square, whitened by the smallest floor (1e-8), is finite: 1.8e15 in float32."""
+    return float(torch.finfo(dtype).max ** 0.5 * 1e-4)

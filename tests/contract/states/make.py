@@ -1,0 +1,63 @@
+"""Makes ``format_1.pt``, the state of a mixed optimizer in the middle of training, as a steepest of 2026 wrote it.
+
+    python tests/contract/states/make.py [FILE]
+
+It is made once: later versions must load it as it is. test_loading.py trains on from it, and makes it anew beside.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import steepest
+
+FILE = Path(__file__).with_name("format_1.pt")
+SHAPES = {"attention": (4, 3), "experts": (2, 2, 3), "head": (3, 4), "norm": (4,)}
+BEFORE, AFTER = 3, 3
+
+
+def start() -> tuple[dict[str, nn.Parameter], steepest.Optimizer]:
+    """Four parameters under three rules. Nothing here comes from a random generator, whose numbers may change."""
+    params = {name: nn.Parameter(waves(shape, k)) for k, (name, shape) in enumerate(SHAPES.items())}
+    soap, experts, muon, adamw = ([(name, p)] for name, p in params.items())
+    groups: list[dict[str, Any]] = [
+        {"params": soap, "rule": "soap", "precondition_frequency": 2, "refresh": "eigh"},
+        {"params": experts, "rule": "soap", "merge_dims": False},
+        {"params": muon, "rule": "muon"},
+        {"params": adamw, "rule": "adamw", "weight_decay": 0.0},
+    ]
+    return params, steepest.Optimizer(groups, lr=0.05)
+
+
+def waves(shape: tuple[int, ...], phase: float) -> Tensor:
+    """Numbers between -1 and 1 that depend on nothing but their places."""
+    count = int(torch.tensor(shape).prod())
+    return torch.sin(torch.arange(count, dtype=torch.float64) * 1.7 + phase).float().view(shape)
+
+
+def train(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """The gradients of a loss that pulls each weight to a place that moves; experts rest in step 1."""
+    for k in steps:
+        for i, (name, p) in enumerate(params.items()):
+            p.grad = None if (name, k) == ("experts", 1) else p.detach() - waves(SHAPES[name], 0.9 * k + i + 0.5)
+        optimizer.step()
+
+
+def make(file: Path) -> None:
+    """Train, save, train on, and write down where that leads."""
+    params, optimizer = start()
+    train(params, optimizer, range(BEFORE))
+    saved: dict[str, Any] = {"optimizer": optimizer.state_dict()}
+    saved["middle"] = {name: p.detach().clone() for name, p in params.items()}
+    train(params, optimizer, range(BEFORE, BEFORE + AFTER))
+    saved["end"] = {name: p.detach().clone() for name, p in params.items()}
+    torch.save(saved, file)
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]) if len(sys.argv) > 1 else FILE)

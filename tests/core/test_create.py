@@ -1,0 +1,104 @@
+"""`steepest.create` and everything else that takes an optimizer's name: spellings, aliases, papers, near misses."""
+
+import pytest
+import torch
+from torch import nn
+
+import steepest
+from steepest.lab.contenders import preset
+from steepest.optimizers import ALIASES, NAMES, canonical, group_options
+from steepest.optimizers.torch_optim import PAPERS, TORCH
+from steepest.rules import RULES
+
+
+def weight():
+    return nn.Parameter(torch.eye(4))
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("SOAP", "soap"),
+        ("kl_soap", "kl-soap"),
+        ("KL-SOAP", "kl-soap"),
+        ("klsoap", "kl-soap"),
+        ("soap-kl", "kl-soap"),
+        ("Soap_KL", "kl-soap"),
+        ("KLShampoo", "kl-shampoo"),
+        ("shampoo kl", "kl-shampoo"),
+        ("ReKLS", "rekls"),
+        ("re-kls", "rekls"),
+        ("Nor-Muon", "normuon"),
+        ("dion_2", "dion2"),
+        ("inverse-root", "inverse_root"),
+        ("adam_w", "adamw"),
+        ("RMS-prop", "rmsprop"),
+        ("sparse_adam", "sparseadam"),
+        ("torch.Adam-W", "torch.adamw"),
+    ],
+)
+def test_spellings_don_t_matter(spelling, name):
+    assert canonical(spelling) == name
+    if name in NAMES:
+        assert group_options(spelling, {"lr": 0.1}) == group_options(name, {"lr": 0.1})
+
+
+@pytest.mark.parametrize("name", sorted(TORCH.keys() - NAMES.keys() - {"sparseadam"}))
+def test_every_optimizer_of_torch_is_there_by_name(name):
+    spelling = TORCH[name].__name__
+    assert type(steepest.create(spelling, [weight()], lr=0.1)) is TORCH[name]
+    assert type(steepest.create(f"torch.{name}", [weight()], lr=0.1)) is TORCH[name]
+
+
+def test_torchs_muon_is_told_from_ours():
+    assert type(steepest.create("muon", [weight()])) is steepest.Muon
+    assert type(steepest.create("torch.muon", [weight()])) is torch.optim.Muon
+
+
+def test_no_two_names_are_the_same_but_for_their_spelling():
+    for name in [*NAMES, *TORCH, *RULES]:
+        assert canonical(name) == name
+    assert ALIASES.keys().isdisjoint({*NAMES, *TORCH, *RULES})
+    assert set(ALIASES.values()) <= NAMES.keys()
+
+
+def test_every_name_has_a_paper():
+    assert PAPERS.keys() == TORCH.keys()
+    assert all(PAPERS.values())
+    assert all(entry.paper for entry in NAMES.values())
+    assert all(rule.paper for rule in RULES.values())
+
+
+def test_kl_soap_is_soap_with_another_covariance():
+    byname, spelled_out = (
+        steepest.create("kl-soap", [weight()], lr=0.1),
+        steepest.SOAP([weight()], 0.1, use_kl_shampoo=True),
+    )
+    for optimizer in (byname, spelled_out):
+        optimizer.param_groups[0]["params"][0].grad = torch.tensor([[1.0, 2], [3, 5]]).kron(torch.eye(2))
+        optimizer.step()
+    assert type(byname) is steepest.SOAP
+    assert byname.param_groups[0] | {"params": []} == spelled_out.param_groups[0] | {"params": []}
+    assert torch.equal(*(optimizer.param_groups[0]["params"][0] for optimizer in (byname, spelled_out)))
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    assert steepest.for_model(model, "KL_SOAP", lr=0.1).param_groups[0]["use_kl_shampoo"] is True
+
+
+def test_a_race_takes_any_spelling():
+    assert preset("KL_SOAP") == preset("soap-kl") == preset("kl-soap")
+    assert preset("AdamW") == preset("adamw")
+
+
+@pytest.mark.parametrize(
+    ("name", "suggested"), [("saop", "soap"), ("mu0n", "muon"), ("adamww", "adamw"), ("kl-sopa", "kl-soap")]
+)
+def test_an_unknown_name_suggests_the_nearest(name, suggested):
+    with pytest.raises(ValueError, match=rf"name='{name}': no such optimizer \(did you mean '{suggested}'\?\)"):
+        steepest.create(name, [weight()])
+
+
+def test_a_name_like_no_other_is_refused_without_a_guess():
+    with pytest.raises(ValueError, match=r"^name='xyzzy': no such optimizer$"):
+        steepest.create("xyzzy", [weight()])
+    with pytest.raises(ValueError, match=r"^name='torch.saop': no such optimizer"):
+        steepest.create("torch.saop", [weight()])
