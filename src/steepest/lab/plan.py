@@ -1,0 +1,225 @@
+"""What ``steepest plan`` computes: how a model's step would be shared out among ranks, without any rank.
+
+The plan is the optimizer's own (`steepest.exchange.plan`), state is what a rule's ``init`` lays out, FLOPs are
+`steepest.rule.Rule.flops`. What the model of a step leaves out: time. FLOPs of a decomposition take longer than those
+of a product, bytes travel faster within a machine than between two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from steepest.exchange.layout import Layout, Rectangle
+from steepest.exchange.plan import BUCKET_BYTES, Job, make_plan
+from steepest.lab.errors import BadInput
+from steepest.lab.plan_models import Model, Weight
+from steepest.rule import Elementwise, Rule
+
+Piece = tuple[int, int, int]
+"""Matrices of a parameter: how many, rows, columns."""
+
+DIRECTION_BYTES = 4
+"""Directions travel in the state's dtype, float32."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How parameters lie on the ranks: rows cut by the mesh's dimensions that cut, replicated along the others."""
+
+    name: str
+    shape: tuple[int, ...]
+    cuts: tuple[bool, ...]
+
+    @property
+    def world(self) -> int:
+        """Ranks."""
+        return math.prod(self.shape)
+
+    def layout(self, shape: Sequence[int]) -> Layout:
+        """Of a parameter; a scalar can't be cut."""
+        return _layout(tuple(shape), self.shape, tuple(0 if cut and shape else None for cut in self.cuts))
+
+
+def mesh(text: str, world: int) -> Mesh:
+    """The mesh that ``fsdp``, ``ddp`` or ``hsdp:RxS``, R replicas of S shards, stands for.
+
+    Raises:
+        BadInput: for anything else, or another number of ranks.
+
+    >>> mesh("hsdp:4x8", 32).shape
+    (4, 8)
+    """
+    if world < 1:
+        raise BadInput(f"--world {world}: must be at least 1")
+    if text in ("fsdp", "ddp"):
+        return Mesh(text, (world,), (text == "fsdp",))
+    kind, _, sizes = text.partition(":")
+    replicas, _, shards = sizes.partition("x")
+    if kind != "hsdp" or not (replicas.isdecimal() and shards.isdecimal()):
+        raise BadInput(f"--layout {text}: must be fsdp, ddp, or hsdp:RxS for R replicas of S shards, as hsdp:4x8")
+    if int(replicas) * int(shards) != world:
+        raise BadInput(f"--layout {text}: {replicas} replicas of {shards} shards are no {world} ranks (--world)")
+    return Mesh(text, (int(replicas), int(shards)), (False, True))
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a rank would hold, send and compute. Means are over ranks; the largest is what limits."""
+
+    model: str
+    parameters: int
+    optimizer: str
+    layout: str
+    world: int
+    block_size: int
+    """0: matrices whole."""
+    matrices: int
+    buckets: int
+    state_max: float
+    """Bytes of optimizer state on a rank, matrices' and the rest's."""
+    state_mean: float
+    elementwise_max: float
+    """Of these, the elementwise rule's."""
+    sent_in_max: int
+    """Bytes of gradients that a rank sends to owners in a step."""
+    sent_in_mean: float
+    sent_out_max: int
+    """Bytes of directions that an owner sends back."""
+    sent_out_mean: float
+    flops_max: float
+    """FLOPs of an optimizer step on a rank, refreshes on the average."""
+    flops_mean: float
+    lockstep: float
+    """FLOPs from first to last if all ranks wait for each other after each bucket."""
+    share: float
+    """FLOPs of the optimizer step on the slowest rank, by those of the model's, 6 per parameter and token."""
+
+    @property
+    def balance(self) -> float:
+        """Largest load by mean load; 1 is perfect."""
+        return self.flops_max / self.flops_mean if self.flops_mean else 1.0
+
+
+def look(model: Model, on: Mesh, tokens: int, bucket_bytes: int = BUCKET_BYTES) -> Outlook:
+    """Plan a model's step, and add up.
+
+    Args:
+        model: what is stepped.
+        on: how it lies on the ranks.
+        tokens: of a training step, over all ranks.
+        bucket_bytes: as `steepest.exchange.plan.make_plan` has it.
+    """
+    own = _own(model, on)
+    plan = make_plan(jobs(model, on), on.world, bucket_bytes=bucket_bytes, loads=own.flops)
+    loads = [sum(parts) for parts in zip(plan.loads(), own.flops, strict=True)]
+    state = [sum(parts) for parts in zip(plan.memory(), own.state, own.elementwise, strict=True)]
+    traffic = plan.traffic()
+    return Outlook(
+        model=model.name,
+        parameters=model.parameters,
+        optimizer=model.optimizer,
+        layout=on.name,
+        world=on.world,
+        block_size=model.block_size,
+        matrices=sum(b for weight in model.weights if weight.view for b, _, _ in weight.view.pieces),
+        buckets=len(plan.buckets),
+        state_max=max(state),
+        state_mean=_mean(state),
+        elementwise_max=max(own.elementwise),
+        sent_in_max=max(traffic.sent_in),
+        sent_in_mean=_mean(traffic.sent_in),
+        sent_out_max=max(traffic.sent_out),
+        sent_out_mean=_mean(traffic.sent_out),
+        flops_max=max(loads),
+        flops_mean=_mean(loads),
+        lockstep=plan.lockstep() + max(own.flops),
+        share=max(loads) * on.world / (6 * model.parameters * tokens),
+    )
+
+
+def jobs(model: Model, on: Mesh) -> Iterator[Job]:
+    """What can be shared out, as the engine does it: each piece of a parameter by itself, if it is a box there."""
+    for weight in model.weights:
+        if weight.view is None or _stays(weight, on):
+            continue
+        layout, pieces = on.layout(weight.shape), weight.view.pieces
+        boxes = [box for piece in range(len(pieces)) if (box := weight.view.box(piece)) is not None]
+        if len(boxes) < max(len(pieces), 2):
+            yield _job(model, weight, layout, layout.whole, weight.name, tuple(pieces))
+            continue
+        for number, (box, piece) in enumerate(zip(boxes, pieces, strict=True)):
+            window = Rectangle(tuple(s.start for s in box), tuple(s.stop - s.start for s in box))
+            yield _job(model, weight, layout, window, f"{weight.name}.{number}", (piece,))
+
+
+@dataclass
+class Own:
+    """What each rank does for what it holds, whatever the plan: elementwise steps, and steps of whole experts."""
+
+    flops: list[float]
+    state: list[float]
+    """Bytes."""
+    elementwise: list[float]
+    """Bytes, too."""
+
+
+def _own(model: Model, on: Mesh) -> Own:
+    own = Own(*([0.0] * on.world for _ in range(3)))
+    alike = Counter(replace(weight, name="") for weight in model.weights if weight.view is None or _stays(weight, on))
+    for weight, count in alike.items():
+        layout = on.layout(weight.shape)
+        if weight.view is None:
+            per_entry = count * _bytes_per_entry(model.elementwise)
+            for rank, part in enumerate(layout.parts):
+                own.elementwise[rank] += per_entry * part.size
+            continue
+        flops, size = _price(model.rule, tuple(weight.view.pieces))
+        for rank, part in enumerate(layout.parts):
+            share = count * part.size / layout.whole.size
+            own.flops[rank] += share * flops
+            own.state[rank] += share * size
+    return own
+
+
+def _stays(weight: Weight, on: Mesh) -> bool:
+    """Whether a parameter is a stack of matrices, as experts are, that lies on ranks by whole matrices."""
+    if weight.view is None or weight.view.merge_dims or len(weight.shape) < 3 or weight.view.heads > 1:
+        return False
+    layout = on.layout(weight.shape)
+    parts = {part for part in layout.parts if not part.empty}
+    return len(parts) > 1 and all(part.shape[1:] == layout.shape[1:] for part in parts)
+
+
+def _job(model: Model, weight: Weight, layout: Layout, window: Rectangle, name: str, pieces: tuple[Piece, ...]) -> Job:
+    cost, memory = _price(model.rule, pieces)
+    return Job(name, layout, window, cost, memory, itemsizes=(weight.itemsize, DIRECTION_BYTES))
+
+
+@cache
+def _price(rule: Rule | Elementwise, pieces: tuple[Piece, ...]) -> tuple[float, int]:
+    """FLOPs of a step of some matrices, and bytes of their state in float32."""
+    assert isinstance(rule, Rule)
+    states = [rule.init(torch.empty(piece, device="meta")) for piece in pieces]
+    return sum(b * rule.flops(m, n) for b, m, n in pieces), sum(x.nbytes for state in states for x in state.values())
+
+
+@cache
+def _bytes_per_entry(rule: Elementwise) -> int:
+    """Of state, which is float32."""
+    state = rule.init(torch.empty(1, 1, device="meta"))
+    return sum(x.itemsize for x in state.values() if x.dim())
+
+
+@cache
+def _layout(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[int | None, ...]) -> Layout:
+    return Layout.sharded(shape, mesh, placements)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

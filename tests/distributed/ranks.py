@@ -1,0 +1,95 @@
+"""A few processes with a gloo group among them, which run functions by name until the tests are over."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """``world`` processes. After a failure, or a hang, they are started anew.
+
+    Functions are given as they are, and run by their module and name: they must stand in a module beside this one.
+    """
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the processes."""
+        context = get_context("spawn")
+        store = tempfile.mktemp(prefix="steepest-ranks-")
+        for rank in range(self.world):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world, store, there), daemon=True)
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def stop(self) -> None:
+        """Kill them."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.pipes, self.processes = [], []
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+        """What ``function(*args)`` returns on each rank; AssertionError with the traceback of the first that failed."""
+        if not self.processes:
+            self.start()
+        for pipe in self.pipes:
+            pipe.send((function.__module__, function.__name__, args))
+        results: dict[int, Any] = {}
+        while len(results) < self.world:
+            waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in results}
+            ready = wait(list(waiting), timeout)
+            if not ready:
+                self.stop()
+                raise AssertionError(f"ranks {sorted(waiting.values())} gave no answer in {timeout} s")
+            for pipe in ready:
+                rank = waiting[pipe]  # type: ignore[index]
+                try:
+                    ok, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    ok, results[rank] = False, "the process died"
+                if not ok:
+                    self.stop()
+                    raise AssertionError(f"rank {rank}: {results[rank]}")
+        return [results[rank] for rank in range(self.world)]
+
+
+def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    while True:
+        try:
+            module, name, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, getattr(importlib.import_module(module), name)(*args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)

@@ -1,0 +1,128 @@
+"""Several ranks give what one process gives, bit for bit, and send what was planned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jobs
+import pytest
+import torch
+from models import LAYOUTS
+from ranks import Ranks
+
+from steepest.rule import Rule
+from steepest.rules import RULES
+
+MATRIX_RULES = sorted(name for name, rule in RULES.items() if issubclass(rule, Rule))
+VARIANTS = {
+    "bfloat16": ("soap", torch.bfloat16, {}),
+    "stochastic rounding": ("soap", torch.bfloat16, {"stochastic_rounding": True}),
+    "staggered": ("soap", torch.float32, {"stagger": True, "precondition_frequency": 3}),
+    "decay as a gradient": ("soap", torch.float32, {"weight_decay_method": "l2"}),
+    "cautious decay": ("muon", torch.float32, {"weight_decay_method": "cautious"}),
+    "float64": ("muon", torch.float64, {}),
+}
+
+
+def slowly(*values: str) -> Any:
+    """A case that runs on demand."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def everywhere(results: list[list[str]]) -> list[str]:
+    """The parameters that differ on any rank."""
+    return sorted({name for names in results for name in names})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_one_process(four: Ranks, layout: str) -> None:
+    assert everywhere(four.run(jobs.same_as_one_process, layout, "soap", torch.float32, {})) == []
+
+
+@pytest.mark.parametrize("rule", MATRIX_RULES)
+def test_every_rule_is_one_process(two: Ranks, rule: str) -> None:
+    assert everywhere(two.run(jobs.same_as_one_process, "fsdp", rule, torch.float32, {})) == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_options_are_as_in_one_process(two: Ranks, variant: str) -> None:
+    rule, dtype, options = VARIANTS[variant]
+    assert everywhere(two.run(jobs.same_as_one_process, "fsdp", rule, dtype, options)) == []
+
+
+@pytest.mark.parametrize("layout", ["fsdp", slowly("hsdp")])
+def test_blocks_find_owners_of_their_own(four: Ranks, layout: str) -> None:
+    # Blocks of 64 bytes or multiples: BLAS may round otherwise where a matrix starts at an odd address.
+    assert everywhere(four.run(jobs.same_as_one_process, layout, "soap", torch.float32, {"block_size": 4}, 40)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rule", MATRIX_RULES)
+def test_all_of_it_is_one_process(four: Ranks, layout: str, rule: str) -> None:
+    assert everywhere(four.run(jobs.same_as_one_process, layout, rule, torch.float32, {})) == []
+    for name in VARIANTS:
+        _, dtype, options = VARIANTS[name]
+        if not options.keys() - {"weight_decay_method", "stochastic_rounding"}:
+            assert everywhere(four.run(jobs.same_as_one_process, layout, rule, dtype, options)) == [], name
+
+
+@pytest.mark.parametrize(
+    ("layout", "rule"), [("fsdp+tp", "muon"), slowly("ddp", "muon"), slowly("hsdp", "muon"), slowly("tp", "muon")]
+)
+def test_real_gradients_train_as_one_process(four: Ranks, layout: str, rule: str) -> None:
+    # Not SOAP, nor Shampoo: where gradients have no rank yet, another order of a sum turns their bases.
+    assert max(four.run(jobs.trains_as_one_process, layout, rule)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["fsdp", slowly("ddp"), slowly("fsdp+tp")])
+def test_a_gradient_missing_on_some_ranks_is_missing_on_all(four: Ranks, layout: str) -> None:
+    assert everywhere(four.run(jobs.with_missing, layout, "soap")) == []
+
+
+@pytest.mark.parametrize("layout", ["fsdp", slowly("ddp")])
+def test_frozen_parameters_and_added_groups(two: Ranks, layout: str) -> None:
+    assert everywhere(two.run(jobs.with_frozen, layout, "soap")) == []
+
+
+@pytest.mark.parametrize("layout", ["fsdp", slowly("ddp")])
+def test_mixed_dtypes(two: Ranks, layout: str) -> None:
+    assert everywhere(two.run(jobs.with_mixed_dtypes, layout, "soap")) == []
+
+
+@pytest.mark.parametrize("layout", ["hsdp", slowly("ddp")])
+def test_nan_leaves_no_trace_on_any_rank(four: Ranks, layout: str) -> None:
+    for differing, here, there in four.run(jobs.poison, layout, "soap"):
+        assert differing == []
+        assert here == there == 3
+
+
+def test_all_ranks_raise_for_what_one_sees(four: Ranks) -> None:
+    for said, changed in four.run(jobs.refuses_nan, "fsdp"):
+        assert "up.weight" in said
+        assert changed == []
+
+
+def test_ranks_that_plan_differently_are_told(two: Ranks) -> None:
+    assert all("differs between the ranks" in said for said in two.run(jobs.disagreement))
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "hsdp", slowly("tp"), slowly("fsdp+tp")])
+def test_bytes_are_as_planned(four: Ranks, layout: str) -> None:
+    for seen in four.run(jobs.traffic, layout, "soap"):
+        assert seen["sent"] == seen["planned"]
+        assert seen["calls"].pop("all_to_all_single", 0) == 2 * seen["buckets"]
+        assert set(seen["calls"]) <= {"all_reduce"}
+    assert layout == "tp" or seen["buckets"] > 0
+
+
+def test_work_is_even(four: Ranks) -> None:
+    for rule in ("muon", "soap"):
+        flops, planned = zip(*four.run(jobs.balance, rule), strict=True)
+        assert max(flops) <= 1.2 * sum(flops) / 4
+        assert max(planned) <= 1.2 * sum(planned) / 4
+
+
+@pytest.mark.parametrize("kind", jobs.MUTATIONS)
+def test_mutations_are_seen(four: Ranks, kind: str) -> None:
+    assert everywhere(four.run(jobs.mutated, kind)) != []

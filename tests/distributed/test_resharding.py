@@ -1,0 +1,106 @@
+"""Checkpoints that are written by some ranks and read by others, in other layouts: bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import saving
+import torch
+from ranks import Ranks
+
+MATRIX = {  # written by: read by (ranks, layout)
+    "fsdp": [(4, "hsdp"), (2, "ddp"), (1, "one")],
+    "hsdp": [(2, "fsdp")],
+    "ddp": [(4, "fsdp+tp")],
+    "fsdp+tp": [(2, "tp"), (4, "fsdp")],
+}
+WHOLE = [(ranks, layout) for ranks in (2, 3, 4) for layout in ("ddp", "fsdp")]
+WHOLE += [(4, "hsdp"), (4, "tp"), (4, "fsdp+tp"), (2, "tp"), (1, "one")]
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Ranks]:
+    with Ranks(3) as ranks:
+        yield ranks
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as on the ranks: a product's last bits depend on it
+    yield
+    torch.set_num_threads(threads)
+
+
+def resumed(crews: dict[int, Ranks], ranks: int, layout: str, *args: Any) -> list[str]:
+    """The parameters that differ after a resumed run from those of an unbroken one."""
+    if ranks == 1:
+        return saving.resume("one", *args)
+    return sorted({name for names in crews[ranks].run(saving.resume, layout, *args) for name in names})
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process reads what several wrote
+@pytest.mark.parametrize(
+    "written", ["fsdp", *(pytest.param(w, marks=pytest.mark.slow) for w in ("hsdp", "ddp", "fsdp+tp"))]
+)
+def test_other_ranks_resume(four: Ranks, two: Ranks, one_thread: None, tmp_path: Path, written: str) -> None:
+    flat = written in ("fsdp", "ddp")
+    four.run(saving.save, written, "soap", {}, str(tmp_path), flat)
+    for ranks, layout in MATRIX[written]:
+        assert resumed({4: four, 2: two}, ranks, layout, "soap", {}, str(tmp_path), flat) == [], (ranks, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("rule", ["soap", "muon", "dion", "shampoo"])
+@pytest.mark.parametrize("written", ["fsdp", "hsdp", "tp", "fsdp+tp", "ddp"])
+def test_all_others_resume(
+    four: Ranks, three: Ranks, two: Ranks, one_thread: None, tmp_path: Path, written: str, rule: str
+) -> None:
+    for flat in (False, True):
+        path = str(tmp_path / str(flat))
+        four.run(saving.save, written, rule, {}, path, flat)
+        for ranks, layout in WHOLE:
+            crews = {4: four, 3: three, 2: two}
+            assert resumed(crews, ranks, layout, rule, {}, path, flat) == [], (ranks, layout, flat)
+
+
+@pytest.mark.slow
+def test_saved_in_the_background(four: Ranks, two: Ranks, tmp_path: Path) -> None:
+    four.run(saving.save, "fsdp", "soap", {}, str(tmp_path), False, True)
+    assert resumed({2: two}, 2, "fsdp", "soap", {}, str(tmp_path), False) == []
+
+
+@pytest.mark.slow
+def test_another_assignment_of_owners(four: Ranks, tmp_path: Path) -> None:
+    four.run(saving.save, "fsdp", "soap", {}, str(tmp_path), False)
+    assert resumed({4: four}, 4, "fsdp", "soap", {"precondition_frequency": 1}, str(tmp_path), False) == []
+
+
+def test_consolidated_state_round_trips(two: Ranks) -> None:
+    assert two.run(saving.consolidated, "fsdp", "soap") == [([], []), ([], [])]
+
+
+def test_a_part_is_not_saved_for_the_whole(two: Ranks) -> None:
+    for said in two.run(saving.refused):
+        assert all("consolidate()" in words and "torch.distributed.checkpoint" in words for words in said)
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_mid_step(tmp_path: Path) -> None:
+    """Then the job dies, and the restart from the last complete checkpoint ends as an undisturbed run does."""
+    script = Path(__file__).with_name("crash.py")
+    ends = {}
+    for how in ("undisturbed", "killed in a step", "killed in a save"):
+        folder = tmp_path / how.replace(" ", "-")
+        for _ in range(2 if how != "undisturbed" else 1):
+            subprocess.run([sys.executable, str(script), str(folder), how], timeout=240, check=False)
+        ends[how] = torch.load(folder / "end.pt", weights_only=True)
+    for how in ("killed in a step", "killed in a save"):
+        for name, x in ends["undisturbed"].items():
+            assert torch.equal(x, ends[how][name]), (how, name)
