@@ -55,6 +55,10 @@ def race(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Distance; the workload's own unless given.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting.")] = 2,
+    poison: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of gradients that get NaN or infinite entries: who bears it?"),
+    ] = 0.0,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Trials side by side, one thread each; one per core unless given.")
     ] = None,
@@ -81,6 +85,7 @@ def race(
         out=out,
         fresh=fresh,
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        poison=poison,
     )
     try:
         status = session.run(request, Console())
@@ -101,6 +106,7 @@ def check(
     dtype: Annotated[str, typer.Option(help="What parameters are: float32, bfloat16, float64.")] = "float32",
     device: Annotated[str, typer.Option(help="Where they are: cpu, cuda.")] = "cpu",
     slow: Annotated[bool, typer.Option("--slow", help="Compile the step, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print verdicts and evidence as JSON.")] = False,
 ) -> None:
     """Put an optimizer to the contract of PyTorch's optimizers, clause by clause. Exits with 1 if it breaks one."""
     try:
@@ -110,7 +116,7 @@ def check(
         _fail(f'the check needs {missing.name}; install it with: pip install "steepest[lab]"')
     try:
         options = ({} if lr is None else {"lr": lr}) | checking.parse_options(option or [])
-        kept = checking.run(checking.Request(optimizer, options, dtype, device, slow), Console())
+        kept = checking.run(checking.Request(optimizer, options, dtype, device, slow, as_json), Console())
     except BadInput as error:
         _fail(str(error))
     raise typer.Exit(0 if kept else 1)
@@ -139,6 +145,64 @@ def routes(
         _fail(f'the table needs {missing.name}; install it with: pip install "steepest[lab]"')
     try:
         listing.print_routes(model_file, rule, Console())
+    except BadInput as error:
+        _fail(str(error))
+
+
+@app.command()
+def plan(
+    model_file: Annotated[
+        str | None, typer.Argument(help="A Python file with a function model() that returns a module.")
+    ] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Or well-known models, by size: 124m,1b,7b,70b. Default: all of them.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="Who steps hidden matrices: an optimizer or a recipe.")] = "soap",
+    option: Annotated[
+        list[str] | None, typer.Option(help="One of its options: precondition_frequency=10. Repeat it for more.")
+    ] = None,
+    world: Annotated[int, typer.Option(help="Ranks.")] = 8,
+    layout: Annotated[
+        str, typer.Option(help="How parameters lie on them: fsdp, ddp, or hsdp:RxS for R replicas of S shards.")
+    ] = "fsdp",
+    block_size: Annotated[
+        int | None,
+        typer.Option(help="Cut matrices into blocks of at most so many rows and columns. Default: try some."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Of a training step, over all ranks.")] = 2**19,
+    dtype: Annotated[str | None, typer.Option(help="Of gradients; the file's own, or bfloat16, if not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+) -> None:
+    """Simulate how an optimizer's step is shared out among ranks: state, bytes sent, FLOPs and their balance."""
+    try:
+        from steepest.lab import plan_report
+        from steepest.lab.check import parse_options
+        from steepest.lab.errors import BadInput
+    except ModuleNotFoundError as missing:
+        _fail(f'the plan needs {missing.name}; install it with: pip install "steepest[lab]"')
+    try:
+        options = parse_options(option or [])
+        request = plan_report.Request(model_file, params, optimizer, options, world, layout, block_size, tokens, dtype)
+        plan_report.run(request, Console(), as_json)
+    except BadInput as error:
+        _fail(str(error))
+
+
+@app.command()
+def spike(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda. TF32 is emulated where a device has none.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the gradients.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the report and the figures in it.")] = Path("runs/spike"),
+) -> None:
+    """Show what a gradient a thousand times too large does to KL-Shampoo's eigenbases, by precision and floor."""
+    try:
+        from steepest.lab import spike_session
+        from steepest.lab.errors import BadInput
+    except ModuleNotFoundError as missing:
+        _fail(f'the study needs {missing.name}; install it with: pip install "steepest[lab]"')
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    try:
+        spike_session.run(spike_session.Request(device, seed, out, command), Console())
     except BadInput as error:
         _fail(str(error))
 

@@ -9,21 +9,13 @@ from statistics import fmean, geometric_mean
 
 import plotly.graph_objects as go
 
+from steepest.lab.charts import COLOURS, GREY, Points, blank, curve, faded, log_axis
 from steepest.lab.findings import Finding, Findings
 from steepest.lab.race import Entry, Plan, Results
 from steepest.lab.trial import Record, Run
 from steepest.lab.words import loss
 
-GREY = "#7d8799"
-COLOURS = (
-    *("#2f7de1", "#f0842c", "#12a48b", "#d6478f", "#8a5cf0", "#d9483b", "#98990f"),
-    *("#0aa5c9", "#a5704a", "#5b6ee1", "#3f9b3a", "#c98a00", "#b04fc4", "#6b7f2a"),
-)
-FAINT = "rgba(128, 134, 150, 0.22)"
 BINS = 60
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
-
-Points = list[tuple[float, float]]
 
 
 def colours(plan: Plan) -> dict[str, str]:
@@ -34,7 +26,7 @@ def colours(plan: Plan) -> dict[str, str]:
 
 def loss_over_steps(findings: Findings, results: Results) -> go.Figure:
     """Validation loss at each look, with the range over seeds."""
-    figure = _figure("steps")
+    figure = blank("steps")
     _loss_curves(figure, findings, results, lambda run: [float(step) for step, _ in run.record.validation])
     return figure
 
@@ -47,7 +39,7 @@ def loss_over_time(findings: Findings, results: Results) -> go.Figure:
         total = list(accumulate(model + optimizer for model, optimizer in times))
         return [total[step - 1] for step, _ in run.record.validation]
 
-    figure = _figure(f"seconds of {findings.clock}, model and optimizer")
+    figure = blank(f"seconds of {findings.clock}, model and optimizer")
     _loss_curves(figure, findings, results, seconds)
     return figure
 
@@ -73,7 +65,7 @@ def share_of_time(findings: Findings) -> go.Figure:
 
 def rate_curves(findings: Findings, results: Results) -> go.Figure | None:
     """Final loss against learning rate, if anybody tried several: the best of each rate, and where it diverged."""
-    figure = _figure("learning rate of the hidden matrices")
+    figure = blank("learning rate of the hidden matrices")
     paint = colours(findings.plan)
     swept = [entry for entry in findings.plan.entries if len({c.lr for c in entry.candidates}) > 1]
     curves = {entry.label: _best_by_rate(entry, results) for entry in swept}
@@ -81,13 +73,13 @@ def rate_curves(findings: Findings, results: Results) -> go.Figure | None:
     if not finite:
         return None
     ceiling = max(finite) + 0.08 * (max(finite) - min(finite))
-    for label, curve in curves.items():
-        kept = [(rate, losses) for rate, losses in curve if math.isfinite(fmean(losses))]
+    for label, by_rate in curves.items():
+        kept = [(rate, losses) for rate, losses in by_rate if math.isfinite(fmean(losses))]
         low, high, mean = ([(rate, pick(losses)) for rate, losses in kept] for pick in (min, max, fmean))
         best = min((loss for _, loss in mean), default=math.inf)
         _band(figure, label, paint[label], low, high)
-        _line(figure, label, paint[label], mean, "lines+markers", [13 if loss == best else 7 for _, loss in mean])
-        lost = [rate for rate, losses in curve if not math.isfinite(fmean(losses))]
+        curve(figure, label, paint[label], mean, "lines+markers", [13 if loss == best else 7 for _, loss in mean])
+        lost = [rate for rate, losses in by_rate if not math.isfinite(fmean(losses))]
         figure.add_scatter(
             x=lost,
             y=[ceiling] * len(lost),
@@ -108,21 +100,21 @@ def loss_by_distance(findings: Findings, results: Results) -> go.Figure | None:
     plan, paint = findings.plan, colours(findings.plan)
     if not plan.shorter:
         return None
-    figure = _figure("steps of the whole run")
+    figure = blank("steps of the whole run")
     for line in findings.lines:
         runs = [(steps, results.of(line.best, steps)) for steps in (*plan.shorter, plan.steps)]
         finals = [(steps, [run.record.final for run in those]) for steps, those in runs if those]
         finals = [(steps, losses) for steps, losses in finals if math.isfinite(fmean(losses))]
         low, high = ([(float(s), pick(ls)) for s, ls in finals] for pick in (min, max))
         _band(figure, line.label, paint[line.label], low, high)
-        _line(figure, line.label, paint[line.label], [(float(s), fmean(ls)) for s, ls in finals], mode="lines+markers")
+        curve(figure, line.label, paint[line.label], [(float(s), fmean(ls)) for s, ls in finals], mode="lines+markers")
     _target_line(figure, findings, named=False)
     return figure
 
 
 def step_times(findings: Findings, results: Results) -> go.Figure:
     """How long the optimizer's part of a step takes: one histogram for each contender, on one scale."""
-    figure = _figure("milliseconds of one optimizer step")
+    figure = blank("milliseconds of one optimizer step")
     paint = colours(findings.plan)
     times = {
         line.label: [1e3 * s for run in results.of(line.best) for s in run.record.optimizer_seconds if s > 0]
@@ -144,13 +136,13 @@ def step_times(findings: Findings, results: Results) -> go.Figure:
             mode="lines",
             line={"color": paint[label], "width": 1.5},
             fill="toself",
-            fillcolor=_faded(paint[label], 0.35),
+            fillcolor=faded(paint[label], 0.35),
             name=label,
             legendgroup=label,
             hoverinfo="skip",
         )
         _row_label(figure, label, row + 0.76)
-    _log_axis(figure.update_xaxes, [low, high])
+    log_axis(figure.update_xaxes, [low, high])
     figure.update_yaxes(visible=False, range=[-0.1, len(times)])
     figure.update_layout(height=70 + _row_height(len(times)) * len(times))
     return figure
@@ -158,15 +150,15 @@ def step_times(findings: Findings, results: Results) -> go.Figure:
 
 def update_sizes(findings: Findings, results: Results) -> go.Figure:
     """Root mean square of updates, in learning rates: the median matrix, and the one that moves furthest, dotted."""
-    figure = _figure("steps")
+    figure = blank("steps")
     for line in findings.lines:
         runs = results.of(line.best)
         colour = colours(findings.plan)[line.label]
-        _line(figure, line.label, colour, _averaged(runs, lambda r: [(s, median) for s, median, _ in r.update_rms]))
+        curve(figure, line.label, colour, _averaged(runs, lambda r: [(s, median) for s, median, _ in r.update_rms]))
         furthest = _averaged(runs, lambda r: [(s, most) for s, _, most in r.update_rms])
-        _line(figure, line.label, colour, furthest, dash="dot", width=1.2)
-    _log_axis(figure.update_xaxes, [x for trace in figure.data for x in trace.x])
-    _log_axis(figure.update_yaxes, [y for trace in figure.data for y in trace.y])
+        curve(figure, line.label, colour, furthest, dash="dot", width=1.2)
+    log_axis(figure.update_xaxes, [x for trace in figure.data for x in trace.x])
+    log_axis(figure.update_yaxes, [y for trace in figure.data for y in trace.y])
     return figure
 
 
@@ -174,35 +166,15 @@ def spectra(
     findings: Findings, results: Results, series: Callable[[Record], Iterable[tuple[float, float]]]
 ) -> go.Figure | None:
     """A sampled series for each contender that has it, on a logarithmic scale if it spans one; None if nobody has."""
-    figure = _figure("steps")
+    figure = blank("steps")
     for line in findings.lines:
         points = _averaged(results.of(line.best), series)
         if points:
-            _line(figure, line.label, colours(findings.plan)[line.label], points, mode="lines+markers")
+            curve(figure, line.label, colours(findings.plan)[line.label], points, mode="lines+markers")
     values = [y for trace in figure.data for y in trace.y]
     if values and max(values) > 10 * min(values):
-        _log_axis(figure.update_yaxes, values)
+        log_axis(figure.update_yaxes, values)
     return figure if figure.data else None
-
-
-def _figure(x_title: str) -> go.Figure:
-    """An empty figure; the page's style sheet colours its text."""
-    figure = go.Figure()
-    axis = {"gridcolor": FAINT, "zeroline": False, "automargin": True, "linecolor": FAINT, "tickcolor": FAINT}
-    figure.update_layout(
-        template="none",
-        height=340,
-        margin={"l": 8, "r": 12, "t": 8, "b": 8},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        showlegend=False,
-        hovermode="closest",
-        dragmode=False,
-        font={"family": FONT, "size": 12},
-        xaxis={**axis, "title": {"text": x_title, "standoff": 8}},
-        yaxis=axis,
-    )
-    return figure
 
 
 def _loss_curves(
@@ -219,7 +191,7 @@ def _loss_curves(
             continue
         low, high = ([(x, pick(ls)) for x, ls in zip(xs, losses, strict=True)] for pick in (min, max))
         _band(figure, line.label, paint[line.label], low, high)
-        _line(figure, line.label, paint[line.label], [(x, fmean(ls)) for x, ls in zip(xs, losses, strict=True)])
+        curve(figure, line.label, paint[line.label], [(x, fmean(ls)) for x, ls in zip(xs, losses, strict=True)])
         bottoms.append(min(loss for _, loss in low))
         if line.final < math.inf:
             tops.append(fmean(losses[min(looks - 1, looks // 5)]))
@@ -233,7 +205,7 @@ def _share_bars(
     findings: Findings, parts: Callable[[Finding], Sequence[float | None]], words: Callable[[Finding], str]
 ) -> go.Figure:
     """Horizontal bars, the shortest on top, each with its label above and its number behind; upper bounds hatched."""
-    figure = _figure("")
+    figure = blank("")
     paint = colours(findings.plan)
     order = sorted(findings.lines, key=lambda line: sum(p if p is not None else math.inf for p in parts(line)))
     for row, line in enumerate(reversed(order)):
@@ -252,7 +224,7 @@ def _share_bars(
                 name=line.label,
                 legendgroup=line.label,
                 marker={
-                    "color": _faded(paint[line.label], shade),
+                    "color": faded(paint[line.label], shade),
                     "pattern": {
                         "shape": "/" if line.reach.bound else "",
                         "fillmode": "overlay",
@@ -271,27 +243,6 @@ def _share_bars(
     return figure
 
 
-def _line(
-    figure: go.Figure,
-    label: str,
-    colour: str,
-    points: Points,
-    mode: str = "lines",
-    sizes: Sequence[int] | int = 6,
-    **style: object,
-) -> None:
-    figure.add_scatter(
-        x=[x for x, _ in points],
-        y=[y for _, y in points],
-        mode=mode,
-        line={"color": colour, "width": 2.2, **style},
-        marker={"color": colour, "size": sizes},
-        name=label,
-        legendgroup=label,
-        hovertemplate=f"{label}<br>%{{y:.4g}} at %{{x:.4g}}<extra></extra>",
-    )
-
-
 def _band(figure: go.Figure, label: str, colour: str, low: Points, high: Points) -> None:
     """The range over seeds."""
     around = [*high, *reversed(low)]
@@ -301,7 +252,7 @@ def _band(figure: go.Figure, label: str, colour: str, low: Points, high: Points)
         mode="lines",
         line={"width": 0},
         fill="toself",
-        fillcolor=_faded(colour, 0.2),
+        fillcolor=faded(colour, 0.2),
         name=label,
         legendgroup=label,
         hoverinfo="skip",
@@ -351,36 +302,3 @@ def _best_by_rate(entry: Entry, results: Results) -> list[tuple[float, list[floa
         if losses and fmean(losses) <= fmean(by_rate.get(candidate.lr, [math.inf])):
             by_rate[candidate.lr] = losses
     return sorted(by_rate.items())
-
-
-def _log_axis(update: Callable[..., object], values: Sequence[float]) -> None:
-    """A logarithmic axis with few, round numbers on it."""
-    if not values:
-        return
-    ticks = _ticks(min(values) * 0.9, max(values) * 1.1)
-    update(type="log", tickvals=ticks, ticktext=[f"{tick:,.7g}" for tick in ticks])
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from low to high: tenfolds if there are three, else with 2 and 5, else all digits.
-
-    >>> _ticks(0.8, 3000), _ticks(0.8, 30), _ticks(2.4, 4.7)
-    ([1.0, 10.0, 100.0, 1000.0], [1.0, 2.0, 5.0, 10.0, 20.0], [3.0, 4.0])
-    """
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found: list[float] = []
-    for digits in ((1,), (1, 2, 5), range(1, 10)):
-        found = [tick for d in decades for k in digits if low <= (tick := k * 10.0**d) <= high]
-        if len(found) >= 3:
-            break
-    return found
-
-
-def _faded(colour: str, opacity: float) -> str:
-    """A hex colour, partly transparent.
-
-    >>> _faded("#ff8000", 0.5)
-    'rgba(255, 128, 0, 0.5)'
-    """
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red}, {green}, {blue}, {opacity})"

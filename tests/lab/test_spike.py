@@ -1,0 +1,314 @@
+"""The spike study: what it shows is there, at small sizes, and at its own where that is what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from html import escape
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from steepest import kronecker
+from steepest.cli import app
+from steepest.lab import spike_session
+from steepest.lab.spike import EPS, FLOOR, GRADIENTS, GUARDS, SOLVERS, Case, Setup, draw, follow, quotients_at
+from steepest.lab.spike_measures import (
+    ALL_BUT_QUOTIENTS,
+    BOTH,
+    ONLY_QUOTIENTS,
+    Study,
+    compare,
+    cut,
+    largest_angle,
+    study,
+)
+from steepest.lab.spike_report import page
+from steepest.lab.spike_words import angles, apart, as_json, eigenvalues, findings, headline
+from steepest.linalg.eigenbasis import conjugate
+from steepest.linalg.precision import round_to_tf32
+
+SMALL = Setup(shape=(32, 16), steps=32, spike_at=12, top=4)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    with spike_session.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def found() -> Study:
+    with spike_session.one_thread():
+        return study(SMALL)
+
+
+def both(found: Study, solver: str, guard: str, gradients: str = "isotropic"):
+    return [found.trace(solver, guard, precision, gradients) for precision in BOTH]
+
+
+# What it shows.
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_with_the_absolute_eps_the_basis_jumps_at_high_and_only_there(solver):
+    """At the study's own sizes: some 77 to 90 degrees from N = 2 on, nothing at N = 1, and nothing at "highest".
+
+    The top eigenvector alone may take orthogonal iteration a few steps more; which way it goes, rounding decides.
+    """
+    setup = cut(Setup())
+    pair = compare(Case(solver, "absolute"), setup)
+    at = {n: setup.spike_at - 1 + n for n in (-10, -1, 1, 2, 5, 10)}
+    high, highest = (pair.traces[precision] for precision in BOTH)
+    for n in (2, 5, 10):
+        assert 77 < high.leading[at[n]] <= 90
+    assert 60 < high.top1[at[10]] <= 90
+    for n in (-10, -1, 1):
+        assert high.leading[at[n]] < 0.1
+    assert max(highest.leading[at[-10] :] + highest.top1[at[-10] :]) < 0.1
+
+
+def test_it_is_the_quotients_that_do_it(found):
+    for solver in SOLVERS:
+        only, but = (found.quotients[solver][key] for key in (ONLY_QUOTIENTS, ALL_BUT_QUOTIENTS))
+        assert found.after(only.leading, 10) > 60
+        assert max(but.leading) < 0.1
+        high, highest = both(found, solver, "absolute")
+        assert found.after(high.lost_right, 0) == 0 < found.after(high.lost_right, 1)
+        assert found.after(high.smallest_right, 1) < 0 < found.after(highest.smallest_right, 1)
+        assert max(highest.lost_right) == 0
+
+
+def test_what_stands_still_is_the_first_gradient(found):
+    _, frozen = both(found, "REKLS", "absolute")
+    assert max(frozen.to_first) < 0.1
+    first, last = (values[0] / values[1] for values in (frozen.eigenvalues[0], frozen.eigenvalues[-1]))
+    assert first == pytest.approx(last, rel=1e-4)
+    assert frozen.eigenvalues[0][0] > 0.1 / EPS
+    _, learning = both(found, "REKLS", "relative")
+    assert found.after(learning.to_first, 0) > 30
+
+
+def test_the_relative_floor_makes_the_precisions_agree(found):
+    for solver in SOLVERS:
+        absolute, relative = (found.pairs[Case(solver, guard)] for guard in ("absolute", "relative"))
+        assert found.after(absolute.apart, 0) < 0.01
+        assert found.after(absolute.apart, 10) > 1
+        assert max(relative.apart) < 0.1
+    assert found.floors[FLOOR] < 0.01 < 1 < found.floors[1e-7]
+
+
+def test_with_it_the_basis_turns_with_the_spike_itself_at_either_precision(found):
+    for solver in SOLVERS:
+        for trace in both(found, solver, "relative"):
+            assert found.after(trace.leading, 1) > 60
+            ratio = trace.eigenvalues[SMALL.spike_at][0] / trace.eigenvalues[SMALL.spike_at - 1][0]
+            assert ratio > 100, "the spike outweighs what was in L"
+
+
+def test_clipping_keeps_the_spike_out(found):
+    for solver in SOLVERS:
+        for trace in both(found, solver, "clipped"):
+            assert found.after(trace.leading, 1) < 10
+            assert found.after(trace.update_rms, 19) > 0.5 * found.after(trace.update_rms, 0)
+    _, spiked = both(found, "REKLS", "relative")
+    assert found.after(spiked.update_rms, 19) < 0.5 * found.after(spiked.update_rms, 0)
+
+
+def test_against_the_truth_standing_still_is_no_virtue(found):
+    high, frozen = both(found, "REKLS", "absolute", "directional")
+    assert max(frozen.to_truth) - min(frozen.to_truth) < 0.1
+    assert found.after(high.to_truth, 19) < 0.6 * found.after(frozen.to_truth, 19)
+    for trace in both(found, "REKLS", "relative", "directional"):
+        assert found.after(trace.to_truth, 0) < 0.6 * found.after(frozen.to_truth, 0)
+        assert found.after(trace.to_truth, 1) < 0.6 * found.after(frozen.to_truth, 1)
+    assert found.trace("REKLS", "relative", "high").to_truth == []
+
+
+# How it is done.
+
+
+def test_every_case_is_followed(found):
+    wanted = {Case(s, guard, gradients) for s in SOLVERS for guard in GUARDS for gradients in GRADIENTS}
+    assert set(found.pairs) == wanted
+    assert all(len(t.leading) == SMALL.steps for pair in found.pairs.values() for t in pair.traces.values())
+
+
+def test_a_path_comes_again_and_leaves_nothing_behind():
+    short = replace(SMALL, steps=5, spike_at=3)
+    before = torch.get_float32_matmul_precision(), torch.get_rng_state()
+    once, again = (follow(Case("SOAP-KL", "absolute"), "high", short) for _ in range(2))
+    for name, tensor in vars(once).items():
+        assert torch.equal(tensor, vars(again)[name]), name
+    assert torch.get_float32_matmul_precision() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    X = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(X @ X, round_to_tf32(X) @ round_to_tf32(X))
+
+
+def test_quotients_get_a_precision_of_their_own_and_give_it_back():
+    seen = []
+
+    def spy(a, p, diag=False):
+        seen.append(torch.get_float32_matmul_precision())
+        return conjugate(a, p, diag)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("steepest.lab.spike.conjugate", spy)
+        with quotients_at("high"):
+            follow(Case("REKLS", "relative"), "highest", replace(SMALL, steps=2, spike_at=1))
+    # Two of the feed, at their own; two of the study's own, at the path's.
+    assert seen == ["high", "high", "highest", "highest"] * 2
+    assert kronecker.conjugate is conjugate
+
+
+def test_gradients_are_as_they_are_said_to_be():
+    setup = replace(SMALL, steps=400, spike_at=10)
+    G, none = draw("isotropic", setup)
+    assert none is None
+    assert G[10].norm() / G[9].norm() == pytest.approx(1000, rel=0.1)
+    G, truth = draw("directional", replace(setup, scale=1.0))
+    left, right = (torch.linalg.eigh((X @ X.mT).mean(dim=0)) for X in (G, G.mT))
+    assert largest_angle(left.eigenvectors[:, -4:], truth).item() < 2
+    for values in (left.eigenvalues, right.eigenvalues):
+        rest = values[:-4].mean()
+        assert (values[-1] / rest).item() == pytest.approx(15**2, rel=0.2)
+        assert (values[-4] / rest).item() == pytest.approx(10**2, rel=0.2)
+    assert not torch.equal(draw("isotropic", SMALL)[0], draw("isotropic", replace(SMALL, seed=1))[0])
+
+
+def test_angles_are_exact_where_a_cosine_is_blind():
+    t = torch.tensor(1e-5, dtype=torch.float64).deg2rad()
+    P = torch.eye(3, dtype=torch.float64)[:, :1]
+    Q = torch.stack([t.cos(), t.sin(), torch.zeros_like(t)]).unsqueeze(-1)
+    assert largest_angle(P, Q).item() == pytest.approx(1e-5, rel=1e-6)
+    plane = torch.eye(3)[:, :2]
+    tilted = torch.tensor([[1.0, 0.0], [0.0, 0.5], [0.0, 0.75**0.5]])
+    assert largest_angle(plane, tilted).item() == pytest.approx(60, abs=1e-4)
+    assert largest_angle(plane, plane.flip(1)).item() == pytest.approx(0, abs=1e-6)
+
+
+# How it is told.
+
+
+def test_tables_have_the_studys_structure(found):
+    head, rows = angles(found)
+    assert [title.replace("\n", " ") for title in head[3:]] == [
+        *(f"N = {n} before" for n in (10, 5, 2, 1)),
+        *(f"N = {n} after" for n in (1, 2, 5, 10)),
+    ]
+    assert len(rows) == len(GUARDS) * len(SOLVERS) * len(BOTH)
+    row = next(cells for cells in rows if cells[:3] == ["absolute eps", "REKLS", "high"])
+    trace = found.trace("REKLS", "absolute", "high")
+    assert row[-1] == f"{found.after(trace.top1, 10):.1f} / {found.after(trace.leading, 10):.1f}"
+    head, rows = eigenvalues(found, "absolute", "high")
+    assert [cells[0] for cells in rows] == ["8", "12", "13 (spike)", "14", "17", "22", "32"]
+    assert head[-2:] == ["17th", "1st / 2nd"], "the first that one gradient of 16 columns can't give"
+
+
+def test_sentences_follow_from_the_figures(found):
+    claim, more = headline(found)
+    high, highest = both(found, "REKLS", "absolute")
+    assert f"{found.after(high.leading, 2):.1f}° at “high”" in claim
+    assert f"{found.after(highest.leading, 2):.2f}° at “highest”" in claim
+    assert f"{100 * apart(found, 'relative'):.2g}%" in more
+    assert f"{apart(found, 'absolute'):.2g} times" in more
+    assert f"{found.after(high.lost_right, 1)} of 16 below eps" in " ".join(findings(found))
+
+
+def test_values_survive_json(found):
+    values = json.loads(json.dumps(as_json(found), allow_nan=False))
+    assert values["setup"]["tf32"] == "emulated"
+    assert len(values["cases"]) == len(found.pairs)
+    case = next(c for c in values["cases"] if (c["solver"], c["guard"]) == ("REKLS", "absolute eps"))
+    assert case["high"]["leading_deg"]["+2"] == pytest.approx(
+        found.after(found.trace("REKLS", "absolute", "high").leading, 2), rel=1e-3
+    )
+    assert len(values["eigenvalues"]["REKLS, relative floor, highest"]) == 7
+
+
+class Loads(HTMLParser):
+    """Collects what a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag, attributes) -> None:
+        self.found += [f"{tag} {name}={value}" for name, value in attributes if name in ("src", "href", "srcset")]
+
+
+def test_the_page_says_it_all_and_loads_nothing(found):
+    html = page(found, "steepest spike --out <here>")
+    loads = Loads()
+    loads.feed(html)
+    assert loads.found == []
+    for text in (
+        "Does the basis turn?",
+        "What stands still before the spike?",
+        "Where does the jump come from?",
+        "How far is the basis from the truth?",
+        "How large a floor must be",
+        "TF32 emulated",
+        "steepest spike --out <here>",
+        *headline(found),
+        *findings(found),
+    ):
+        assert escape(text) in html, text
+    for solver in SOLVERS:
+        for precision in BOTH:
+            assert f'data-label="{solver}, {precision}"' in html
+            assert html.count(f'"legendgroup":"{solver}, {precision}"') == 8, "one curve in each figure of paths"
+
+
+def test_the_command_shows_and_writes_it(found, tmp_path, monkeypatch):
+    asked = []
+
+    def stand_in(setup, news):
+        asked.append((setup, torch.get_num_threads()))
+        return found
+
+    monkeypatch.setattr(spike_session, "study", stand_in)
+    out = tmp_path / "deep" / "out"
+    torch.set_num_threads(2)
+    done = CliRunner().invoke(app, ["spike", "--seed", "3", "--out", str(out)], env={"COLUMNS": "120"})
+    assert done.exit_code == 0, done.output
+    assert asked == [(Setup(seed=3, device="cuda" if torch.cuda.is_available() else "cpu"), 1)]
+    assert torch.get_num_threads() == 2
+    flat = " ".join(done.output.split())
+    for sentence in (*headline(found), *findings(found)):
+        assert sentence in flat
+    assert "13 (spike)" in done.output
+    assert json.loads((out / "results.json").read_text())["headline"] == " ".join(headline(found))
+    assert headline(found)[0] in (out / "report.html").read_text()
+
+
+def test_what_cannot_be_done_is_said_before_the_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(spike_session, "study", lambda setup, news: pytest.fail("it began"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "file").touch()
+    for options, message in (
+        (["--device", "tpu"], "--device tpu: must be one of auto, cpu, cuda"),
+        (["--device", "cuda"], "torch sees no CUDA device"),
+        (["--out", str(tmp_path / "file" / "out")], "--out"),
+    ):
+        done = CliRunner().invoke(app, ["spike", *options])
+        assert done.exit_code == 2
+        assert message in done.output
+
+
+def test_progress_names_each_case(monkeypatch):
+    class Stop(Exception):
+        """Enough was seen."""
+
+    def stop(case, setup):
+        raise Stop
+
+    told: list[str] = []
+    monkeypatch.setattr("steepest.lab.spike_measures.compare", stop)
+    with pytest.raises(Stop):
+        study(SMALL, told.append)
+    assert told == ["isotropic, absolute eps, SOAP-KL"]
