@@ -43,6 +43,7 @@ def muons() -> dict[str, Make]:
     options = {"lr": 1e-3, "weight_decay": 0.1, "momentum": 0.95}
     return {
         "steepest.Muon": lambda params: steepest.Muon(params, **options),
+        "steepest.Muon in float32": lambda params: steepest.Muon(params, **options, ns_dtype="float32"),
         "steepest.NorMuon": lambda params: steepest.NorMuon(params, **options),
         "torch.optim.Muon": lambda params: torch.optim.Muon(params, **options),
         "torch.optim.Muon in float32": lambda params: MuonInFloat32(params, **options),

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -99,3 +102,73 @@ def make_plan() -> Callable[..., Plan]:
 @pytest.fixture
 def make_results() -> Callable[..., Results]:
     return _results
+
+
+FORK_SERVER = """
+import os, sys
+exec(compile(open(sys.argv[1]).read(), sys.argv[1], "exec"))
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        log = os.open(sys.argv[2], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(log, 1), os.dup2(log, 2)
+        status = main(line)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class ForkServer:
+    """A process that has imported everything; its copies run ``main(line)`` of a script, and may be killed."""
+
+    def __init__(self, script: str, folder: Path) -> None:
+        (folder / "script.py").write_text(script)
+        self.log = folder / "log.txt"
+        command = [sys.executable, "-c", FORK_SERVER, str(folder / "script.py"), str(self.log)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def start(self, line: str) -> int:
+        """A copy with its line; its process id."""
+        assert self.process.stdin is not None
+        print(line, file=self.process.stdin, flush=True)
+        return int(self._read())
+
+    def end(self) -> int:
+        """The exit status of the copy that runs, negative if it was killed."""
+        return int(self._read())
+
+    def run(self, line: str) -> tuple[int, str]:
+        """A copy from its start to its end: exit status, and what it printed."""
+        self.start(line)
+        return self.end(), self.log.read_text()
+
+    def _read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def close(self) -> None:
+        """End the server; the copies have ended."""
+        with self.process:  # closes its pipes, and waits
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], ForkServer]]:
+    """Starts a server that runs a script."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    servers: list[ForkServer] = []
+
+    def start(script: str) -> ForkServer:
+        servers.append(ForkServer(script, tmp_path_factory.mktemp("server")))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

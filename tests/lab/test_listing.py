@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from steepest.cli import app
 from steepest.lab.errors import BadInput
 from steepest.lab.listing import Cost, build_model, bytes_per_entry, cost, ours, torchs
-from steepest.optimizers import NAMES, TORCH
+from steepest.optimizers import NAMES
+from steepest.optimizers.torch_optim import TORCH
 from steepest.recipes import RECIPES
 from steepest.rules import RULES
 
@@ -48,7 +49,10 @@ def test_work_is_what_the_formulas_say() -> None:
 
 
 def test_everything_that_has_a_name_is_listed() -> None:
-    assert {line.name for line in [*ours(), *torchs()]} == NAMES.keys() | TORCH.keys() | RULES.keys()
+    names = [line.name for line in [*ours(), *torchs()]]
+    assert len(names) == len(set(names))
+    assert set(names) == NAMES.keys() | TORCH.keys() | RULES.keys() | {"torch.muon"}
+    assert all(line.paper for line in [*ours(), *torchs()])
     assert [line.name for line in torchs() if line.square is None] == ["lbfgs", "sparseadam"]
     measured = {line.name: line.square for line in torchs()}
     assert (measured["adamw"], measured["sgd"], measured["adagrad"]) == (8, 0, 4)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -31,6 +33,7 @@ def test_whatever_decides_a_result_is_part_of_its_identity(store, tmp_path, make
     others = [
         replace(TRIAL, seed=1),
         replace(TRIAL, steps=11),
+        replace(TRIAL, poison=0.01),
         replace(TRIAL, workload="stdlib"),
         replace(TRIAL, contender=TRIAL.contender.varied(lr=0.1)),
         replace(TRIAL, contender=TRIAL.contender.varied(warmup=0.0)),
@@ -52,6 +55,18 @@ def test_fresh_looks_at_nothing_that_was_there(store, tmp_path, make_record) -> 
     assert fresh.find(TRIAL) is None
     fresh.save(Run(TRIAL, make_record(1.25)))
     assert store.find(TRIAL).record.final == 1.25
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.EROFS, "make it writable"), (errno.EDQUOT, "make room there")])
+def test_what_cannot_be_written_is_said_with_its_remedy(store, make_record, monkeypatch, number, remedy) -> None:
+    def refuse(file: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(BadInput) as caught:
+        store.save(Run(TRIAL, make_record(1.5)))
+    assert str(caught.value).startswith(f"can't write to {store.folder}: {os.strerror(number)}; {remedy}, and the same")
+    assert not list(store.folder.iterdir())
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"record": {"nonsense": 1}}'])

@@ -6,8 +6,10 @@ import ast
 import functools
 import importlib
 import importlib.metadata
+import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from rich.text import Text
 
 import steepest
 from steepest.lab.errors import BadInput, one_line
-from steepest.optimizer import nearest
 from steepest.optimizers import NAMES
+from steepest.options import nearest
 from steepest.testing import Report, Verdict, check_optimizer
 from steepest.testing.subject import Factory
 
@@ -39,6 +41,7 @@ class Request:
     dtype: str = "float32"
     device: str = "cpu"
     slow: bool = False
+    as_json: bool = False
 
 
 def run(request: Request, console: Console) -> bool:
@@ -57,7 +60,11 @@ def run(request: Request, console: Console) -> bool:
             )
     except (RuntimeError, ValueError) as error:
         raise BadInput(f"{request.spec}: {one_line(error)}") from error
-    console.print(f"[bold]{request.spec}[/]  [dim]{versions(request.spec)}[/]", highlight=False)
+    if request.as_json:
+        console.print_json(json.dumps(plain(report, request.spec)))
+        return report.ok
+    found = ", ".join(f"{package} {version}" for package, version in versions(request.spec).items())
+    console.print(f"[bold]{request.spec}[/]  [dim]{found}[/]", highlight=False)
     console.print(table(report))
     for shape, why in (report.refused or {}).items():
         console.print(f"not given: a parameter of {shape}, refused: {why}", style="dim", markup=False, highlight=False)
@@ -123,13 +130,25 @@ def table(report: Report) -> Table:
     return grid
 
 
-def versions(spec: str) -> str:
+def plain(report: Report, spec: str) -> dict[str, Any]:
+    """The report as plain values: verdict and evidence, clause by clause."""
+    findings = {f.clause.name: {"verdict": f.verdict.value, "why": f.why} for f in report.findings}
+    return {
+        "optimizer": spec,
+        "versions": versions(spec),
+        "kept": len(report.kept),
+        "broken": len(report.broken),
+        "not_applicable": len(report.not_applicable),
+        "refused": dict(report.refused or {}),
+        "clauses": findings,
+    }
+
+
+def versions(spec: str) -> dict[str, str]:
     """The versions of what was measured: the optimizer's package, if it is one, and torch."""
     package = spec.partition(":")[0].partition(".")[0] if ":" in spec else "steepest"
-    found = []
+    found = {}
     for name in dict.fromkeys([package, "torch"]):
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join(found)
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -22,6 +22,8 @@ from torch.optim import Optimizer
 import steepest
 from steepest.lab.errors import BadInput, one_line
 from steepest.lab.presets import ELEMENTWISE, PRESETS, WARMUP
+from steepest.optimizers import ALIASES
+from steepest.optimizers.spelling import spelled
 from steepest.recipes import RECIPES, is_recipe
 
 
@@ -147,9 +149,15 @@ def grid(contender: Contender, axes: Mapping[str, Sequence[Any]]) -> list[Conten
 
 
 def preset(name: str) -> Contender:
-    """The contender of this name as it is set out of the box, or as a recipe sets it."""
+    """The contender of this name, in any spelling, as it is set out of the box, or as a recipe sets it.
+
+    >>> preset("KL_SOAP").label
+    'kl-soap'
+    """
     if is_recipe(name):
         return _from_recipe(name)
+    name = spelled(name, [*PRESETS, *ALIASES]) or name
+    name = ALIASES.get(name, name)
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(PRESETS)}"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import IO, Any, Protocol
 
+from steepest.lab.errors import BadInput, one_line
 from steepest.lab.trial import Record, Run, Trial
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -64,9 +65,13 @@ class Crew:
             try:
                 for future in as_completed(futures):
                     try:
-                        done(Run(futures[future], future.result()))
+                        record = future.result()
                     except TrialFailed as error:
                         failed(futures[future], str(error))
+                    except OSError as error:  # no room for a temporary file, no memory for a process
+                        raise BadInput(f"can't start a run: {one_line(error)}; finished runs are kept") from error
+                    else:
+                        done(Run(futures[future], record))
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 self._stop()

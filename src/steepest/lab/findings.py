@@ -50,6 +50,10 @@ class Finding:
     optimizer_p95: float
     bytes_per_parameter: float
     peak_memory: int
+    poisoned: int
+    """Gradients that were given bad entries, in all runs of the best setting."""
+    skipped: int | None
+    """Updates that these have cost, by the optimizer's own count; None if it doesn't count."""
 
     @property
     def label(self) -> str:
@@ -131,6 +135,8 @@ def find(results: Results) -> Findings:
                 optimizer_p95=quantiles(milliseconds, n=20)[-1] if len(milliseconds) > 1 else milliseconds[0],
                 bytes_per_parameter=max(r.record.state_bytes / r.record.parameters for r in runs),
                 peak_memory=max(r.record.peak_memory for r in runs),
+                poisoned=sum(r.record.poisoned for r in runs),
+                skipped=_sum([r.record.skipped for r in runs]),
             )
         )
     clock = results.runs[0].record.clock if results.runs else "time"
@@ -192,6 +198,11 @@ def _model_ms(results: Results) -> float:
 def _optimizer_ms(runs: list[Run]) -> float:
     seconds = [s for run in runs for s in run.record.optimizer_seconds]
     return 1e3 * fmean(seconds) if seconds else math.nan
+
+
+def _sum(counts: list[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _edges(entry: Entry, best: Contender) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ def library_hash() -> str:
     """The hash of all code that decides how a run goes: the optimizers and the training loop, not the reports."""
     package = Path(__file__).parent.parent
     shown = {package / "cli.py", *(package / "lab").glob("*.py")}
-    trained = {package / "lab" / name for name in ("training.py", "meters.py")}
+    trained = {package / "lab" / name for name in ("training.py", "meters.py", "poison.py")}
     return code_hash(*(file for file in package.rglob("*.py") if file not in shown or file in trained))
 
 

@@ -25,7 +25,8 @@ from typing_extensions import override
 import steepest
 from steepest.lab.errors import BadInput, one_line
 from steepest.lab.files import import_file
-from steepest.optimizers import NAMES, TORCH, group_options
+from steepest.optimizers import NAMES, group_options
+from steepest.optimizers.torch_optim import PAPERS, TORCH
 from steepest.recipes import RECIPES
 from steepest.routing.judge import state_bytes
 from steepest.rule import Rule
@@ -44,10 +45,10 @@ DECOMPOSITIONS = {
     "linalg_solve_triangular": "solve",
 }
 UNUSUAL = {
-    "lbfgs": "needs a closure; keeps history_size steps",
-    "sparseadam": "for sparse gradients",
+    "lbfgs": "any shape, by a closure",
+    "sparseadam": "sparse gradients",
 }
-"""What can't be measured by a step like the others'."""
+"""What those take that can't be measured by a step like the others'."""
 FOOTNOTE = (
     "m=n, n=4m: bytes of state per entry of a float32 matrix m × n. products: what one step multiplies, for a matrix "
     f"of {SIDE}×{SIDE}, in units of one product of two such matrices; decompositions and solves come beside them. All "
@@ -71,7 +72,6 @@ class Line:
 
     name: str
     paper: str
-    """Or a remark."""
     takes: str
     """What it is for."""
     square: float | None
@@ -125,8 +125,8 @@ def ours() -> list[Line]:
 
 
 def torchs() -> list[Line]:
-    """torch.optim's, without those that ours hide behind the same name."""
-    return [_torch_line(name) for name in TORCH if name not in NAMES]
+    """torch.optim's; those that ours hide behind the same name go by "torch." and theirs."""
+    return [_torch_line(name) for name in sorted(TORCH)]
 
 
 def bytes_per_entry(name: str, m: int, n: int) -> float:
@@ -197,11 +197,14 @@ def _our_line(name: str) -> Line:
     return Line(name, paper, applies, bytes_per_entry(name, 64, 64), bytes_per_entry(name, 64, 256), cost(name))
 
 
-def _torch_line(name: str) -> Line:
-    if name in UNUSUAL:
-        return Line(name, UNUSUAL[name], "any shape", None, None, None)
-    square, wide = (_bytes_left_by_a_step(TORCH[name], m, n) / (m * n) for m, n in ((64, 64), (64, 256)))
-    return Line(name, RULES[name].paper if name in RULES else "", "any shape", square, wide, Cost(0.0, ""))
+def _torch_line(key: str) -> Line:
+    name, paper = f"torch.{key}" if key in NAMES else key, PAPERS.get(key, "")
+    if key in UNUSUAL:
+        return Line(name, paper, UNUSUAL[key], None, None, None)
+    square, wide = (_bytes_left_by_a_step(TORCH[key], m, n) / (m * n) for m, n in ((64, 64), (64, 256)))
+    if key == "muon":
+        return Line(name, paper, "matrices", square, wide, None)
+    return Line(name, paper, "any shape", square, wide, Cost(0.0, ""))
 
 
 def _bytes_left_by_a_step(optimizer: type[Optimizer], m: int, n: int) -> int:

@@ -73,7 +73,7 @@ def weight_spread(matrices: Mapping[str, Tensor]) -> float | None:
     Not over the smallest one: that of a square matrix is so close to zero that the ratio is mostly chance.
     """
     weights = [W.detach().flatten(1).double() for W in matrices.values()]
-    spectra = [torch.linalg.svdvals(W) for W in weights if max(W.shape) <= LARGEST]
+    spectra = [torch.linalg.svdvals(W) for W in weights if _can_be_decomposed(W)]
     return median((s[0] / s.median()).item() for s in spectra) if spectra else None
 
 
@@ -83,7 +83,12 @@ def factor_condition(optimizer: Optimizer) -> float | None:
     A smallest eigenvalue that is lost in rounding counts as rounding.
     """
     factors = [state[name] for state in optimizer.state.values() for name in COVARIANCES if name in state]
-    spectra = [torch.linalg.eigvalsh(K.double()) for K in factors if K.shape[-1] <= LARGEST]  # [..., d], ascending
+    spectra = [torch.linalg.eigvalsh(K.double()) for K in factors if _can_be_decomposed(K)]  # [..., d], ascending
     limit = 1 / torch.finfo(torch.float32).eps
     ratios = [ratio for s in spectra for ratio in (s[..., -1] / s[..., 0]).flatten().tolist()]
     return median(ratio if 0 < ratio < limit else limit for ratio in ratios) if ratios else None
+
+
+def _can_be_decomposed(A: Tensor) -> bool:
+    """In reasonable time, and at all: a decomposition of a run that has just broken down would raise."""
+    return max(A.shape) <= LARGEST and bool(A.isfinite().all())

@@ -51,8 +51,9 @@ def _soap(name: str, rule: str = "soap", **options: Any) -> Preset:
 
 LOW = (5e-3, 1e-2, 2e-2, 4e-2)
 HIGH = (1e-2, 2e-2, 4e-2, 8e-2)
+HIGHER = (2e-2, 4e-2, 8e-2, 1.6e-1)
 PRESETS: Mapping[str, Preset] = {
-    "adamw": _swept("adamw", {"lr": 1e-2, "betas": (0.8, 0.95)}, rates=(2.5e-3, 5e-3, 1e-2, 2e-2), elementwise=None),
+    "adamw": _swept("adamw", {"lr": 1e-2, "betas": (0.7, 0.95)}, rates=(2.5e-3, 5e-3, 1e-2, 2e-2), elementwise=None),
     "soap": _soap("soap"),
     "soap-f5": _soap("soap-f5", precondition_frequency=5),
     "soap-f10": _soap("soap-f10", precondition_frequency=10),
@@ -61,12 +62,12 @@ PRESETS: Mapping[str, Preset] = {
     "moso": _swept("moso", {"lr": 2.5e-3, "inner": "rmsprop"}, rates=(6e-4, 1.25e-3, 2.5e-3, 5e-3)),
     "muon": _swept("muon", {"lr": 4e-2, "momentum": 0.9}, rates=HIGH),
     "normuon": _swept("normuon", {"lr": 4e-2, "momentum": 0.9}, rates=HIGH),
-    "adamuon": _swept("adamuon", {"lr": 2e-2, "momentum": 0.9}, rates=LOW),
+    "adamuon": _swept("adamuon", {"lr": 8e-2, "momentum": 0.8}, rates=HIGHER),
     "shampoo": _swept("shampoo", {"lr": 2e-2, "shampoo_beta": 0.9, "precondition_frequency": 5}, rates=LOW),
     "kl-shampoo": _swept("kl-shampoo", {"lr": 2e-2, "shampoo_beta": 0.9, "precondition_frequency": 5}, rates=LOW),
-    "dion": _swept("dion", {"lr": 2e-2, "momentum": 0.9}, rates=LOW),
-    "dion2": _swept("dion2", {"lr": 4e-2, "ef_decay": 0.9}, rates=HIGH),
-    "lion": _swept("lion", {"lr": 2e-3, "betas": (0.9, 0.99)}, rates=(5e-4, 1e-3, 2e-3, 4e-3), elementwise=None),
+    "dion": _swept("dion", {"lr": 4e-2, "momentum": 0.7}, rates=HIGH),
+    "dion2": _swept("dion2", {"lr": 8e-2, "ef_decay": 0.5}, rates=HIGHER),
+    "lion": _swept("lion", {"lr": 3e-3, "betas": (0.7, 0.8)}, rates=(7.5e-4, 1.5e-3, 3e-3, 6e-3), elementwise=None),
 }
 
 QUICK = ("adamw", "soap", "soap-f5", "kl-soap", "muon")

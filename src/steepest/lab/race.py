@@ -57,6 +57,8 @@ class Plan:
     seeds: int
     shorter: tuple[int, ...] = ()
     """Further distances for the best of each entry."""
+    poison: float = 0.0
+    """Share of gradients that get entries that are not finite, in all trials."""
 
     @property
     def baseline(self) -> Entry:
@@ -72,7 +74,7 @@ class Plan:
         """Every candidate over the whole distance; a broken-off race has seen all entries, first seeds first."""
         most = max(len(entry.candidates) for entry in self.entries)
         return [
-            Trial(self.workload, entry.candidates[i], self.steps, seed)
+            Trial(self.workload, entry.candidates[i], self.steps, seed, self.poison)
             for seed in range(self.tuning_seeds)
             for i in range(most)
             for entry in self.entries
@@ -83,7 +85,7 @@ class Plan:
         """What each entry's best candidate runs besides: the shorter distances, and the whole one with other seeds."""
         best = list(best)
         return [
-            Trial(self.workload, contender, steps, seed)
+            Trial(self.workload, contender, steps, seed, self.poison)
             for seed in range(self.seeds)
             for steps in (*self.shorter, *([self.steps] if seed >= self.tuning_seeds else []))
             for contender in best

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
-import plotly.graph_objects as go
 import torch
-from plotly.offline import get_plotlyjs
 
 from steepest.lab import figures
 from steepest.lab.contenders import routing_table
 from steepest.lab.findings import Findings
 from steepest.lab.fingerprints import machine, versions
-from steepest.lab.page import PAGE, SCRIPT, STYLE
+from steepest.lab.page import card, dot, figure, render, row, section, table
 from steepest.lab.race import Results
 from steepest.lab.training import DIVERGED
 from steepest.lab.trial import Run, Trial
-from steepest.lab.words import cells, headers, headline, loss, notes, plural, settings
+from steepest.lab.words import cells, headers, headline, loss, notes, plural, poisoned, settings
 from steepest.lab.workload import Workload
-
-CONFIG = {"responsive": True, "displayModeBar": False, "scrollZoom": False}
 
 
 def page(findings: Findings, results: Results, workload: Workload, command: str) -> str:
@@ -40,18 +36,16 @@ def page(findings: Findings, results: Results, workload: Workload, command: str)
         _all_trials(results),
         _provenance(findings, results, workload, command),
     ]
-    title = f"steepest race: {', '.join(paint)}"
-    return PAGE.substitute(
-        title=escape(title), style=STYLE, plotly=get_plotlyjs(), script=SCRIPT, body="\n".join(filter(None, body))
-    )
+    return render(f"steepest race: {', '.join(paint)}", body)
 
 
 def _opening(findings: Findings, results: Results) -> str:
     """The headline and the three numbers that one remembers."""
     plan = findings.plan
     today = datetime.now(UTC).strftime("%d %B %Y")
-    facts = [Path(plan.workload).stem, plural(plan.steps, "step"), plural(plan.seeds, "seed"), today]
-    kicker = " · ".join(["steepest race", *facts])
+    facts = [Path(plan.workload).stem, plural(plan.steps, "step"), plural(plan.seeds, "seed")]
+    facts += [poisoned(plan.poison)] if plan.poison else []
+    kicker = " · ".join(["steepest race", *facts, today])
     claim, losses = headline(findings)
     broken = ""
     if results.interrupted:
@@ -68,12 +62,6 @@ def _opening(findings: Findings, results: Results) -> str:
 def _cards(findings: Findings) -> Iterable[str]:
     finished = [line for line in findings.lines if math.isfinite(line.final)]
     base = findings.plan.baseline.label
-
-    def card(what: str, number: str, who: str) -> str:
-        return (
-            f'<div class="card"><div class="what">{escape(what)}</div><div class="number">{escape(number)}</div>'
-            f'<div class="who">{escape(who)}</div></div>'
-        )
 
     if finished:
         best = finished[0]
@@ -98,7 +86,7 @@ def _legend(findings: Findings, paint: dict[str, str]) -> str:
     """Buttons that show and hide a contender in all figures."""
     buttons = (
         f'<button type="button" aria-pressed="true" data-label="{escape(line.label)}">'
-        f"{_dot(paint[line.label])}{escape(line.label)}</button>"
+        f"{dot(paint[line.label])}{escape(line.label)}</button>"
         for line in findings.lines
     )
     return f'<nav aria-label="Show or hide contenders">{"".join(buttons)}</nav>'
@@ -108,13 +96,13 @@ def _losses(findings: Findings, results: Results, workload: Workload) -> str:
     band = "Bands: range over seeds. " if findings.plan.seeds > 1 else ""
     target = f"Dashed: where {findings.plan.baseline.label} ends." if findings.target is not None else ""
     measure = workload.measure[:1].upper() + workload.measure[1:]
-    return _section(
+    return section(
         "Who learns fastest?",
         f"{measure}, for each contender's best setting. Lower is better.",
-        _figure(
+        figure(
             "Loss over steps", figures.loss_over_steps(findings, results), f"{band}{target} The first drop is cut off."
         ),
-        _figure(
+        figure(
             f"Loss over {findings.clock}",
             figures.loss_over_time(findings, results),
             "The same runs, against what they cost on this machine: an optimizer whose steps take longer moves right.",
@@ -135,11 +123,11 @@ def _targets(findings: Findings) -> str:
             "Hatched: upper bounds, from where a run passes the target while its learning rate is still high; "
             "--full runs shorter distances to find out exactly."
         )
-    return _section(
+    return section(
         f"What does {base}'s final loss cost?",
         f"{base} ends at {loss(findings.target)}. 1.00 is what it takes to get there; shorter is better.",
-        _figure("Steps to the target", figures.share_of_steps(findings), how),
-        _figure(
+        figure("Steps to the target", figures.share_of_steps(findings), how),
+        figure(
             f"{findings.clock} to the target",
             figures.share_of_time(findings),
             "Solid: forward and backward of the model, the same for all. Pale: the optimizer itself.",
@@ -156,24 +144,24 @@ def _tuning(findings: Findings, results: Results) -> str:
             "Each point: mean over seeds of the final loss at that rate; the largest is the best. A good optimum has "
             "points on both sides. A cross at the top: at least one seed diverged."
         )
-        shown.append(_figure("Final loss over learning rate", rates, caption))
+        shown.append(figure("Final loss over learning rate", rates, caption))
     if distances is not None:
         caption = (
             "Each point: a run of its own, decayed to the end. Where a line meets the dashed one: steps to the target."
         )
-        shown.append(_figure("Final loss over distance", distances, caption))
-    return _section("How were they tuned?", "", *shown) if shown else ""
+        shown.append(figure("Final loss over distance", distances, caption))
+    return section("How were they tuned?", "", *shown) if shown else ""
 
 
 def _steps(findings: Findings, results: Results) -> str:
     shown = [
-        _figure(
+        figure(
             "How long an optimizer step takes",
             figures.step_times(findings, results),
             "Histogram of all steps, on a logarithmic scale; heights are square roots, so that rare steps are seen. "
             "Two humps: steps with and without a refresh.",
         ),
-        _figure(
+        figure(
             "How far a step goes",
             figures.update_sizes(findings, results),
             "Root mean square of a hidden matrix's update, in learning rates: the median matrix, and dotted the one "
@@ -186,14 +174,14 @@ def _steps(findings: Findings, results: Results) -> str:
             "Largest over smallest eigenvalue of the gradient covariances, median: how unequal directions are, and "
             "what an elementwise optimizer can't see. Shown for those that keep covariances; about 8e6 is rounding."
         )
-        shown.append(_figure("Condition number of the covariances", factors, caption))
+        shown.append(figure("Condition number of the covariances", factors, caption))
     weights = figures.spectra(findings, results, lambda record: record.weight_spread)
     if weights is not None:
         caption = (
             "Largest over median singular value, in the median matrix. High: few directions carry a weight matrix."
         )
-        shown.append(_figure("Spread of the weights' singular values", weights, caption))
-    return _section("What happens in a step?", "", *shown)
+        shown.append(figure("Spread of the weights' singular values", weights, caption))
+    return section("What happens in a step?", "", *shown)
 
 
 def _summary(findings: Findings, paint: dict[str, str]) -> str:
@@ -201,13 +189,13 @@ def _summary(findings: Findings, paint: dict[str, str]) -> str:
     rows, chosen = [], []
     for line in findings.lines:
         label, *numbers = cells(line)
-        name = _dot(paint[line.label]) + escape(label)
-        rows.append(_row(name, numbers, first=line is findings.lines[0]))
-        chosen.append(_row(name, [], [settings(line.best), line.best.provenance]))
+        name = dot(paint[line.label]) + escape(label)
+        rows.append(row(name, numbers, first=line is findings.lines[0]))
+        chosen.append(row(name, [], [settings(line.best), line.best.provenance]))
     remarks = "".join(f"<li>{escape(note)}</li>" for note in notes(findings))
     return (
-        f"<h2>In numbers</h2>{_table(headers(findings), rows)}<ul class='notes'>{remarks}</ul>"
-        f"<details><summary>The best settings</summary>{_table(['contender', 'settings', 'from'], chosen)}</details>"
+        f"<h2>In numbers</h2>{table(headers(findings), rows)}<ul class='notes'>{remarks}</ul>"
+        f"<details><summary>The best settings</summary>{table(['contender', 'settings', 'from'], chosen)}</details>"
     )
 
 
@@ -217,19 +205,19 @@ def _all_trials(results: Results) -> str:
     def order(run: Run) -> tuple[str, int, float, int]:
         return run.trial.contender.label, -run.trial.steps, run.trial.contender.lr, run.trial.seed
 
-    def row(trial: Trial, outcome: str, wall: str, remark: str) -> str:
+    def line(trial: Trial, outcome: str, wall: str, remark: str) -> str:
         numbers = [f"{trial.contender.lr:g}", str(trial.steps), str(trial.seed), outcome, wall]
-        return _row(escape(trial.contender.label), numbers, [remark])
+        return row(escape(trial.contender.label), numbers, [remark])
 
     rows = []
     for run in sorted(results.runs, key=order):
         record = run.record
         outcome = loss(record.final) if math.isfinite(record.final) else f"diverged at {len(record.rate)}"
-        rows.append(row(run.trial, outcome, f"{record.wall_seconds:.1f}", settings(run.trial.contender)))
-    rows += [row(trial, "failed", "–", reason) for trial, reason in results.failures]
+        rows.append(line(run.trial, outcome, f"{record.wall_seconds:.1f}", settings(run.trial.contender)))
+    rows += [line(trial, "failed", "–", reason) for trial, reason in results.failures]
     head = ["contender", "lr", "steps", "seed", "final loss", "seconds\nwall", "settings"]
     return (
-        f"<details><summary>All {len(rows)} runs</summary>{_table(head, rows)}</details>"
+        f"<details><summary>All {len(rows)} runs</summary>{table(head, rows)}</details>"
         "<p class='soft'>A run counts as diverged when its loss is no number, or averages more than "
         f"{DIVERGED:g} times its first loss over ten steps.</p>"
     )
@@ -255,30 +243,3 @@ def _provenance(findings: Findings, results: Results, workload: Workload, comman
         "<details><summary>Which parameter goes to which rule, and why</summary>"
         f"<pre>{escape(routing_table(model))}</pre></details>"
     )
-
-
-def _section(title: str, lead: str, *shown: str) -> str:
-    intro = f'<p class="lead">{escape(lead)}</p>' if lead else ""
-    return f'<h2>{escape(title)}</h2>{intro}<div class="figures">{"".join(shown)}</div>'
-
-
-def _figure(title: str, figure: go.Figure, caption: str) -> str:
-    plot = figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
-    return f"<figure><h3>{escape(title)}</h3>{plot}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _table(head: Sequence[str], rows: Sequence[str]) -> str:
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
-    return f'<div class="tablebox"><table><thead><tr>{titles}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _row(name: str, numbers: Iterable[str], texts: Iterable[str] = (), first: bool = False) -> str:
-    """A line of a table: a name in markup, numbers, and texts that may wrap."""
-    row = [f"<td>{name}</td>"]
-    row += [f"<td>{escape(number)}</td>" for number in numbers]
-    row += [f'<td class="text">{escape(text)}</td>' for text in texts]
-    return f"<tr{' class=first' if first else ''}>{''.join(row)}</tr>"
-
-
-def _dot(colour: str) -> str:
-    return f'<span class="dot" style="background:{colour}"></span>'

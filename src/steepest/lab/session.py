@@ -21,7 +21,7 @@ from steepest.lab.fingerprints import machine, versions
 from steepest.lab.presets import PRESETS, QUICK
 from steepest.lab.race import Entry, Plan, Results
 from steepest.lab.store import Store, write
-from steepest.lab.words import as_json, headline, notes
+from steepest.lab.words import as_json, headline, notes, poisoned
 from steepest.lab.workload import Workload, load_workload
 
 SOME_FAILED, INTERRUPTED = 1, 130
@@ -41,6 +41,7 @@ class Request:
     out: Path
     fresh: bool
     command: str
+    poison: float = 0.0
 
 
 def run(request: Request, console: Console) -> int:
@@ -79,7 +80,7 @@ def make_plan(request: Request, workload: Workload) -> Plan:
     name = str(Path(request.workload).resolve()) if request.workload.endswith(".py") else request.workload
     steps = request.steps or workload.steps
     shorter = races.shorter_distances(steps) if request.full else ()
-    return Plan(name, tuple(map(entry, contenders)), steps, request.seeds, shorter)
+    return Plan(name, tuple(map(entry, contenders)), steps, request.seeds, shorter, request.poison)
 
 
 def _try_out(plan: Plan, workload: Workload) -> None:
@@ -103,6 +104,8 @@ def _announce(plan: Plan, workload: Workload, request: Request, console: Console
     names = escape(", ".join(entry.label for entry in plan.entries))
     console.print(f"[bold]steepest race[/]: {names} on {escape(request.workload)}", highlight=False)
     console.print(f"  {plan.total_trials} runs, {request.workers} at a time with one thread each", highlight=False)
+    if plan.poison:
+        console.print(f"  {poisoned(plan.poison)} with NaN or infinite entries", highlight=False)
     for name, fact in {**workload.describe(), **versions(), "machine": machine()}.items():
         console.print(f"  [dim]{escape(f'{name}: {fact}')}[/]", highlight=False)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from typing import Any
 from steepest.lab.errors import BadInput
 from steepest.lab.fingerprints import digest, library_hash, machine, versions
 from steepest.lab.trial import Record, Run, Trial
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the system says when a disk, a quota, or a limit to the size of files is exhausted."""
 
 
 class Store:
@@ -25,7 +30,7 @@ class Store:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise BadInput(f"can't write to {folder}: {error.strerror}") from error
+            raise BadInput(f"{_complaint(folder, error)}, or give another folder by --out") from error
 
     def identity(self, trial: Trial) -> dict[str, Any]:
         """All that decides the trial's result, its times too."""
@@ -35,6 +40,7 @@ class Store:
             "contender": trial.contender.settings(),
             "steps": trial.steps,
             "seed": trial.seed,
+            "poison": trial.poison,
             "versions": versions(),
             "code": library_hash(),
             "machine": machine(),
@@ -43,7 +49,8 @@ class Store:
     def path(self, trial: Trial) -> Path:
         """Where the trial's record is kept; the name is for people, the hash in it decides."""
         label = re.sub(r"[^a-z0-9.]+", "-", trial.contender.label.lower()).strip("-")[:48]
-        name = f"{label}-lr{trial.contender.lr:g}-{trial.steps}-seed{trial.seed}"
+        poisoned = f"-poison{trial.poison:g}" if trial.poison else ""
+        name = f"{label}-lr{trial.contender.lr:g}-{trial.steps}-seed{trial.seed}{poisoned}"
         return self.folder / f"{name}-{digest(self.identity(trial))[:12]}.json"
 
     def find(self, trial: Trial) -> Run | None:
@@ -70,7 +77,29 @@ class Store:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file such that nobody ever sees half of it."""
+    """Write a file such that nobody ever sees half of it, whenever the process or the machine is stopped.
+
+    Raises:
+        BadInput: if the disk is full or the folder can't be written to. What was in it is as before.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # some file systems only say here that they are full
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise BadInput(f"{_complaint(path.parent, error)}, and the same command continues: runs are kept") from error
+
+
+def _complaint(folder: Path, error: OSError) -> str:
+    """What is wrong, and its remedy.
+
+    >>> _complaint(Path("runs"), OSError(errno.ENOSPC, "No space left on device"))
+    "can't write to runs: No space left on device; make room there"
+    """
+    remedy = "make room there" if error.errno in FULL else "make it writable"
+    return f"can't write to {folder}: {error.strerror}; {remedy}"

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from steepest.lab.contenders import Contender, hidden_matrices
 from steepest.lab.meters import UpdateMeter, factor_condition, peak_memory, state_bytes, stopwatch, weight_spread
+from steepest.lab.poison import Poison
 from steepest.lab.presets import FINAL_RATE
 from steepest.lab.trial import Record, Trial
 from steepest.lab.workload import Workload
@@ -33,6 +34,7 @@ def train(trial: Trial, workload: Workload, progress: Progress) -> Record:
     torch.manual_seed(trial.seed)
     model = workload.model()
     data = torch.Generator().manual_seed(trial.seed)
+    poison = Poison(trial.poison, trial.seed)
     optimizer = trial.contender.optimizer(model)
     schedule = Schedule(optimizer, trial.contender.warmup, trial.steps)
     lr = trial.contender.lr
@@ -52,6 +54,7 @@ def train(trial: Trial, workload: Workload, progress: Progress) -> Record:
         if has_diverged(record.train_loss):
             record.status = "diverged"
             break
+        record.poisoned += poison.strike(model.parameters())
         meter = UpdateMeter(matrices) if step in probes else None
         start = clock()
         optimizer.step()
@@ -69,6 +72,7 @@ def train(trial: Trial, workload: Workload, progress: Progress) -> Record:
         record.status = "diverged"
     _drop_nonfinite(record)
     record.state_bytes, record.peak_memory = state_bytes(optimizer), peak_memory()
+    record.skipped = getattr(optimizer, "skipped", None)
     record.wall_seconds = time.perf_counter() - started
     return record
 

@@ -19,9 +19,12 @@ class Trial:
     contender: Contender
     steps: int
     seed: int
+    poison: float = 0.0
+    """Share of gradients that get entries that are not finite."""
 
     def __str__(self) -> str:
-        return f"{self.contender}, {self.steps} steps, seed {self.seed}"
+        poisoned = f", {self.poison:g} poisoned" if self.poison else ""
+        return f"{self.contender}, {self.steps} steps, seed {self.seed}{poisoned}"
 
     def literal(self) -> str:
         """As a Python literal, which keeps tuples apart from lists."""
@@ -58,6 +61,10 @@ class Record:
     peak_memory: int = 0
     """Most memory that the process had resident, in bytes."""
     wall_seconds: float = 0.0
+    poisoned: int = 0
+    """How many gradients were given bad entries."""
+    skipped: int | None = None
+    """How many updates the optimizer says that bad gradients have cost; None if it doesn't say."""
     clock: str = ""
     """What the seconds of model and optimizer are: CPU time or, on an accelerator, elapsed time."""
 

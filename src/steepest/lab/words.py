@@ -15,7 +15,8 @@ def headline(findings: Findings) -> tuple[str, str]:
     if base is None or findings.target is None:
         return "The baseline has not finished a run yet, so there is nothing to compare with.", ""
     rivals = [line for line in findings.lines if line is not base]
-    ends = f"After {findings.plan.steps} steps, {base.label} ends at {loss(base.final)}"
+    poison = f" with {poisoned(findings.plan.poison)}" if findings.plan.poison else ""
+    ends = f"After {findings.plan.steps} steps{poison}, {base.label} ends at {loss(base.final)}"
     if not rivals:
         return "Nobody has finished a run to compare with.", f"{ends}."
     top = min(rivals, key=lambda line: line.final)
@@ -45,6 +46,18 @@ def tuning_note(findings: Findings) -> str:
         return f"Everybody was tuned with the same number of trials: {counts.pop()} settings × {trials}."
     tried = ", ".join(f"{line.label} {line.tried}" for line in findings.lines)
     return f"Not tuned equally. Settings tried, × {trials}: {tried}."
+
+
+def poison_note(findings: Findings) -> str:
+    """What a poisoned race is, and what it has cost each contender."""
+    counts = (
+        f"{line.label} {'uncounted' if line.skipped is None else line.skipped} of {line.poisoned}"
+        for line in findings.lines
+    )
+    return (
+        "At each step each parameter's gradient got NaN or infinite entries with probability "
+        f"{findings.plan.poison:g}. Updates left out, of the gradients poisoned: {', '.join(counts)}."
+    )
 
 
 def noise_note(findings: Findings) -> str:
@@ -100,6 +113,15 @@ def loss(value: float) -> str:
     return f"{value:.{_decimals(value)}f}"
 
 
+def poisoned(share: float) -> str:
+    """What was done to the gradients.
+
+    >>> poisoned(0.01)
+    '1% of gradients poisoned'
+    """
+    return f"{share * 100:.3g}% of gradients poisoned"
+
+
 def rate(line: Finding) -> str:
     """The best learning rate, starred where it stands at the edge of what was tried."""
     return f"{line.best.lr:g}" + ("*" if "lr" in line.edges else "")
@@ -132,6 +154,8 @@ def settings(contender: Contender) -> str:
 def notes(findings: Findings) -> list[str]:
     """What one must know to read the table rightly."""
     lines = [tuning_note(findings), noise_note(findings)]
+    if findings.plan.poison:
+        lines.insert(0, poison_note(findings))
     chosen = [f"{line.label} {others}" for line in findings.lines if (others := other_choices(line))]
     if chosen:
         lines.append(f"Best of what was tuned besides lr: {'; '.join(chosen)}.")
@@ -168,10 +192,17 @@ def as_json(findings: Findings) -> dict[str, Any]:
             "optimizer_ms_p95": _finite(line.optimizer_p95),
             "state_bytes_per_parameter": line.bytes_per_parameter,
             "peak_memory_bytes": line.peak_memory,
+            "gradients_poisoned": line.poisoned,
+            "updates_skipped": line.skipped,
         }
         for line in findings.lines
     ]
-    return {"headline": " ".join(headline(findings)), "target": findings.target, "contenders": lines}
+    return {
+        "headline": " ".join(headline(findings)),
+        "target": findings.target,
+        "poison": findings.plan.poison,
+        "contenders": lines,
+    }
 
 
 def _finite(value: float) -> float | None:
