@@ -1,7 +1,7 @@
 """Do steps or weights of constant norm train better? Three ways, as hooks around optimizers as they are.
 
-    python benchmarks/norm_control.py                        # all: 4 learning rates each, then the best with 3 seeds
-    python benchmarks/norm_control.py soap soap+rms          # some
+    python benchmarks/norm_control.py --fresh                   # all: 4 learning rates each, then the best with 3 seeds
+    python benchmarks/norm_control.py --fresh soap soap+rms     # some
 
 Of each hidden matrix W, whose optimizer steps along D, 300 steps on `stdlib`:
 
@@ -119,10 +119,14 @@ def contender(name: str, lr: float) -> Contender:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(RATES)}; all unless given")
-    names = parser.parse_args().names or list(RATES)
+    parser.add_argument("--fresh", action="store_true", help="run again what stands in the results already")
+    args = parser.parse_args()
+    names = args.names or list(RATES)
     torch.set_num_threads(1)
     workload = load_workload("stdlib")
     known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if args.fresh:
+        known = {name: found for name, found in known.items() if name not in names}
 
     def final(name: str, lr: float, seed: int) -> float:
         trials = known.setdefault(name, {"best": None, "trials": []})["trials"]
@@ -133,7 +137,7 @@ def main() -> None:
         loss = round(record.final, 4) if record.status == "finished" else None
         trials.append({"lr": lr, "seed": seed, "final_loss": loss})
         print(f"{name:14} lr {lr:<7g} seed {seed}: {loss}", flush=True)
-        return record.final
+        return float("inf") if loss is None else loss
 
     for name in names:
         best = min(RATES[name], key=lambda lr: final(name, lr, SEEDS[0]))
