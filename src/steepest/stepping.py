@@ -60,8 +60,9 @@ def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
     alive = to_device(live, G.device).view(-1, 1, 1)
     undone = (alive & ~finite).view(-1)
     if attempts.at_hand(G):
-        stack.skipped += int(undone.sum())
+        present = sum(live)
         live[:] = (alive & finite).view(-1).tolist()
+        stack.skipped += present - sum(live)
         return None
     G.masked_fill_(~finite, 0)
     stack.undone = Echo(undone.long())

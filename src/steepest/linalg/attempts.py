@@ -11,8 +11,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it imports no compiler until there is one
 
 
+@_disable_dynamo  # solvers don't compile, and what surrounds them would be compiled anew for each shape
 def attempt(solve: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
     """``solve(A)``; matrices for which that fails are tried again alone, in float64, and in float64 on the CPU.
 
