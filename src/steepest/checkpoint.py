@@ -124,6 +124,8 @@ def _expect_parts(state_dict: Any) -> None:
         names = keys if group.get("param_names") is None else group["param_names"]
         if not isinstance(names, list | tuple) or not len(names) == len(keys) == len(set(keys)):
             raise ValueError(f"parameter group {number} of the saved state doesn't have one name for each parameter")
+        if not all(isinstance(name, int | str) for name in names):
+            raise ValueError(f"parameter group {number} of the saved state has names that are no text: {_some(names)}")
         if seen & set(keys):
             raise ValueError(f"parameter group {number} of the saved state has {_some(seen & set(keys))} once more")
         seen |= set(keys)
@@ -151,7 +153,7 @@ def _match(number: int, here: Mapping[str, Any], there: Mapping[str, Any]) -> Se
     keys: Sequence[Any] = there["params"]
     mine, theirs = here.get("param_names"), there.get("param_names")
     if mine and theirs:
-        mine, theirs = [bare(name) for name in mine], [bare(name) for name in theirs]
+        mine, theirs = [bare(str(name)) for name in mine], [bare(str(name)) for name in theirs]
         added = [name for name in mine if name not in theirs]
         if added:
             raise ValueError(

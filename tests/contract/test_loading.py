@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -327,6 +327,7 @@ PLACES = places(STATE)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@example([(("param_groups", 1, "param_names", 0), None)])
 @given(st.lists(st.tuples(st.sampled_from(PLACES), st.one_of(st.just("drop"), WRONG)), min_size=1, max_size=3))
 def test_any_damage(damages: list[tuple[tuple[Any, ...], Any]]) -> None:
     """Whatever is dropped or replaced: either a ValueError and nothing has changed, or it trains on."""
