@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -107,7 +108,7 @@ def make_results() -> Callable[..., Results]:
 FORK_SERVER = """
 import os, sys
 exec(compile(open(sys.argv[1]).read(), sys.argv[1], "exec"))
-for line in sys.stdin:
+while line := sys.stdin.readline():
     child = os.fork()
     if child == 0:
         log = os.open(sys.argv[2], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -116,6 +117,7 @@ for line in sys.stdin:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
     print(child, flush=True)
+    sys.stdin.readline()  # until its end is asked for, its process id stays its own, even when it has ended
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -128,24 +130,38 @@ class ForkServer:
         self.log = folder / "log.txt"
         command = [sys.executable, "-c", FORK_SERVER, str(folder / "script.py"), str(self.log)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.child = 0
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def start(self, line: str) -> int:
-        """A copy with its line; its process id."""
-        assert self.process.stdin is not None
-        print(line, file=self.process.stdin, flush=True)
-        return int(self._read())
+    def start(self, line: str) -> None:
+        """A copy with its line; one that a failed test has left is ended first."""
+        if self.child:
+            self.kill()
+            self.end()
+        self._write(line)
+        self.child = int(self._read())
+
+    def kill(self) -> None:
+        """Kill the copy, wherever it is; it may have ended."""
+        assert self.child > 1, "0 would be this very process group"
+        os.kill(self.child, signal.SIGKILL)
 
     def end(self) -> int:
-        """The exit status of the copy that runs, negative if it was killed."""
+        """Wait for the end of the copy; its exit status, negative if it was killed."""
+        self._write("")
+        self.child = 0
         return int(self._read())
 
     def run(self, line: str) -> tuple[int, str]:
         """A copy from its start to its end: exit status, and what it printed."""
         self.start(line)
         return self.end(), self.log.read_text()
+
+    def _write(self, line: str) -> None:
+        assert self.process.stdin is not None
+        print(line, file=self.process.stdin, flush=True)
 
     def _read(self) -> str:
         assert self.process.stdout is not None

@@ -157,11 +157,11 @@ def test_killed_at_random(server: Any, straight: Path, tmp_path: Path) -> None:
     kept: Files = {}
     chance = random.Random(0)
     for further in (0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 1):  # records that it may add before its time begins to run out
-        child = server.start(line(out))
+        server.start(line(out))
         while len(records(out)) < min(len(kept) + further, RUNS):
             time.sleep(0.001)
         time.sleep(chance.uniform(0.0, 0.1))
-        os.kill(child, signal.SIGKILL)
+        server.kill()
         kept = expect_killed(server.end(), out, kept)
     assert len(kept) >= 4
     expect_as_undisturbed(server, out, straight)
