@@ -14,7 +14,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
 
 def launch(ranks: int, *options: str) -> str:
     """What the example prints on ``ranks`` processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), str(EXAMPLE), *options]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # on a port of its own
+    command = [*run, "--nproc-per-node", str(ranks), str(EXAMPLE), *options]
     ran = subprocess.run(
         command, capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     )
