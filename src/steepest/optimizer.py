@@ -85,9 +85,10 @@ class Optimizer(torch.optim.Optimizer):
             if isinstance(p, Tensor) and issubclass(RULES[rule], Rule):
                 View.of(p, group)
         super().add_param_group(group)
-        group |= RULES[rule].settled(group)
+        shared_among = _shared_among(group["params"])
+        group |= RULES[rule].settled(group, lambda holds: _on_all(shared_among.values(), holds))
         group["format"] = checkpoint.FORMAT
-        self._domains |= _shared_among(group["params"])
+        self._domains |= shared_among
         for name in self.defaults.keys() - known.keys() - param_group.keys():
             del group[name]  # the other rule's options, which torch fills in everywhere
         number = len(self.param_groups) - 1
@@ -348,6 +349,14 @@ DONE = object()
 
 def _shared_among(params: Sequence[Tensor]) -> dict[Tensor, Domain]:
     return {p: domain for p, domain in zip(params, domains(params), strict=True) if domain is not None}
+
+
+def _on_all(domains: Iterable[Domain], holds: bool) -> bool:
+    """Whether something holds on all ranks of some domains, which they ask for in the same order."""
+    for domain in dict.fromkeys(domains):
+        (refuted,), _ = domain.agree([not holds], 0)
+        holds = not refuted
+    return holds
 
 
 def _is_absent(p: Tensor) -> bool:

@@ -110,6 +110,30 @@ class Step:
         return torch.where(good.view(-1, 1, 1), new, old)
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """Directions of rank r as ``left rightᵀ``. Where they travel, the factors go instead wherever they are fewer bytes.
+
+    >>> LowRank(torch.ones(1, 2, 1), torch.tensor([[[1.0], [2.0]]])).product()
+    tensor([[[1., 2.],
+             [1., 2.]]])
+    """
+
+    left: Tensor
+    """``[B, m, r]``."""
+    right: Tensor
+    """``[B, n, r]``."""
+
+    def product(self) -> Tensor:
+        """The directions, ``[B, m, n]``."""
+        return self.left @ self.right.mT
+
+
+def whole(directions: Tensor | LowRank) -> Tensor:
+    """Directions ``[B, m, n]``, multiplied out if they come in factors."""
+    return directions.product() if isinstance(directions, LowRank) else directions
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options that stand flat in a parameter group; checked whenever they are built."""
@@ -131,8 +155,11 @@ class Options:
         return {f.name: f.default for f in fields(cls) if f.default is not MISSING}
 
     @classmethod
-    def settled(cls, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of a new parameter group that depend on its devices, as plain words; they are saved with it."""
+    def settled(cls, group: Mapping[str, Any], agreed: Callable[[bool], bool]) -> dict[str, Any]:
+        """Options of a new parameter group that depend on its devices, as plain words; they are saved with it.
+
+        ``agreed`` says of what this rank has found whether all ranks have that share the group's parameters.
+        """
         return {}
 
     @classmethod
@@ -152,7 +179,7 @@ class Rule(Options, ABC):
         """
 
     @abstractmethod
-    def update(self, G: Tensor, state: State, step: Step) -> Tensor | None:
+    def update(self, G: Tensor, state: State, step: Step) -> Tensor | LowRank | None:
         """Learn from ``G [B, m, n]``, in place in ``state``; return the directions ``[B, m, n]``, or None to stay.
 
         ``G`` is the rule's to read, not to write. Nothing here waits for the device or draws random numbers.
@@ -186,6 +213,10 @@ class Rule(Options, ABC):
         balance by it, and by state where it is 0. A refresh frequency that changes counts as it is in the end.
         """
         return 0.0
+
+    def rank(self, m: int, n: int) -> int:
+        """The r of the `LowRank` directions of an m × n matrix; 0: they are whole."""
+        return 0
 
     def sides(self, m: int, n: int) -> list[int]:
         """The lengths of those sides of an m × n matrix that have a factor, as `init` lays them out."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steepest.exchange.lot import Directions
 from steepest.linalg import attempts
-from steepest.rule import Rule, Step
+from steepest.rule import LowRank, Rule, Step
 from steepest.stacks import Echo, Run, Stack, Windows, to_device
 
 
@@ -33,20 +33,34 @@ def directions(
     finite = _drop_nonfinite(stack, G, live)
     penalty = None if weights is None else stack.fill(weights) * decay
 
-    runs = list(stack.runs(rule, live, phases))
-    whole = len(runs) == 1 and runs[0].slots == slice(0, stack.size)
-    D = None if whole else torch.empty_like(G)
     moved = [False] * stack.size
-    for run in runs:
+    made: list[tuple[slice, Tensor | LowRank]] = []
+    for run in stack.runs(rule, live, phases):
         d = _update(rule, stack, run, G, penalty, finite)  # [b, m, n]
-        if d is None:
-            continue
-        moved[run.slots] = [True] * len(d)
-        if D is None:
-            D = d
-        else:
-            D[run.slots] = d
-    return None if D is None else Directions(stack, D, moved, finite)
+        if d is not None:
+            moved[run.slots] = [True] * (run.slots.stop - run.slots.start)
+            made.append((run.slots, d))
+    if not made:
+        return None
+    if isinstance(made[0][1], LowRank):
+        low = [(slots, d) for slots, d in made if isinstance(d, LowRank)]
+        left = _joined([(slots, d.left) for slots, d in low], stack.size)
+        right = _joined([(slots, d.right) for slots, d in low], stack.size)
+        low_rank = LowRank(left, right)
+        return Directions(stack, low_rank.product(), moved, low_rank, finite)
+    D = _joined([(slots, d) for slots, d in made if isinstance(d, Tensor)], stack.size)
+    return Directions(stack, D, moved, None, finite)
+
+
+def _joined(parts: Sequence[tuple[slice, Tensor]], size: int) -> Tensor:
+    """One tensor of ``size`` slots from those that runs have made, usually one of all; zero in between."""
+    slots, x = parts[0]
+    if slots == slice(0, size):
+        return x
+    whole = x.new_zeros(size, *x.shape[1:])
+    for slots, x in parts:
+        whole[slots] = x
+    return whole
 
 
 def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
@@ -71,7 +85,7 @@ def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
 
 def _update(
     rule: Rule, stack: Stack, run: Run, G: Tensor, penalty: Tensor | None, finite: Tensor | None
-) -> Tensor | None:
+) -> Tensor | LowRank | None:
     """Advance the clocks of one run, and have the rule update it; where ``finite`` is False nothing happens."""
     s = run.slots
     t, failures, state = stack.t[s], stack.failures[s], {name: x[s] for name, x in stack.state.items()}

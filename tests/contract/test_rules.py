@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steepest.rule import Elementwise, Rule, State, Step
+from steepest.rule import Elementwise, LowRank, Rule, State, Step, whole
 from steepest.rules import RULES
 
 SHAPES = [(4, 4), (4, 6), (6, 4), (1, 5), (1, 1)]
@@ -40,7 +40,8 @@ def step(built: Rule, G: Tensor, state: State, k: int, penalty: Tensor | None = 
     """Update ``k`` of every matrix, as the engine would ask for it."""
     t = torch.full((len(G), 1, 1), float(k + 1))
     refresh = slice(0, len(G)) if built.due(k, 0) else None
-    return built.update(G, state, Step(t, built.stage(k), refresh, penalty))
+    D = built.update(G, state, Step(t, built.stage(k), refresh, penalty))
+    return None if D is None else whole(D)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -61,9 +62,11 @@ def test_only_its_own_state_changes(name: str, shape: tuple[int, int]) -> None:
         assert all(state[name] is x for name, x in tensors.items()), "state changes in place"
         assert all(len(x) == 2 for x in state.values())
         if D is not None:
-            assert D.shape == G.shape
+            assert whole(D).shape == G.shape
             addresses = {x.untyped_storage().data_ptr() for x in [*inputs, *state.values()]}
-            assert D.untyped_storage().data_ptr() not in addresses, "directions are the caller's to change"
+            parts = (D.left, D.right) if isinstance(D, LowRank) else (D,)
+            assert all(x.untyped_storage().data_ptr() not in addresses for x in parts), "they are the caller's"
+            assert [x.shape[-1] for x in parts] == ([built.rank(*shape)] * 2 if len(parts) == 2 else [shape[1]])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from steepest.linalg import polar
-from steepest.rule import Refreshing, Rule, Step
+from steepest.rule import Refreshing, Rule, Step, whole
 from steepest.rules import RULES
 from steepest.schedules import StepSchedule
 
@@ -88,7 +88,9 @@ def counted(rule: Rule, m: int, n: int) -> float:
     def step(clock: int) -> None:
         G = torch.randn(2, m, n, generator=generator)
         slots = slice(0, 2) if rule.due(clock, 0) else None
-        rule.update(G, state, Step(torch.full((2, 1, 1), clock + 1.0), rule.stage(clock), slots))
+        D = rule.update(G, state, Step(torch.full((2, 1, 1), clock + 1.0), rule.stage(clock), slots))
+        if D is not None:
+            whole(D)
 
     for clock in range(PERIOD):  # the first step is special
         step(clock)

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from steepest import Optimizer
 from steepest.exchange import layout as layouts
 from steepest.exchange import mesh
+from steepest.rules import newton_schulz
 
 
 def same_as_one_process(
@@ -139,6 +140,13 @@ def refuses_nan(layout: str) -> tuple[str, list[str]]:
     except FloatingPointError as error:
         return str(error), differing(model, before)
     return "nothing", []
+
+
+def measured_by_one(rank: int | None) -> str:
+    """What a group settles on if bfloat16 doesn't pay on one rank."""
+    with mock.patch.object(newton_schulz, "bfloat16_pays", return_value=dist.get_rank() != rank):
+        opt = Optimizer(laid_out(toy(), "fsdp").up.parameters(), rule="muon", lr=0.1)
+    return str(opt.param_groups[0]["ns_dtype"])
 
 
 def disagreement() -> str:

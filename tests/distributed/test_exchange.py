@@ -103,6 +103,11 @@ def test_all_ranks_raise_for_what_one_sees(four: Ranks) -> None:
         assert changed == []
 
 
+def test_ranks_of_unlike_machines_compute_alike(two: Ranks) -> None:
+    assert two.run(jobs.measured_by_one, 0) == two.run(jobs.measured_by_one, 1) == ["float32", "float32"]
+    assert two.run(jobs.measured_by_one, None) == ["bfloat16", "bfloat16"]
+
+
 def test_ranks_that_plan_differently_are_told(two: Ranks) -> None:
     assert all("differs between the ranks" in said for said in two.run(jobs.disagreement))
 
@@ -114,6 +119,16 @@ def test_bytes_are_as_planned(four: Ranks, layout: str) -> None:
         assert seen["calls"].pop("all_to_all_single", 0) == 2 * seen["buckets"]
         assert set(seen["calls"]) <= {"all_reduce"}
     assert layout == "tp" or seen["buckets"] > 0
+
+
+def test_low_rank_directions_travel_in_factors(four: Ranks) -> None:
+    whole, factors = ([seen["sent"] for seen in four.run(jobs.traffic, "ddp", rule)] for rule in ("dion2", "dion"))
+    assert sum(factors) < 0.6 * sum(whole)
+    assert [seen["planned"] for seen in four.run(jobs.traffic, "ddp", "dion")] == factors
+    assert everywhere(four.run(jobs.same_as_one_process, "ddp", "dion", torch.float32, {})) == []
+    rounded = {"stochastic_rounding": True}
+    assert everywhere(four.run(jobs.same_as_one_process, "ddp", "dion", torch.bfloat16, rounded)) == []
+    assert everywhere([differing for differing, *_ in four.run(jobs.poison, "ddp", "dion")]) == []
 
 
 def test_work_is_even(four: Ranks) -> None:

@@ -65,6 +65,7 @@ def jobs(draw, world: int, most: int = 6) -> list[Job]:
                 cost=draw(st.integers(0, 9)),
                 memory=draw(st.integers(0, 9)),
                 bucket=draw(st.sampled_from(["a", "b"])),
+                factored=draw(st.sampled_from([0, 5, 50])),
                 among=among,
             )
         )
@@ -161,12 +162,23 @@ def test_traffic_is_what_transfers_add_up_to(plan):
         for moves, (sent, received), way in ((plan.inward, counted[:2], 0), (plan.outward, counted[2:], 1)):
             for m in moves(bucket):
                 if m.source != m.target:
-                    sent[m.source] += m.part.size * plan.jobs[m.job].itemsizes[way]
-                    received[m.target] += m.part.size * plan.jobs[m.job].itemsizes[way]
+                    entries = plan.jobs[m.job].factored if m.factored else m.part.size
+                    sent[m.source] += entries * plan.jobs[m.job].itemsizes[way]
+                    received[m.target] += entries * plan.jobs[m.job].itemsizes[way]
     traffic = plan.traffic()
     found = [traffic.sent_in, traffic.received_in, traffic.sent_out, traffic.received_out]
     assert found == [tuple(row) for row in counted]
     assert traffic.sent(0) == counted[0][0] + counted[2][0]
+
+
+@few
+@given(plans())
+def test_factors_travel_where_they_are_fewer(plan):
+    for bucket in range(len(plan.buckets)):
+        assert not any(m.factored for m in plan.inward(bucket))
+        for m in plan.outward(bucket):
+            factored = plan.jobs[m.job].factored
+            assert m.factored == (m.source != m.target and 0 < factored < m.part.size)
 
 
 @pytest.mark.parametrize("world", [8, 64])
@@ -344,6 +356,7 @@ CHANGES = {
     "memory": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], memory=3), *plan.jobs[1:])),
     "itemsizes": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], itemsizes=(4, 2)), *plan.jobs[1:])),
     "bucket": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], bucket="other"), *plan.jobs[1:])),
+    "factored": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], factored=3), *plan.jobs[1:])),
     "among": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], among=(1,)), *plan.jobs[1:])),
     "window": lambda plan: replace(
         plan, jobs=(replace(plan.jobs[0], window=Rectangle((0, 0), (1, 2))), *plan.jobs[1:])

@@ -4,7 +4,7 @@ import torch
 from steepest.linalg.orthonormal import qr, rcqr
 from steepest.linalg.polar import polar_factor
 from steepest.optimizer import Optimizer
-from steepest.rule import Step
+from steepest.rule import Step, whole
 from steepest.rules.dion import Dion
 
 CASES = {  # rows, columns, rank
@@ -18,7 +18,7 @@ CASES = {  # rows, columns, rank
 
 def step(rule, G, state=None):
     state = rule.init(G) if state is None else state
-    return rule.update(G, state, Step(torch.ones(len(G), 1, 1))), state
+    return whole(rule.update(G, state, Step(torch.ones(len(G), 1, 1)))), state
 
 
 def random(*shape, seed=0):

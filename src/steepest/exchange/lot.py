@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from steepest.rule import LowRank
 from steepest.stacks import Seat, Stack, Windows, to_device
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Directions:
     """``[B, m, n]``; read only where ``moved``."""
     moved: Sequence[bool]
     """For every slot, whether it takes this step."""
+    low_rank: LowRank | None
+    """The same in factors, if the rule gave them so."""
     finite: Tensor | None
     """``[B, 1, 1]`` on the device, False where the step must leave no trace; None if it is True everywhere."""
 
@@ -42,13 +45,21 @@ class Directions:
 
     def marked(self, seat: Seat) -> Tensor:
         """The directions of a seat ``[b, m, n]``, NaN in matrices that stay: a mark that travels with them."""
-        D = self.D[seat.slots]
+        return self._marked(self.D, seat)
+
+    def factors(self, seat: Seat) -> LowRank:
+        """The same as ``marked``, in factors: NaN in one of them is NaN in the product."""
+        assert self.low_rank is not None
+        return LowRank(self._marked(self.low_rank.left, seat), self.low_rank.right[seat.slots])
+
+    def _marked(self, x: Tensor, seat: Seat) -> Tensor:
+        x = x[seat.slots]
         if self.finite is not None:
-            D = D.masked_fill(~self.finite[seat.slots], torch.nan)
+            x = x.masked_fill(~self.finite[seat.slots], torch.nan)
         moved = self.moved[seat.start : seat.stop]
         if not all(moved):
-            D = D.masked_fill(~to_device(moved, D.device).view(-1, 1, 1), torch.nan)
-        return D
+            x = x.masked_fill(~to_device(moved, x.device).view(-1, 1, 1), torch.nan)
+        return x
 
 
 @dataclass(frozen=True)

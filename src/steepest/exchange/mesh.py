@@ -22,7 +22,7 @@ from steepest.exchange.layout import Rectangle
 from steepest.exchange.lot import Directions, Lot, Move, Tensors
 from steepest.exchange.placement import local
 from steepest.exchange.plan import Plan, Transfer
-from steepest.rule import Rule
+from steepest.rule import LowRank, Rule
 from steepest.stacks import Seat, Stack, Windows, lay_out, state_dtype
 
 
@@ -82,6 +82,7 @@ class Shared(Lot):
         """Take the jobs of one bucket of what all ranks have planned; each job has its pieces in ``seats``."""
         self.group = number
         self.options = group
+        self.rank = rule.rank
         self.domain = domain
         self.plan = plan
         self.inward = plan.inward(bucket, domain.me)
@@ -145,21 +146,28 @@ class Shared(Lot):
         wholes = {job: self._whole(job, made) for job in self.mine if job in self.travelling}
         ages = {job: self._age(job, made) for job in wholes} if self._rounds() else {}
         moves: list[Move] = []
+        products: list[tuple[Transfer, Tensor, list[LowRank]]] = []  # what this rank multiplies itself
         outgoing, incoming = self._sides()
         for transfer in self.outward:
             job = transfer.job
             if job in self.travelling and transfer.source == self.domain.me:
-                outgoing[transfer.target].append(wholes[job][self._in_window(transfer)])
+                factors = self._factors(job, made) if transfer.factored else []
+                part = [] if transfer.factored else [wholes[job][self._in_window(transfer)]]
+                outgoing[transfer.target] += [x for f in factors for x in (f.left, f.right)] + part
                 outgoing[transfer.target] += [ages[job]] if ages else []
             if job in self.travelling and transfer.target == self.domain.me:
                 move = self._move(transfer)
-                incoming[transfer.source].append(move.D)
+                factors = self._blank_factors(job) if transfer.factored else []
+                incoming[transfer.source] += [x for f in factors for x in (f.left, f.right)] or [move.D]
                 incoming[transfer.source] += [move.t] if move.t is not None else []
                 moves.append(move)
+                products += [(transfer, move.D, factors)] if factors else []
         shipment = Shipment(self.domain, outgoing, incoming, self.of_directions)
 
         def land() -> list[Move]:
             shipment.unload()
+            for transfer, D, factors in products:
+                D.copy_(self._product(transfer.job, factors)[self._in_window(transfer)])
             return moves
 
         return land
@@ -194,6 +202,32 @@ class Shared(Lot):
                 directions, placed = made[seat.key]
                 shaped = placed.view.shaped(directions.marked(placed), placed.piece)
                 _window(whole, seat, self.seats[job]).copy_(shaped)
+        return whole
+
+    def _factors(self, job: int, made: Mapping[tuple[int, int], tuple[Directions, Seat]]) -> list[LowRank]:
+        """The factors of a job's directions, piece by piece; NaN where nothing was made."""
+        factors = self._blank_factors(job)
+        for k, seat in enumerate(self.seats[job]):
+            if seat.key in made:
+                directions, placed = made[seat.key]
+                factors[k] = directions.factors(placed)
+        return factors
+
+    def _blank_factors(self, job: int) -> list[LowRank]:
+        """Factors of a job's directions, to be filled; unfilled, they say that its matrices stay."""
+        shapes = [seat.view.pieces[seat.piece] for seat in self.seats[job]]
+        ranks = [self.rank(m, n) for _, m, n in shapes]
+        x = self.of_directions
+        return [
+            LowRank(x.new_full((b, m, r), torch.nan), x.new_zeros((b, n, r)))
+            for (b, m, n), r in zip(shapes, ranks, strict=True)
+        ]
+
+    def _product(self, job: int, factors: Sequence[LowRank]) -> Tensor:
+        """The directions of a job in the shape of its window, from the factors of its pieces."""
+        whole = self.of_directions.new_empty(self._window(job).shape)
+        for seat, low_rank in zip(self.seats[job], factors, strict=True):
+            _window(whole, seat, self.seats[job]).copy_(seat.view.shaped(low_rank.product(), seat.piece))
         return whole
 
     def _window(self, job: int) -> Rectangle:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from steepest.exchange.layout import Layout, Rectangle, fingerprint
 
@@ -48,12 +48,22 @@ class Job:
     """Bytes per entry of what moves inward, gradients, and outward, directions."""
     bucket: str = ""
     """Jobs that differ here never share a bucket: what can't be packed into one buffer, or is stepped apart."""
+    factored: int = 0
+    """Entries of its direction's factors, which travel wherever they are fewer than those of a part; 0: it has none."""
     among: tuple[int, ...] = ()
     """Ranks that may own it; none: any. For whole matrices that a rank holds anyway, as experts are."""
 
     def held(self, rank: int) -> Rectangle:
         """What a rank holds of the window; perhaps nothing."""
         return self.layout.parts[rank] & self.window
+
+    def in_factors(self, part: Rectangle) -> bool:
+        """Whether another rank that holds ``part`` gets the direction's factors, and multiplies them itself."""
+        return 0 < self.factored < part.size
+
+    def outward_entries(self, part: Rectangle) -> int:
+        """What travels to another rank that holds ``part``."""
+        return self.factored if self.in_factors(part) else part.size
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,6 +80,8 @@ class Transfer:
     target: int
     part: Rectangle
     """In the parameter's dimensions, within the job's window."""
+    factored: bool = False
+    """Whether the factors of the whole direction go instead."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +127,13 @@ class Plan:
         """Directions of a bucket from their owners to everybody's part, sorted likewise."""
         found = []
         for j in self.buckets[bucket]:
-            owner = self.owners[j]
-            for part, holders in self.jobs[j].layout.meet(self._reach(j, rank)):
-                found += [Transfer(j, owner, target, part) for target in holders if rank in (None, owner, target)]
+            job, owner = self.jobs[j], self.owners[j]
+            for part, holders in job.layout.meet(self._reach(j, rank)):
+                found += [
+                    Transfer(j, owner, target, part, target != owner and job.in_factors(part))
+                    for target in holders
+                    if rank in (None, owner, target)
+                ]
         return tuple(sorted(found, key=_order))
 
     def _reach(self, j: int, rank: int | None) -> Rectangle:
@@ -155,32 +171,31 @@ class Plan:
     def traffic(self) -> Traffic:
         """What every rank sends and receives: counted job by job, not transfer by transfer, of which there are many."""
         sent_in, received_in, sent_out, received_out = ([0] * self.world for _ in range(4))
-        alike = Counter(
-            (job.layout, job.window, job.layout.replica(owner), job.itemsizes)
-            for owner, job in zip(self.owners, self.jobs, strict=True)
-        )
-        copies: dict[tuple[Layout, Rectangle], int] = {}  # entries that all ranks hold together
-        for (layout, window, replica, (inward, outward)), count in alike.items():
-            cells = layout.meet(window)
-            copies[layout, window] = sum(part.size * len(holders) for part, holders in cells)
+        kinds = [replace(job, name="", cost=0.0, memory=0, bucket="", among=()) for job in self.jobs]
+        alike = Counter((job, job.layout.replica(owner)) for owner, job in zip(self.owners, kinds, strict=True))
+        outward: dict[Job, int] = {}  # entries that go to all ranks together
+        for (job, replica), count in alike.items():
+            cells = job.layout.meet(job.window)
+            outward[job] = sum(job.outward_entries(part) * len(holders) for part, holders in cells)
             for part, holders in cells:
-                sent_in[holders[replica % len(holders)]] += count * part.size * inward
+                sent_in[holders[replica % len(holders)]] += count * part.size * job.itemsizes[0]
                 for rank in holders:
-                    received_out[rank] += count * part.size * outward
-        for owner, job in zip(self.owners, self.jobs, strict=True):
-            kept, (inward, outward) = job.held(owner).size, job.itemsizes
-            sent_in[owner] -= kept * inward
-            received_in[owner] += (job.window.size - kept) * inward
-            sent_out[owner] += (copies[job.layout, job.window] - kept) * outward
-            received_out[owner] -= kept * outward
+                    received_out[rank] += count * job.outward_entries(part) * job.itemsizes[1]
+        for owner, job in zip(self.owners, kinds, strict=True):
+            kept, back = job.held(owner).size, job.outward_entries(job.held(owner))
+            sent_in[owner] -= kept * job.itemsizes[0]
+            received_in[owner] += (job.window.size - kept) * job.itemsizes[0]
+            sent_out[owner] += (outward[job] - back) * job.itemsizes[1]
+            received_out[owner] -= back * job.itemsizes[1]
         return Traffic(tuple(sent_in), tuple(received_in), tuple(sent_out), tuple(received_out))
 
     def digest(self) -> str:
         """Equal on all ranks if their plans are, and only then."""
-        jobs = [
-            (j.name, j.layout.digest, j.window, j.cost, j.memory, j.itemsizes, j.bucket, j.among) for j in self.jobs
+        facts = [
+            (j.name, j.layout.digest, j.window, j.cost, j.memory, j.itemsizes, j.factored, j.bucket, j.among)
+            for j in self.jobs
         ]
-        return fingerprint(self.world, self.owners, self.buckets, *jobs)
+        return fingerprint(self.world, self.owners, self.buckets, *facts)
 
 
 def make_plan(

@@ -151,4 +151,5 @@ def _job(
         memory=sum(Stack.blank(rule, number, seat, p).nbytes for seat in seats),
         itemsizes=(p.dtype.itemsize, state_dtype(p).itemsize),
         bucket=f"{p.dtype} {p.device.type}",
+        factored=sum(b * (m + n) * rule.rank(m, n) for b, m, n in shapes),
     )

@@ -198,7 +198,9 @@ def _stays(weight: Weight, on: Mesh) -> bool:
 
 def _job(model: Model, weight: Weight, layout: Layout, window: Rectangle, name: str, pieces: tuple[Piece, ...]) -> Job:
     cost, memory = _price(model.rule, pieces)
-    return Job(name, layout, window, cost, memory, itemsizes=(weight.itemsize, DIRECTION_BYTES))
+    assert isinstance(model.rule, Rule)
+    factored = sum(b * (m + n) * model.rule.rank(m, n) for b, m, n in pieces)
+    return Job(name, layout, window, cost, memory, (weight.itemsize, DIRECTION_BYTES), factored=factored)
 
 
 @cache

@@ -8,7 +8,7 @@ its authors' numbers in tests/reference/test_dion.py. For m >= n (wide matrices 
     R = Mᵀ P
     M ← M - (1-μ) P Rᵀ                  error feedback: only what was applied decays
     Q ← R, columns normalized
-    D = scale · P Qᵀ
+    D = scale · P Qᵀ                    as its factors, which is how it travels between ranks
 
   G  [B, m, n]  gradients
   M  [B, m, n]  momentum and everything not yet applied     state: momentum_buffer
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from steepest.linalg import flops
 from steepest.linalg.orthonormal import ORTHONORMALIZERS, gaussian
-from steepest.rule import Rule, State, Step, beta, checked, one_of
+from steepest.rule import LowRank, Rule, State, Step, beta, checked, one_of
 from steepest.scales import SCALES
 
 
@@ -45,23 +45,27 @@ class Dion(Rule):
 
     def init(self, G: Tensor) -> State:
         short = min(G.shape[1:])
-        Q = gaussian(short, math.ceil(self.rank_fraction * short), G)  # [n, r]
+        Q = gaussian(short, self.rank(*G.shape[1:]), G)  # [n, r]
         return {"momentum_buffer": torch.zeros_like(G), "Q": Q.repeat(len(G), 1, 1)}
 
-    def update(self, G: Tensor, state: State, step: Step) -> Tensor:
+    def rank(self, m: int, n: int) -> int:
+        return math.ceil(self.rank_fraction * min(m, n))
+
+    def update(self, G: Tensor, state: State, step: Step) -> LowRank:
         M = state["momentum_buffer"].add_(G if step.penalty is None else G + step.penalty)
         wide = G.shape[1] < G.shape[2]
-        D = self.follow(M.mT if wide else M, state["Q"], step).mul_(SCALES[self.scale](*G.shape[1:]))
-        return D.mT if wide else D
+        P, Q = self.follow(M.mT if wide else M, state["Q"], step)
+        Q = Q * SCALES[self.scale](*G.shape[1:])
+        return LowRank(Q, P) if wide else LowRank(P, Q)
 
     def flops(self, m: int, n: int) -> float:
         """8slr, four products, and r columns of length l made orthonormal; s and l are the shorter and longer side."""
         s, l = sorted((m, n))
-        r = math.ceil(self.rank_fraction * s)
+        r = self.rank(m, n)
         return 4 * flops.product(s, l, r) + flops.orthonormal(l, r, self.orthonormalize)
 
-    def follow(self, M: Tensor, Q: Tensor, step: Step) -> Tensor:
-        """One power iteration for ``M [B, m, n]``, in place in both; ``P Qᵀ``."""
+    def follow(self, M: Tensor, Q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """One power iteration for ``M [B, m, n]``, in place in both; P and Q of the direction."""
         P = step.found(ORTHONORMALIZERS[self.orthonormalize](M @ Q), 0.0)  # [B, m, r]; by zero, nothing is applied
         R = M.mT @ P  # [B, n, r]
         M.baddbmm_(P, R.mT, alpha=self.momentum - 1)
@@ -70,4 +74,4 @@ class Dion(Rule):
         seen = norms > max(M.shape[1:]) * torch.finfo(R.dtype).eps * norms.amax(dim=-1, keepdim=True)
         new = torch.where(seen, R / norms, 0)
         Q.copy_(torch.where(seen, new, Q))
-        return P @ new.mT
+        return P, new

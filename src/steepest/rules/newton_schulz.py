@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,16 +28,17 @@ class NewtonSchulz(Rule, ABC):
             check(survives_bfloat16(self.ns), "ns_dtype", self.ns_dtype, f"'float32' or 'auto' with ns={self.ns!r}")
 
     @classmethod
-    def settled(cls, group: Mapping[str, Any]) -> dict[str, Any]:
+    def settled(cls, group: Mapping[str, Any], agreed: Callable[[bool], bool]) -> dict[str, Any]:
         """``ns_dtype="auto"`` as one of the other words: what is measured goes into the group and every checkpoint.
 
-        So a run that is resumed, here or elsewhere, computes as it did before.
+        So a run that is resumed, here or elsewhere, computes as it did before, and ranks on unlike machines compute
+        alike: in bfloat16 only if that pays on all.
         """
         devices = {p.device for p in group["params"]}
         if group["ns_dtype"] != "auto" or any(device.type == "meta" for device in devices):
             return {}
         pays = survives_bfloat16(group["ns"]) and all(bfloat16_pays(device) for device in devices)
-        return {"ns_dtype": "bfloat16" if pays else "float32"}
+        return {"ns_dtype": "bfloat16" if agreed(pays) else "float32"}
 
     def polar(self, M: Tensor, step: Step) -> Tensor:
         """The polar factor of ``M [B, m, n]`` by the table that the options name; zero where "exact" finds none."""
