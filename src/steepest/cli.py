@@ -163,7 +163,8 @@ def plan(
     ] = None,
     world: Annotated[int, typer.Option(help="Ranks.")] = 8,
     layout: Annotated[
-        str, typer.Option(help="How parameters lie on them: fsdp, ddp, or hsdp:RxS for R replicas of S shards.")
+        str,
+        typer.Option(help="How parameters lie on them: fsdp, ddp, tp, hsdp:RxS (R replicas of S shards), fsdp+tp:SxT."),
     ] = "fsdp",
     block_size: Annotated[
         int | None,

@@ -132,6 +132,10 @@ def test_layouts_send_what_they_send():
     assert fsdp.sent_out_mean == pytest.approx(4 * P / 32 * 31 / 32)
     assert hsdp.sent_in_mean == pytest.approx(2 * P / 32 * 7 / 8)
     assert hsdp.sent_out_mean == pytest.approx(4 * P / 32 * (4 - 1 / 8))
+    for text in ("tp", "fsdp+tp:8x4"):
+        cut = look(model, mesh(text, 32), TOKENS)
+        assert cut.sent_in_mean == pytest.approx(fsdp.sent_in_mean)
+        assert cut.sent_out_mean == pytest.approx(fsdp.sent_out_mean)
 
 
 def test_a_model_from_a_file(tmp_path):
@@ -203,8 +207,8 @@ def test_an_optimizer_without_matrices():
         (["nowhere.py"], "no such file"),
         (["nowhere.py", "--params", "7b"], "not both"),
         (["--world", "0"], "--world 0: must be at least 1"),
-        (["--layout", "tp"], "--layout tp: must be fsdp, ddp, or hsdp:RxS"),
-        (["--layout", "hsdp:3x2"], "3 replicas of 2 shards are no 8 ranks"),
+        (["--layout", "pp"], "--layout pp: must be fsdp, ddp, tp, hsdp:RxS"),
+        (["--layout", "hsdp:3x2"], "3 times 2 are no 8 ranks"),
         (["--tokens", "0"], "--tokens 0: must be at least 1"),
         (["--dtype", "int8"], "--dtype int8: there are float32"),
         (["--block-size", "-1"], "block_size=-1: must be an integer >= 0"),

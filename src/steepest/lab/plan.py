@@ -24,17 +24,22 @@ from steepest.rule import Elementwise, Rule
 Piece = tuple[int, int, int]
 """Matrices of a parameter: how many, rows, columns."""
 
+FLAT = {"fsdp": 0, "ddp": None, "tp": 1}
+DEEP = {"hsdp": (None, 0), "fsdp+tp": (0, 1)}
+"""What layouts on meshes of one and of two dimensions cut, as in `Mesh.cuts`."""
+
 DIRECTION_BYTES = 4
 """Directions travel in the state's dtype, float32."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """How parameters lie on the ranks: rows cut by the mesh's dimensions that cut, replicated along the others."""
+    """How parameters lie on the ranks. Which way tensor parallelism cuts a matrix makes no difference to the bytes."""
 
     name: str
     shape: tuple[int, ...]
-    cuts: tuple[bool, ...]
+    cuts: tuple[int | None, ...]
+    """By dimension of the mesh: which dimension of a parameter it cuts, if it has that one; None replicates."""
 
     @property
     def world(self) -> int:
@@ -42,12 +47,12 @@ class Mesh:
         return math.prod(self.shape)
 
     def layout(self, shape: Sequence[int]) -> Layout:
-        """Of a parameter; a scalar can't be cut."""
-        return _layout(tuple(shape), self.shape, tuple(0 if cut and shape else None for cut in self.cuts))
+        """Of a parameter; scalars are cut by nothing, vectors by no tensor parallelism."""
+        return _layout(tuple(shape), self.shape, tuple(d if d is None or d < len(shape) else None for d in self.cuts))
 
 
 def mesh(text: str, world: int) -> Mesh:
-    """The mesh that ``fsdp``, ``ddp`` or ``hsdp:RxS``, R replicas of S shards, stands for.
+    """The mesh that ``fsdp``, ``ddp``, ``tp``, ``hsdp:RxS`` (R replicas of S shards) or ``fsdp+tp:SxT`` stands for.
 
     Raises:
         BadInput: for anything else, or another number of ranks.
@@ -57,15 +62,18 @@ def mesh(text: str, world: int) -> Mesh:
     """
     if world < 1:
         raise BadInput(f"--world {world}: must be at least 1")
-    if text in ("fsdp", "ddp"):
-        return Mesh(text, (world,), (text == "fsdp",))
+    if text in FLAT:
+        return Mesh(text, (world,), (FLAT[text],))
     kind, _, sizes = text.partition(":")
-    replicas, _, shards = sizes.partition("x")
-    if kind != "hsdp" or not (replicas.isdecimal() and shards.isdecimal()):
-        raise BadInput(f"--layout {text}: must be fsdp, ddp, or hsdp:RxS for R replicas of S shards, as hsdp:4x8")
-    if int(replicas) * int(shards) != world:
-        raise BadInput(f"--layout {text}: {replicas} replicas of {shards} shards are no {world} ranks (--world)")
-    return Mesh(text, (int(replicas), int(shards)), (False, True))
+    outer, _, inner = sizes.partition("x")
+    if kind not in DEEP or not (outer.isdecimal() and inner.isdecimal()):
+        raise BadInput(
+            f"--layout {text}: must be fsdp, ddp, tp, hsdp:RxS for R replicas of S shards, as hsdp:4x8, or fsdp+tp:SxT "
+            "for S shards of T tensor-parallel ranks"
+        )
+    if int(outer) * int(inner) != world:
+        raise BadInput(f"--layout {text}: {outer} times {inner} are no {world} ranks (--world)")
+    return Mesh(text, (int(outer), int(inner)), DEEP[kind])
 
 
 @dataclass(frozen=True)
