@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steepest.exchange.lot import Move
 from steepest.options import parameter_name
+from steepest.phases import phase
 from steepest.rounding import positions, round_stochastically, rounding_key
 
 
@@ -36,6 +37,7 @@ def kept(group: Mapping[str, Any], W: Tensor, D: Tensor) -> float | Tensor:
     return 1 - wd * {"decoupled": lr, "independent": 1.0, "palm": lr * lr}[method]
 
 
+@phase("apply")
 def apply(group: Mapping[str, Any], number: int, moves: Sequence[Move], decay_follows: bool) -> None:
     """Move weights, in place.
 
@@ -79,20 +81,20 @@ def write(
 def _move(group: Mapping[str, Any], weights: list[Tensor], steps: list[Tensor], decay_follows: bool) -> None:
     """``W ← kept · W - lr · D`` in place, for lists of tensors of the same dtype."""
     lr = group["lr"]
-    factors = [kept(group, W, D) for W, D in zip(weights, steps, strict=True)]
-    if not decay_follows:
-        _shrink(weights, factors)
+    factors = _factors(group, weights, steps)
+    decays = not (isinstance(factors, float) and factors == 1.0)
+    if decays and not decay_follows:
+        torch._foreach_mul_(weights, factors)
     if isinstance(lr, Tensor):
         torch._foreach_sub_(weights, [lr * D for D in steps])
     else:
         torch._foreach_add_(weights, steps, alpha=-lr)
-    if decay_follows:
-        _shrink(weights, factors)
+    if decays and decay_follows:
+        torch._foreach_mul_(weights, factors)
 
 
-def _shrink(weights: list[Tensor], factors: list[float | Tensor]) -> None:
-    same = factors[0]
-    if isinstance(same, Tensor) and same.dim() > 0:
-        torch._foreach_mul_(weights, [factor for factor in factors if isinstance(factor, Tensor)])
-    elif isinstance(same, Tensor) or same != 1.0:
-        torch._foreach_mul_(weights, same)
+def _factors(group: Mapping[str, Any], weights: list[Tensor], steps: list[Tensor]) -> Any:
+    """`kept` of each weight; one number where that is the same for all."""
+    if group["weight_decay_method"] == "cautious":
+        return [kept(group, W, D) for W, D in zip(weights, steps, strict=True)]
+    return kept(group, weights[0], steps[0])

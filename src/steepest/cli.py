@@ -208,6 +208,45 @@ def spike(
         _fail(str(error))
 
 
+@app.command()
+def bench(
+    shapes: Annotated[
+        str, typer.Option(help="Which matrices: gpt-tiny, gpt2-124m, llama-1b, moe; several with commas.")
+    ] = "gpt-tiny",
+    optimizers: Annotated[
+        str | None,
+        typer.Option(
+            help='Who steps: "soap-f10, soap-f10(stagger=True), muon"; -f10 sets a frequency. Default: seven.'
+        ),
+    ] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Beside torch.optim's, pytorch_optimizer's and heavyball's.")
+    ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="heavyball's compiled, too, as by itself; that takes minutes.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Steps timed; a multiple of every frequency.")] = 40,
+    warmup: Annotated[int | None, typer.Option(help="Steps before. Default: one more than the longest period.")] = None,
+    depth: Annotated[int | None, typer.Option(help="Only so many layers of a model.")] = None,
+    device: Annotated[str, typer.Option(help="cpu (one thread) or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for the report and the figures in it.")] = Path("runs/bench"),
+) -> None:
+    """Time optimizers' steps on a model's shapes, by phase, in turn, against peers and against the least they take."""
+    try:
+        from steepest.lab import bench_session
+        from steepest.lab.errors import BadInput
+    except ModuleNotFoundError as missing:
+        _fail(f'the bench needs {missing.name}; install it with: pip install "steepest[lab]"')
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    request = bench_session.Request(
+        shapes, optimizers, peers, compiled, steps, warmup, depth, device, out, command=command
+    )
+    try:
+        bench_session.run(request, Console())
+    except BadInput as error:
+        _fail(str(error))
+
+
 def main() -> None:
     """The entry point."""
     app()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from steepest.apply import write
-from steepest.exchange.placement import local, place
+from steepest.exchange.placement import is_shared, local, place
 from steepest.linalg import attempts
 from steepest.options import parameter_name
+from steepest.phases import phase
 from steepest.rule import Elementwise, State
 from steepest.stacks import beside
 from steepest.stepping import safe_norm, undo
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from steepest.exchange.domain import Domain
 
 
+@phase("elementwise")
 def step_elementwise(
     rule: Elementwise,
     group: Mapping[str, Any],
@@ -48,7 +50,7 @@ def step_elementwise(
             batches.setdefault((p.device, p.dtype, homes.get(p)), []).append(i)
     skipped: Tensor | int = 0
     for (*_, home), indices in batches.items():
-        parts = {i: {name: local(x) for name, x in states[group["params"][i]].items()} for i in indices}
+        parts = {i: _here(group["params"][i], states[group["params"][i]]) for i in indices}
         near = {i: beside(parts[i], local(group["params"][i]), grad) for i in indices if (grad := grads[i]) is not None}
         norms = torch.stack(torch._foreach_norm(list(near.values())))
         finite = norms < safe_norm(norms.dtype)
@@ -60,6 +62,11 @@ def step_elementwise(
             indices = [i for i, fine in zip(indices, finite.tolist(), strict=True) if fine]
         _apply(rule, group, number, [(i, near[i], parts[i]) for i in indices], mask)
     return skipped
+
+
+def _here(p: Tensor, state: State) -> State:
+    """What this rank holds of a parameter's state."""
+    return {name: local(x) for name, x in state.items()} if is_shared(p) else state
 
 
 def _apply(

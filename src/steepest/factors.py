@@ -11,7 +11,9 @@ from torch import Tensor
 
 from steepest import kronecker
 from steepest.kronecker import INTO, OUT_OF
-from steepest.linalg.eigenbasis import eigenvectors
+from steepest.linalg.eigenbasis import conjugate, eigenvectors
+from steepest.linalg.whitening import Projections
+from steepest.phases import phase
 from steepest.rule import Slots, State
 
 
@@ -37,10 +39,15 @@ class Factors:
     def __init__(self, state: State, failures: Tensor | None = None) -> None:
         self.state = state
         self.failures = failures
+        self._seen: Projections | None = None
+        self._stale: Slots | None = None  # of what was seen, what is in bases that have turned since
+        self._turned: Slots | None = None  # whose quotients are to be measured
 
     @staticmethod
-    def init(G: Tensor, max_precond_dim: int, precondition_1d: bool = False, bases: bool = True) -> State:
-        """Zero factors and identity bases for a stack like ``G [B, m, n]``.
+    def init(
+        G: Tensor, max_precond_dim: int, precondition_1d: bool = False, bases: bool = True, quotients: bool = False
+    ) -> State:
+        """Zero factors and identity bases for a stack like ``G [B, m, n]``; zero ``quotients`` too, if they are kept.
 
         A side larger than ``max_precond_dim`` gets none; nor does either side of a vector (m or n is 1), unless
         ``precondition_1d``, and then its long side does.
@@ -55,6 +62,8 @@ class Factors:
                     # Columns contiguous, as LAPACK returns them: taking a new basis in is then a plain copy.
                     state[f"Q_{side}"] = G.new_zeros(B, d, d).mT
                     state[f"Q_{side}"].diagonal(dim1=-2, dim2=-1).fill_(1)
+                if quotients:
+                    state[f"lambda_{side}"] = G.new_zeros(B, d)
         return state
 
     @property
@@ -73,28 +82,57 @@ class Factors:
         return [self.state.get("Q_L"), self.state.get("Q_R")]
 
     @property
+    def quotients(self) -> list[Tensor | None] | None:
+        """``[B, m]`` and ``[B, n]``: the factors' Rayleigh quotients in the bases, if the state keeps them."""
+        kept: list[Tensor | None] = [self.state.get("lambda_L"), self.state.get("lambda_R")]
+        return kept if any(λ is not None for λ in kept) else None
+
+    @property
     def trivial(self) -> bool:
         """Whether both sides are the identity."""
         return self.L is None and self.R is None
 
+    @phase("feed")
     def feed(self, G: Tensor, beta: float | Tensor) -> None:
         """Shampoo's feed: ``L ← β L + (1-β) G Gᵀ``, ``R ← β R + (1-β) Gᵀ G``."""
         kronecker.update_kronecker_factors([self.L, self.R], G, beta)
 
+    @phase("feed")
     def feed_kl(self, G: Tensor, beta: float | Tensor, eps: float, relative_floor: float) -> None:
-        """KL-Shampoo's feed: each side sees the gradient whitened by the other."""
+        """KL-Shampoo's feed: each side sees the gradient whitened by the other.
+
+        Where the state keeps the quotients it shares its products with `project`, for which it then comes cheap.
+        """
+        quotients = self.quotients
         kronecker.update_kronecker_factors_kl_shampoo(
-            [self.L, self.R], G, beta, self.bases, eps, relative_floor=relative_floor
+            [self.L, self.R],
+            G,
+            beta,
+            self.bases,
+            eps,
+            relative_floor=relative_floor,
+            quotient_list=quotients,
+            projections=None if quotients is None else self._look(G),
         )
 
+    @phase("project")
     def project(self, G: Tensor) -> Tensor:
-        """``Q_Lᵀ G Q_R``."""
-        return kronecker.precondition(G, self.bases, INTO)
+        """``Q_Lᵀ G Q_R``; of the gradient that the factors were fed with, only what has turned since."""
+        if self.quotients is None:
+            return kronecker.precondition(G, self.bases, INTO)
+        projected, stale = self._look(G).whole, self._stale
+        if stale is not None:
+            bases = [None if Q is None else Q[stale] for Q in self.bases]
+            projected[stale] = kronecker.precondition(G[stale], bases, INTO)
+            self._stale = None
+        return projected
 
+    @phase("project")
     def unproject(self, u: Tensor) -> Tensor:
         """``Q_L u Q_Rᵀ``."""
         return kronecker.precondition(u, self.bases, OUT_OF)
 
+    @phase("refresh")
     def start(self, slots: Slots, in_float64: bool = False) -> None:
         """The first bases of these slots, by full decomposition; ``exp_avg`` turns into them.
 
@@ -105,10 +143,19 @@ class Factors:
         bases = [None if K is None else eigenvectors(K, in_float64) for K in (part.get("L"), part.get("R"))]
         self._turn(slots, part, bases, part["exp_avg_sq"])
 
+    @phase("refresh")
     def refresh(
-        self, slots: Slots, use_eigh: bool = False, power_iter_steps: int = 1, match_columns: bool = True
+        self,
+        slots: Slots,
+        use_eigh: bool = False,
+        power_iter_steps: int = 1,
+        match_columns: bool = True,
+        solver: str = "qr",
     ) -> None:
-        """The bases of these slots follow their factors; ``exp_avg`` turns along, ``exp_avg_sq`` is reordered."""
+        """The bases of these slots follow their factors; ``exp_avg`` turns along, ``exp_avg_sq`` is reordered.
+
+        By full decompositions, or else by a ``solver`` of `steepest.linalg.solvers`; see `kronecker.get_eigenbasis_qr`.
+        """
         part = self._part(slots)
         bases, reordered = kronecker.refresh_eigenbases(
             [part.get("L"), part.get("R")],
@@ -117,9 +164,21 @@ class Factors:
             use_eigh,
             power_iter_steps,
             match_columns,
+            solver,
         )
         self._turn(slots, part, bases, reordered)
 
+    @phase("refresh")
+    def measure(self, slots: Slots | None = None) -> None:
+        """Quotients that are kept, anew of these slots, or where bases have turned."""
+        turned = self._turned if slots is None else slots
+        for side in ("L", "R"):
+            if turned is not None and f"lambda_{side}" in self.state:
+                K, Q = self.state[side][turned], self.state[f"Q_{side}"][turned]
+                self.state[f"lambda_{side}"][turned] = conjugate(K, Q, diag=True)
+        self._turned = None
+
+    @phase("refresh")
     def outdated(self, slots: Slots, tolerance: float) -> Tensor:
         """Those of the slots whose bases no longer diagonalize their factors within ``tolerance``, as indices."""
         part = self._part(slots)
@@ -143,3 +202,11 @@ class Factors:
             self.state[name][slots] = torch.where(found, x, part[name])
         if self.failures is not None:
             self.failures[slots] += failures
+        self._turned = slots
+        self._stale = None if self._seen is None else slots
+
+    def _look(self, G: Tensor) -> Projections:
+        """The gradient's projections; the last one's are kept."""
+        if self._seen is None or self._seen.x is not G:
+            self._seen, self._stale = Projections(G, self.bases), None
+        return self._seen

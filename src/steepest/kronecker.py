@@ -17,14 +17,14 @@ from torch import Tensor
 
 from steepest.linalg.attempts import succeeded
 from steepest.linalg.eigenbasis import (
-    by_rayleigh_quotient,
     conjugate,
     eigenbasis_error,
     eigenvectors,
     eigh_with_fallback,
-    ordered_iteration,
 )
+from steepest.linalg.solvers import SOLVERS, choose
 from steepest.linalg.symmetric import accumulate_gram
+from steepest.linalg.whitening import Projections, feed_by_quotients, whitening_weights
 
 Sides = Sequence[Tensor | None]
 """``[left, right]``; None is the identity."""
@@ -122,6 +122,8 @@ def update_kronecker_factors_kl_shampoo(
     eigval_exp: float = -1.0,
     *,
     relative_floor: float = 0.0,
+    quotient_list: Sides | None = None,
+    projections: Projections | None = None,
 ) -> None:
     """KL-Shampoo's feed, in place: each side sees the gradient whitened by the other (arXiv:2509.03378).
 
@@ -139,6 +141,10 @@ def update_kronecker_factors_kl_shampoo(
         relative_floor: if positive, it takes the place of ``eps``: λ counts as at least this fraction of the largest,
             and the first feed, when the factors are zero, is divided by the gradient's root mean square instead.
             Then a gradient c times as large gives factors c times as large, at every step.
+        quotient_list: the λ of both sides, ``[..., m]`` and ``[..., n]``, where the caller keeps them. They are brought
+            up to date, in place: λ is linear in the factor and takes the gradient in as it does. That saves a product
+            on each side, 2m³ + 2n³; λ must be measured anew (`conjugate` with ``diag=True``) when bases have turned.
+        projections: the gradient's into these bases, if the caller has them; used with ``quotient_list``.
 
     Example:
         >>> L, R = init_kronecker_factors([2, 2])
@@ -150,13 +156,18 @@ def update_kronecker_factors_kl_shampoo(
     """
     factors = _sides(kronecker_factor_list, grad, "kronecker_factor_list")
     bases = _sides(eigenbasis_list, grad, "eigenbasis_list")
+    if quotient_list is not None:
+        options = (eps, eigval_exp, relative_floor)
+        projected = Projections(grad, bases) if projections is None else projections
+        feed_by_quotients(factors, grad, shampoo_beta, projected, options, quotient_list)
+        return
     whitened: list[Tensor | None] = []
     for K, Q in zip(factors, bases, strict=True):
         if K is None or Q is None:
             whitened.append(None)
             continue
         quotients = conjugate(K, Q, diag=True)
-        weights = _whitening_weights(quotients, grad, eps, eigval_exp, relative_floor)  # [..., d]
+        weights = whitening_weights(quotients, grad, eps, eigval_exp, relative_floor)  # [..., d]
         whitened.append(Q * weights.sqrt().unsqueeze(-2))
     m, n = grad.shape[-2:]
     for K, X, white, width in zip(factors, (grad, grad.mT), reversed(whitened), (n, m), strict=True):
@@ -218,8 +229,9 @@ def refresh_eigenbases(
     use_eigh: bool = False,
     power_iter_steps: int = 1,
     match_columns: bool = True,
+    solver: str = "qr",
 ) -> tuple[list[Tensor | None], Tensor]:
-    """New eigenbases by either solver, and ``exp_avg_sq`` in their columns' order; nothing is changed in place.
+    """New eigenbases by any solver, and ``exp_avg_sq`` in their columns' order; nothing is changed in place.
 
     A basis that no solver finds is NaN.
 
@@ -233,17 +245,10 @@ def refresh_eigenbases(
         tensor([[9.],
                 [1.]])
     """
-    if not use_eigh:
-        return get_eigenbasis_qr(kronecker_factor_list, eigenbasis_list, exp_avg_sq, power_iter_steps)
-    bases = [None if K is None else eigenvectors(K) for K in kronecker_factor_list]
-    if not match_columns:
-        return bases, exp_avg_sq
-    # The i-th largest eigenvalue takes the place of the i-th largest Rayleigh quotient of the old columns.
-    orders = [
-        None if K is None or Q is None else by_rayleigh_quotient(K, Q)[1]
-        for K, Q in zip(kronecker_factor_list, eigenbasis_list, strict=True)
-    ]
-    return bases, _reorder(exp_avg_sq, orders)
+    solver = "eigh" if use_eigh else solver
+    if solver == "eigh" and not match_columns:
+        return [None if K is None else eigenvectors(K) for K in kronecker_factor_list], exp_avg_sq
+    return get_eigenbasis_qr(kronecker_factor_list, eigenbasis_list, exp_avg_sq, power_iter_steps, solver=solver)
 
 
 def failures(bases: Sides, x: Tensor) -> Tensor:
@@ -301,7 +306,12 @@ def get_eigenbasis_eigh(kronecker_factor_list: Sides, eps: float | None = None) 
 
 
 def get_eigenbasis_qr(
-    kronecker_factor_list: Sides, eigenbasis_list: Sides, exp_avg_sq: Tensor, power_iter_steps: int = 1
+    kronecker_factor_list: Sides,
+    eigenbasis_list: Sides,
+    exp_avg_sq: Tensor,
+    power_iter_steps: int = 1,
+    *,
+    solver: str = "qr",
 ) -> tuple[list[Tensor | None], Tensor]:
     """The eigenbases by orthogonal iteration from the current ones, and ``exp_avg_sq`` in the columns' new order.
 
@@ -310,6 +320,7 @@ def get_eigenbasis_qr(
         eigenbasis_list: ``[Q_L, Q_R]``.
         exp_avg_sq: ``[..., m, n]``; not changed.
         power_iter_steps: products with the factor per refresh.
+        solver: another way to them, by its name in `steepest.linalg.solvers`; "auto": the fastest on the device.
 
     Returns:
         ``(eigenbases, exp_avg_sq)``: column i of a basis and index i of ``exp_avg_sq`` belong together, by descending
@@ -329,22 +340,11 @@ def get_eigenbasis_qr(
             bases.append(None)
             orders.append(None)
             continue
-        Q, order = ordered_iteration(K, Q, power_iter_steps)
+        follow = SOLVERS[choose(K.device.type) if solver == "auto" else solver]
+        Q, order = follow(K, Q, power_iter_steps)
         bases.append(Q)
         orders.append(order)
     return bases, _reorder(exp_avg_sq, orders)
-
-
-def _whitening_weights(quotients: Tensor, grad: Tensor, eps: float, exponent: float, relative_floor: float) -> Tensor:
-    """``s = λ^exponent``, with λ kept away from zero; ``[..., d]``."""
-    if relative_floor == 0:
-        return quotients.clamp(min=eps) ** exponent
-    largest = quotients.amax(dim=-1, keepdim=True)
-    rms = grad.square().mean(dim=(-2, -1)).sqrt().unsqueeze(-1)  # [..., 1]
-    floored = torch.maximum(quotients, relative_floor * largest)
-    # A factor that is still zero whitens nothing; the gradient's scale stands in for its eigenvalues.
-    floored = torch.where(largest > 0, floored, rms.expand_as(floored))
-    return torch.where(floored > 0, floored, 1) ** exponent
 
 
 def _reorder(x: Tensor, orders: Sequence[Tensor | None]) -> Tensor:

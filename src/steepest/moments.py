@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from steepest import kernels
+from steepest.phases import phase
 from steepest.rule import State, correction
 
 
+@phase("elementwise")
 def adam(
     g: Tensor,
     state: State,
@@ -43,6 +46,16 @@ def adam(
         noise_floor: τ. With d = sqrt(v̂) the denominator becomes ``d + τ² mean(v̂)/d``, as in a Wiener filter: entries
             far below τ times the root mean square vanish quadratically, the rest is untouched.
     """
+    if kernels.adam_pays(g, state["exp_avg"], state["exp_avg_sq"]):  # on a GPU: the same in one pass or two
+        from steepest.kernels.adam import adam as fused
+
+        return fused(
+            *(g, state["exp_avg"], state["exp_avg_sq"], t, betas, eps),
+            correct_bias=correct_bias,
+            nesterov=nesterov,
+            momentum_floor=momentum_floor,
+            noise_floor=noise_floor,
+        )
     beta1, beta2 = betas
     m = state["exp_avg"].lerp_(g, 1 - beta1)
     v = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from steepest.linalg.attempts import succeeded
+from steepest.linalg.flops import Work
+from steepest.storage import PLAIN, Storage
 
 State = dict[str, Tensor]
 """A rule's memory of one stack: every tensor's leading dimension is the stack's ``B``."""
@@ -185,6 +187,21 @@ class Rule(Options, ABC):
         ``G`` is the rule's to read, not to write. Nothing here waits for the device or draws random numbers.
         """
 
+    derived: ClassVar[frozenset[str]] = frozenset()
+    """State that follows from the rest, and is there under some options only. A checkpoint may lack it."""
+
+    def derive(self, state: State, slots: Slots) -> None:
+        """Compute what is `derived` of these slots, in place, from the rest."""
+
+    @property
+    def storage(self) -> Storage:
+        """What its state is kept in between steps."""
+        return PLAIN
+
+    def lay_out(self, G: Tensor) -> State:
+        """`init`, as it is kept between steps."""
+        return self.storage.laid_out(self.init(G))
+
     @property
     def decay_follows(self) -> bool:
         """Whether weights decay after the step, not before it."""
@@ -206,13 +223,17 @@ class Rule(Options, ABC):
         """Relative cost of refreshing one m × n matrix, by which refreshes are spread; 0: nothing to spread."""
         return 0.0
 
-    def flops(self, m: int, n: int) -> float:
-        """FLOPs of one step of an m × n matrix, refreshes spread over their period; passes over entries count nothing.
+    def work(self, m: int, n: int) -> Work:
+        """FLOPs of one step of an m × n matrix, by kind; refreshes as `Work.every` so many steps.
 
-        Products and decompositions as in `steepest.linalg.flops`, which says how they are counted. Plans for many ranks
-        balance by it, and by state where it is 0. A refresh frequency that changes counts as it is in the end.
+        Products and decompositions as in `steepest.linalg.flops`, which says how they are counted; passes over entries
+        count nothing. A refresh frequency that changes counts as it is in the end.
         """
-        return 0.0
+        return Work()
+
+    def flops(self, m: int, n: int) -> float:
+        """All of `work`. Plans for many ranks balance by it, and by state where it is 0."""
+        return self.work(m, n).total
 
     def rank(self, m: int, n: int) -> int:
         """The r of the `LowRank` directions of an m × n matrix; 0: they are whole."""

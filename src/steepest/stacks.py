@@ -7,13 +7,14 @@ corrections; ``clock``, on the host, says where in its life it stands, for refre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steepest.phases import phase
 from steepest.rule import Rule, Slots, State
 from steepest.views import View
 
@@ -91,7 +92,8 @@ class Stack:
         self.shape = tuple(like.shape[1:])
         self.device = like.device
         self.dtype = like.dtype
-        self.state: State = rule.init(like)
+        self.storage = rule.storage
+        self.state: State = rule.lay_out(like)
         self.t = torch.zeros(self.size, 1, 1, dtype=like.dtype, device=like.device)
         self.clock = torch.zeros(self.size, dtype=torch.int64)
         self.skipped = 0
@@ -110,6 +112,7 @@ class Stack:
         """Bytes of state."""
         return sum(x.nbytes for x in (self.t, self.clock, *self.state.values()))
 
+    @phase("gather")
     def fill(self, windows: Windows) -> Tensor:
         """The windows of its pieces as one stack ``[B, m, n]``, in its dtype; slots without one stay unset."""
         out = torch.empty(self.size, *self.shape, dtype=self.dtype, device=self.device)
@@ -128,6 +131,13 @@ class Stack:
             self.skipped += int(undone.sum())
             self.clock -= undone
             self.undone = None
+
+    def derive(self, rule: Rule, indices: Collection[int]) -> None:
+        """Compute the derived state of the parameters at these positions from the rest of theirs."""
+        state = self.storage.restored(self.state)
+        for seat in self.seats:
+            if seat.index in indices:
+                rule.derive(state, seat.slots)
 
     def views(self, seat: Seat) -> dict[str, Tensor]:
         """A seat's state as views into the stack, under the names that `optimizer.state[p]` shows."""
@@ -178,10 +188,11 @@ def state_dtype(p: Tensor) -> torch.dtype:
 
 def beside(state: State, p: Tensor, x: Tensor) -> Tensor:
     """``x`` in the dtype and memory layout of p's state, since fused kernels pair by address; itself if it is."""
-    like = next((moment for moment in state.values() if moment.shape == p.shape), p)
-    if x.dtype == like.dtype and x.stride() == like.stride():
-        return x
-    return torch.empty_like(like).copy_(x)
+    for moment in state.values():
+        if moment.shape == p.shape:
+            p = moment
+            break
+    return x if x.dtype == p.dtype and x.stride() == p.stride() else torch.empty_like(p).copy_(x)
 
 
 def to_device(values: Sequence[int], device: torch.device) -> Tensor:

@@ -94,7 +94,9 @@ def _update(
     t += 1
     stack.clock[s] += 1
     step = Step(t, run.stage, run.refresh, None if penalty is None else penalty[s], failures)
-    D = rule.update(G[s], state, step)
+    restored = stack.storage.restored(state)
+    D = rule.update(G[s], restored, step)
+    stack.storage.store(restored, state, t)
     if finite is not None and kept is not None:
         undo(finite[s], changes, kept)
     return D

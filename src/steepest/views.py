@@ -164,7 +164,13 @@ class View:
         """The inverse of `matrices`: ``D [b, m, n]`` in the shape of the piece's `window`."""
         if self.transpose:
             D = D.reshape(self.stored[0], -1, D.shape[-1]).mT
-        return D.reshape(self.window(torch.empty(self.shape, device="meta"), piece).shape)
+        return D.reshape(self._windows[piece])
+
+    @cached_property
+    def _windows(self) -> list[torch.Size]:
+        """The shape of each piece's window."""
+        whole = torch.empty(self.shape, device="meta")
+        return [self.window(whole, piece).shape for piece in range(len(self.pieces))]
 
 
 def _bounds(lengths: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -33,6 +33,7 @@ SOAP_VARIANTS: dict[str, dict[str, Any]] = {
     "soap one-sided": {"max_precond_dim": 3},
     "soap adaptive": {"use_adaptive_criteria": True, "adaptive_update_tolerance": 0.1},
     "soap inverse_root": {"form": "inverse_root"},
+    "soap in fewer bytes": {"basis_dtype": "bfloat16", "moment_dtype": "int8", "precondition_frequency": 2},
     "soap vectors": {"precondition_1d": True, "merge_dims": False},
 }
 
@@ -70,8 +71,13 @@ STATEFUL = {4, 7, 9, 12, 13}
 """Chapters that SOAP's options have a say in; the others are asked of SOAP as it is."""
 
 
+ON_PURPOSE = {("soap in fewer bytes", "float32_state")}
+"""What a variant breaks, since that is what it is for."""
+
+
 def asked(name: str) -> list[str]:
-    return [clause for clause in FAST if name not in SOAP_VARIANTS or CLAUSES[clause].number in STATEFUL]
+    clauses = [clause for clause in FAST if name not in SOAP_VARIANTS or CLAUSES[clause].number in STATEFUL]
+    return [clause for clause in clauses if (name, clause) not in ON_PURPOSE]
 
 
 @pytest.mark.parametrize(("name", "clause"), [(name, clause) for name in [*OURS, *BFLOAT16] for clause in asked(name)])
@@ -285,7 +291,7 @@ def edited(**changes: Any) -> dict[str, Any]:
         (edited(lr=-1.0), "lr=-1.0"),
         (edited(rule="muon"), "saved under 'muon'"),
         (trained("adamw").state_dict(), "saved under 'adamw'"),
-        (trained(max_precond_dim=2).state_dict(), "no 'R'"),
+        (trained(max_precond_dim=2).state_dict(), r"max_precond_dim=2 \(here 8192\)"),
         ({"model": {}}, "no 'state' and 'param_groups', only model"),
     ],
     ids=["betas", "lr", "rule edited", "another rule", "other options", "another file"],
@@ -302,7 +308,7 @@ def test_what_does_not_fit_is_refused(saved: dict[str, Any], complaint: str) -> 
 
 def test_more_than_fits_is_refused_too() -> None:
     """Moments of a two-sided basis mean nothing to a one-sided one, though every tensor that it needs is there."""
-    with pytest.raises(ValueError, match="'R', which is not in use here"):
+    with pytest.raises(ValueError, match=r"max_precond_dim=8192 \(here 2\)"):
         trained(max_precond_dim=2).load_state_dict(trained().state_dict())
 
 

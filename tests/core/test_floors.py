@@ -9,8 +9,8 @@ import steepest
 
 ROOT = Path(steepest.__file__).parent
 FLOORS = [
-    {"linalg", "kernels"},
-    {"rule", "kronecker", "moments", "factors", "scales", "schedules", "rounding"},
+    {"linalg", "kernels", "phases"},
+    {"rule", "kronecker", "moments", "factors", "scales", "schedules", "rounding", "storage"},
     {"rules", "views", "stacks", "options"},
     {"exchange", "capture"},
     {"apply", "checkpoint", "consolidation", "elementwise", "optimizer", "stepping"},

@@ -86,7 +86,7 @@ def test_the_sign_of_eigenvectors_says_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refresh", ["qr", "auto", "eigh"])
+@pytest.mark.parametrize("refresh", ["qr", "auto", "cholesky", "first_order", "eigh"])
 @pytest.mark.parametrize("shape", [(8, 8), (16, 40)])
 def test_bases_stay_orthogonal(refresh, shape):
     assert orthogonality_error(refresh, shape, 1000) < 1e-5
@@ -105,7 +105,7 @@ def orthogonality_error(refresh, shape, count):
     return max((Q.T @ Q - torch.eye(len(Q))).abs().max().item() for Q in bases)
 
 
-@pytest.mark.parametrize("refresh", ["qr", "auto", "eigh"])
+@pytest.mark.parametrize("refresh", ["qr", "auto", "cholesky", "first_order", "eigh"])
 @pytest.mark.parametrize("kl", [False, True])
 def test_eigenvalue_column_and_second_moment_belong_together(refresh, kl):
     """Gradients along fixed axes whose sizes trade places: whoever owned a second moment owns it after the crossing."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steepest.exchange.lot import Directions, Lot, Move, Tensors
 from steepest.exchange.placement import local, place, shard_like
+from steepest.phases import phase
 from steepest.stacks import Seat, Stack, Windows
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Here(Lot):
             p, views = self.params[seat.index], self.stacks[0].views(seat)
             yield seat.index, {name: shard_like(p, x) for name, x in views.items()}
 
+    @phase("gather")
     def gather(self, tensors: Tensors) -> Callable[[], Windows]:
         """See `Lot.gather`."""
         seats = [(seat, tensors[seat.index]) for seat in self.stacks[0].seats]

@@ -62,7 +62,7 @@ class Directions:
         return x
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Move:
     """A part of a parameter that moves."""
 

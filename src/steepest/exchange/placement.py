@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""What most tensors are; asked first, since a step asks for each tensor several times."""
+
 
 def local(x: Tensor) -> Tensor:
     """What this rank holds of ``x``: itself, or its part of a DTensor."""
@@ -18,7 +21,7 @@ def local(x: Tensor) -> Tensor:
 
 def is_shared(x: Tensor) -> bool:
     """Whether ``x`` is a DTensor."""
-    return hasattr(x, "to_local")
+    return type(x) not in PLAIN and hasattr(x, "to_local")
 
 
 def where(x: Tensor) -> tuple[slice, ...]:

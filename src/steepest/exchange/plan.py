@@ -231,7 +231,7 @@ def make_plan(
     >>> plan.owners, plan.buckets
     ((0, 0, 1), ((0, 1, 2),))
     >>> plan.inward(0)[1]
-    Transfer(job=1, source=0, target=0, part=Rectangle(start=(0, 0), shape=(1, 8)))
+    Transfer(job=1, source=0, target=0, part=Rectangle(start=(0, 0), shape=(1, 8)), factored=False)
     >>> plan.traffic().sent_in
     (32, 64)
     """

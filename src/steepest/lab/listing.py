@@ -143,7 +143,7 @@ def bytes_per_entry(name: str, m: int, n: int) -> float:
     elif not options:
         return state_bytes(rule.name, [(1, m, n)]) / (m * n)
     else:
-        state = dict(rule(**options).init(torch.empty(1, m, n, device="meta")))
+        state = dict(rule(**options).lay_out(torch.empty(1, m, n, device="meta")))
     return sum(tensor.nbytes for tensor in state.values()) / (m * n)
 
 

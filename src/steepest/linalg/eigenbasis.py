@@ -5,6 +5,8 @@ Everywhere eigenvalues descend, and column i of ``Q`` belongs to eigenvalue i.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -80,14 +82,30 @@ def orthogonal_iteration(K: Tensor, Q: Tensor, power_iter_steps: int = 1) -> Ten
                 [0.0029, 1.0000]])
     """
     for _ in range(power_iter_steps):
-        Q = _orthonormal(K @ Q)
+        Q = householder(K @ Q)
     return Q
 
 
-def ordered_iteration(K: Tensor, Q: Tensor, power_iter_steps: int = 1) -> tuple[Tensor, Tensor]:
+def householder(A: Tensor) -> Tensor:
+    """The Q of ``A [..., d, d]`` by Householder's reflections, without forming R; NaN where that fails.
+
+    Backward stable whatever A is: where it has no full rank, some orthonormal columns complete the basis.
+    """
+    return attempt(lambda A: torch.linalg.householder_product(*torch.geqrf(A)), A)
+
+
+def ordered_iteration(
+    K: Tensor, Q: Tensor, power_iter_steps: int = 1, orthonormalize: Callable[[Tensor], Tensor] = householder
+) -> tuple[Tensor, Tensor]:
     """`by_rayleigh_quotient`, then `orthogonal_iteration`; one product ``K Q`` serves both.
 
     Ordered before the factorization, which gives the first columns the first choice.
+
+    Args:
+        K: as in `orthogonal_iteration`.
+        Q: likewise.
+        power_iter_steps: likewise.
+        orthonormalize: from ``[..., d, d]`` to orthonormal columns that span in turn the same spaces.
 
     Returns:
         ``(Q [..., d, d], order [..., d])``: column i continues column ``order[i]`` of the old basis.
@@ -101,7 +119,10 @@ def ordered_iteration(K: Tensor, Q: Tensor, power_iter_steps: int = 1) -> tuple[
     rows = Q.mT @ K  # (K Q)ᵀ, as K is symmetric: moving its rows is cheaper than moving columns
     order = (rows * Q.mT).sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
     moved = torch.gather(rows, -2, order.unsqueeze(-1).expand(*order.shape, d))
-    return orthogonal_iteration(K, _orthonormal(moved.mT), power_iter_steps - 1), order
+    Q = orthonormalize(moved.mT)
+    for _ in range(power_iter_steps - 1):
+        Q = orthonormalize(K @ Q)
+    return Q, order
 
 
 def conjugate(a: Tensor, p: Tensor, diag: bool = False) -> Tensor:
@@ -141,11 +162,6 @@ def eigenbasis_error(K: Tensor, Q: Tensor) -> Tensor:
     norm = torch.linalg.matrix_norm(K)
     kept = torch.linalg.vector_norm(conjugate(K, Q, diag=True), dim=-1)
     return 1 - torch.where(norm > 0, kept / norm, 1)
-
-
-def _orthonormal(A: Tensor) -> Tensor:
-    """The Q of QR by Householder's reflections, without forming R; NaN where it fails."""
-    return attempt(lambda A: torch.linalg.householder_product(*torch.geqrf(A)), A)
 
 
 def _check_square(K: Tensor, name: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from steepest.linalg.attempts import attempt
 from steepest.linalg.precision import fp32_matmul_precision
+from steepest.linalg.symmetric import gram, plus_product, symmetric_product
 
 Polynomial = tuple[float, float, float]
 """``(a, b, c)``: σ ↦ a σ + b σ³ + c σ⁵."""
@@ -205,7 +206,7 @@ def _iterate(X: Tensor, steps: Sequence[Polynomial]) -> Tensor:
     for a, b, c in steps:
         P = _polynomial(_gram(X), 0.0, b, c)  # [..., s, s]
         # Were a on the diagonal of the polynomial, bfloat16 would round it there: 2.5 times the error.
-        X = _plus_product(a, X, 1.0, *((X, P) if tall else (P, X)))  # [..., m, n]
+        X = plus_product(X, *((X, P) if tall else (P, X)), beta=a)  # [..., m, n]
     return X
 
 
@@ -216,27 +217,21 @@ def _iterate_gram(X: Tensor, steps: Sequence[Polynomial]) -> Tensor:
         A = _gram(X)  # [..., s, s]
         P = product = _polynomial(A, *first)  # [..., s, s]
         for step in others:
-            A = P @ A @ P
+            A = symmetric_product(P @ A, P)
             P = _polynomial(A, *step)
-            product = P @ product
+            product = symmetric_product(P, product)
         X = X @ product.mT if X.shape[-2] > X.shape[-1] else product @ X
     return X
 
 
 def _gram(X: Tensor) -> Tensor:
     """``X Xᵀ``, or ``Xᵀ X`` if X is tall: the smaller one."""
-    return X.mT @ X if X.shape[-2] > X.shape[-1] else X @ X.mT
+    return gram(X.mT if X.shape[-2] > X.shape[-1] else X)
 
 
 def _polynomial(A: Tensor, a: float, b: float, c: float) -> Tensor:
     """``a I + b A + c A²`` for ``A [..., s, s]``."""
-    P = _plus_product(b, A, c, A, A) if c else b * A
+    P = symmetric_product(A, A, A, beta=b, alpha=c) if c else b * A
     if a:
         P.diagonal(dim1=-2, dim2=-1).add_(a)
     return P
-
-
-def _plus_product(beta: float, C: Tensor, alpha: float, A: Tensor, B: Tensor) -> Tensor:
-    """``β C + α A B``, of matrices or batches."""
-    plus_product = torch.addmm if C.dim() == 2 else torch.baddbmm
-    return plus_product(C, A, B, beta=beta, alpha=alpha)

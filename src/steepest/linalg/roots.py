@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from steepest.linalg.attempts import attempt
+
+LANES = 16
+"""A multiple of the numbers in any processor's widest registers."""
 
 
 def matrix_power(K: Tensor, exponent: float, *, eps: float = 0.0, relative: bool = False) -> Tensor:
@@ -51,6 +55,8 @@ def spectral_power(eigenvalues: Tensor, exponent: float, *, eps: float = 0.0, re
     largest = eigenvalues.amax(dim=-1, keepdim=True)  # [..., 1]
     damped = eigenvalues + (eps * largest if relative else eps)
     rounding = eigenvalues.shape[-1] * torch.finfo(eigenvalues.dtype).eps * largest if eps == 0 else 0.0
-    # In float64, because powers in float32 round differently in whole vector registers and in what remains of them:
-    # a matrix would get other bits in another stack.
-    return damped.double().pow(exponent).to(damped.dtype).where(damped > rounding, 0.0)
+    # Powers round differently in whole vector registers and in what remains of them, and a matrix would get other bits
+    # in another stack. So each gets whole registers; and float64, where such a difference is below float32's rounding.
+    d = damped.shape[-1]
+    powers = pad(damped.double(), (0, -d % LANES), value=1.0).pow(exponent)[..., :d]
+    return powers.to(damped.dtype).where(damped > rounding, 0.0)

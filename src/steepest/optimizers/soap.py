@@ -48,7 +48,7 @@ class SOAP(Optimizer):
         use_adaptive_criteria: skip the refresh of matrices whose basis still diagonalizes its covariance. Finding
             that out waits for the device.
         adaptive_update_tolerance: what still counts: ``‖K‖ - ‖diag(QᵀKQ)‖ <= tolerance · ‖K‖``.
-        power_iter_steps: orthogonal iterations per refresh.
+        power_iter_steps: iterations per refresh; "eigh" needs none.
         max_update_rms: scale a matrix's update down to this root mean square; 0 never does.
         use_kl_shampoo: feed the covariances with gradients whitened by the other side (arXiv:2509.03378).
         correct_shampoo_beta_bias: bias correction of the covariances; None: as ``correct_bias``.
@@ -65,8 +65,10 @@ class SOAP(Optimizer):
             covariances 1e8 too large.
         stagger: spread the refreshes of a group's matrices over the steps of a period, by cost: the step time is flat.
             A lone matrix behaves as if unstaggered.
-        refresh: "qr" is orthogonal iteration from the identity on; "eigh" a full decomposition each time; "auto" starts
-            with a decomposition and goes on by iteration.
+        refresh: how a basis follows. "qr" is orthogonal iteration with Householder's reflections, from the identity on;
+            all others start with a full decomposition: "auto" goes on as "qr" on a CPU and as "first_order" on
+            accelerators, "cholesky" is "qr" by Cholesky-QR, "first_order" a correction by products, which turns no two
+            columns by more than 0.1 of each other and leaves less off the diagonal; "eigh" decomposes each time.
         match_columns: with full decompositions, second moments follow their directions where eigenvalues cross. False
             leaves them by rank, as public implementations do.
         form: "eigenbasis" is SOAP. "inverse_root" is ``L^(-1/root) Adam(G) R^(-1/root)``, a formula that circulates
@@ -80,6 +82,10 @@ class SOAP(Optimizer):
             matrices, as in stacked experts ``[E, m, n]``.
         precondition_1d: rotate vectors too: one covariance n × n.
         preconditioner_decay: another name for ``shampoo_beta``.
+        basis_dtype: "bfloat16" keeps bases in half the bytes between steps: 4 (m² + n²) less. What it costs in quality
+            is below the race's noise (docs/memory.md).
+        moment_dtype: "int8" keeps Adam's two moments in 8 bits, in blocks of 64 with scales, rounded stochastically:
+            2.1 bytes an entry for both, not 8; likewise.
         nonfinite: "skip": a matrix whose gradient is not finite is left out of the step, weights, state and clock
             untouched, and counted in ``skipped``. "raise": FloatingPointError before anything has changed.
         stochastic_rounding: bfloat16 weights are rounded up or down at random, so that small steps count on average;
@@ -138,6 +144,8 @@ class SOAP(Optimizer):
         merge_dims: bool = True,
         precondition_1d: bool = False,
         preconditioner_decay: float | None = None,
+        basis_dtype: str = "float32",
+        moment_dtype: str = "float32",
         nonfinite: str = "skip",
         stochastic_rounding: bool = False,
     ) -> None:

@@ -14,6 +14,7 @@ from steepest.routing.reasons import REASONS, is_bias, is_norm, is_vector, unrec
 from steepest.routing.sight import Sight, see
 from steepest.routing.survey import Leaf
 from steepest.routing.table import Row
+from steepest.rule import Rule
 from steepest.rules import RULES
 from steepest.views import OPTIONS, View
 
@@ -35,7 +36,8 @@ def state_bytes(rule: str, pieces: Pieces) -> int:
 @cache
 def _piece_bytes(name: str, piece: tuple[int, int, int]) -> int:
     rule = RULES[name]()
-    state = rule.init(torch.empty(piece, device="meta"))
+    ghost = torch.empty(piece, device="meta")
+    state = rule.lay_out(ghost) if isinstance(rule, Rule) else rule.init(ghost)
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 

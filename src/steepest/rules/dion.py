@@ -58,7 +58,7 @@ class Dion(Rule):
         Q = Q * SCALES[self.scale](*G.shape[1:])
         return LowRank(Q, P) if wide else LowRank(P, Q)
 
-    def flops(self, m: int, n: int) -> float:
+    def work(self, m: int, n: int) -> flops.Work:
         """8slr, four products, and r columns of length l made orthonormal; s and l are the shorter and longer side."""
         s, l = sorted((m, n))
         r = self.rank(m, n)

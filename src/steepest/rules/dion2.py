@@ -53,7 +53,7 @@ class Dion2(NewtonSchulz):
             self.apply_largest(M, D, scale, step)
         return D
 
-    def flops(self, m: int, n: int) -> float:
+    def work(self, m: int, n: int) -> flops.Work:
         """Muon's, for a fraction of the shorter side."""
         s, l = sorted((m, n))
         return flops.polar(math.ceil(self.fraction * s), l, self.ns, self.ns_dtype == "float32")

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from steepest.factors import Factors
 from steepest.kronecker import precondition
-from steepest.linalg.flops import eigh, product
+from steepest.linalg.flops import Work, eigh, product, total
 from steepest.linalg.roots import matrix_power
 from steepest.moments import adam
+from steepest.phases import phase
 from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, betas, clip_rms, corrected_beta, one_of
 from steepest.scales import frobenius, with_norm
 
@@ -68,12 +69,13 @@ class InverseRoot(Refreshing):
             D = with_norm(D, frobenius(u))
         return clip_rms(D, self.max_update_rms)
 
-    def flops(self, m: int, n: int) -> float:
+    def work(self, m: int, n: int) -> Work:
         """4mn(m+n): feed and precondition. At a refresh on each side a full decomposition and a product, 9d³ + 2d³."""
         sides = self.sides(m, n)
-        roots = sum(eigh(d) + product(d, d, d) for d in sides)
-        return 2 * sum(product(d, m, n) for d in sides) + roots / self.last_period
+        roots = total(eigh(d) + product(d, d, d) for d in sides)
+        return 2 * total(product(d, m, n) for d in sides) + roots.every(self.last_period)
 
+    @phase("refresh")
     def follow(self, state: State, step: Step, slots: Slots) -> None:
         """The inverse roots of these slots follow their covariances."""
         for side in state.keys() & {"L", "R"}:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from steepest.factors import Factors
-from steepest.linalg.flops import iteration, product
+from steepest.linalg.flops import Work, iteration, product, total
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
 from steepest.moments import adam
 from steepest.rule import Rule, State, Step, at_least, beta, betas, clip_rms, corrected_beta, one_of
@@ -77,7 +77,9 @@ class Moso(Rule):
     def stage(self, clock: int) -> str:
         return "first" if clock == 0 else "steady"
 
-    def flops(self, m: int, n: int) -> float:
+    def work(self, m: int, n: int) -> Work:
         """10s²l: feed, project, unproject, turn the momentum (not for "rmsprop"). A product and a QR decomposition."""
-        along = 3 + (2 if self.inner == "adam" else 0)
-        return sum(along * product(s, m, n) + iteration(s, self.power_iter_steps) for s in self.sides(m, n))
+        sides = self.sides(m, n)
+        along = total(product(s, m, n) for s in sides)
+        turn = (2 if self.inner == "adam" else 0) * along + total(iteration(s, self.power_iter_steps) for s in sides)
+        return (3 * along).at(self.fp32_matmul_prec) + turn.at(self.qr_fp32_matmul_prec)

@@ -43,7 +43,7 @@ class Orthogonalized(NewtonSchulz, ABC):
         D = self.orthogonalize(G.lerp(M, self.momentum) if self.nesterov else M, state, step)
         return D.mul_(SCALES[self.scale](*G.shape[1:]))
 
-    def flops(self, m: int, n: int) -> float:
+    def work(self, m: int, n: int) -> flops.Work:
         """20s²l + 10s³ by tables of five quintic steps; in float32, and from l = 2s on, 4s²l + 34s³."""
         return flops.polar(m, n, self.ns, self.ns_dtype == "float32")
 

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from steepest.factors import Factors
 from steepest.linalg.eigenbasis import conjugate, eigenvectors, orthogonal_iteration
-from steepest.linalg.flops import eigh, iteration, product
+from steepest.linalg.flops import Work, eigh, iteration, product, total
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
 from steepest.linalg.roots import spectral_power
+from steepest.phases import phase
 from steepest.rule import (
     Refreshing,
     Slots,
@@ -90,15 +91,14 @@ class Shampoo(Refreshing):
 
     def track(self, G: Tensor, state: State, beta: Tensor) -> None:
         """Bring λ = diag(Qᵀ K Q) up to date: it is linear in K, so it takes a gradient in as K does."""
-        if self.use_kl_shampoo:  # K took it in whitened
-            for side in state.keys() & {"L", "R"}:
-                state[f"lambda_{side}"].copy_(conjugate(state[side], state[f"Q_{side}"], diag=True))
+        if self.use_kl_shampoo:  # K took it in whitened, and λ with it
             return
         g2 = Factors(state).project(G).square()  # [B, m, n]
         for side, energy in (("L", g2.sum(dim=-1)), ("R", g2.sum(dim=-2))):  # [B, m], [B, n]
             if side in state:
                 state[f"lambda_{side}"].lerp_(energy, (1 - beta).squeeze(-1))
 
+    @phase("refresh")
     def follow(self, state: State, step: Step, slots: Slots) -> None:
         """The bases of these slots follow their factors."""
         first = step.stage == "first"
@@ -112,20 +112,20 @@ class Shampoo(Refreshing):
             state[f"Q_{side}"][slots] = Q
             state[f"lambda_{side}"][slots] = conjugate(K, Q, diag=True)
 
-    def flops(self, m: int, n: int) -> float:
-        """8mn(m+n): feed, project gradient and momentum, unproject. With KL on each side two products, 4d³, more.
+    def work(self, m: int, n: int) -> Work:
+        """8mn(m+n): feed, project gradient and momentum, unproject. With KL on two sides 2mn·min(m, n) + 4mn more.
 
         At a refresh on each side two products and a QR decomposition, 4d³ + 8d³/3, or a product and a full
         decomposition, 2d³ + 9d³.
         """
         sides = self.sides(m, n)
-        along = sum(product(d, m, n) for d in sides)  # 2mn(m+n)
-        cubes = sum(product(d, d, d) for d in sides)
+        along = total(product(d, m, n) for d in sides)  # 2mn(m+n)
+        cubes = total(product(d, d, d) for d in sides)
         every = 4 * along
-        if self.use_kl_shampoo:  # a whitening instead of the gradient's projection
-            every += 2 * cubes - (0.0 if len(sides) == 2 else along)
-        solve = sum(eigh(d) if self.refresh == "eigh" else iteration(d, self.power_iter_steps) for d in sides)
-        return every + (solve + cubes) / self.last_period
+        if self.use_kl_shampoo and len(sides) == 2:
+            every += product(m, min(m, n) + 2, n)
+        solve = total(eigh(d) if self.refresh == "eigh" else iteration(d, self.power_iter_steps) for d in sides)
+        return (every + (solve + cubes).every(self.last_period)).at(self.fp32_matmul_prec)
 
     def whiten(self, projected: Tensor, state: State, t: Tensor) -> Tensor:
         """``Λ_L^p · Λ_R^p`` for the momentum in the eigenbases, ``[B, m, n]``."""

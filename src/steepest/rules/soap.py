@@ -6,6 +6,7 @@ arXiv:2509.03378. Checked against the authors' numbers in tests/reference/test_s
   G                    [B, m, n]             gradients
   L, R                 [B, m, m], [B, n, n]  covariances of rows and columns, E[G Gᵀ] and E[Gᵀ G]
   Q_L, Q_R             likewise              their eigenvectors, by descending eigenvalue
+  lambda_L, lambda_R   [B, m], [B, n]        diag(Qᵀ L Q), diag(Qᵀ R Q), by which KL whitens; unless f = 1
   exp_avg, exp_avg_sq  [B, m, n]             Adam's moments of the projected gradient Q_Lᵀ G Q_R
 """
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from steepest.factors import Factors
-from steepest.linalg.flops import eigh, iteration, product
+from steepest.linalg.flops import Work, eigh, product, refresh, total
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
+from steepest.linalg.solvers import SOLVERS, choose
 from steepest.moments import adam
 from steepest.rule import (
     Refreshing,
@@ -34,9 +36,10 @@ from steepest.rule import (
     corrected_beta,
     one_of,
 )
+from steepest.storage import BASES, MOMENTS, Storage
 
 NOISE_FLOOR = 1e-2  # "auto": costs nothing in training, and makes first steps reproducible
-SOLVERS = ("auto", "qr", "eigh")
+REFRESHES = ("auto", *SOLVERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,7 @@ class Soap(Refreshing):
 
     name: ClassVar[str] = "soap"
     paper: ClassVar[str] = "Vyas et al., arXiv:2409.11321"
+    derived: ClassVar[frozenset[str]] = frozenset({"lambda_L", "lambda_R"})
 
     betas: tuple[float, float] = betas((0.9, 0.95))
     shampoo_beta: float = beta(0.95)
@@ -54,7 +58,7 @@ class Soap(Refreshing):
     correct_bias: bool = True
     correct_shampoo_beta_bias: bool | None = None
     fp32_matmul_prec: str = one_of(PRECISIONS, "highest")
-    refresh: str = one_of(SOLVERS, "auto")
+    refresh: str = one_of(REFRESHES, "auto")
     match_columns: bool = True
     qr_fp32_matmul_prec: str = one_of(PRECISIONS, "high")
     power_iter_steps: int = at_least(1, 1)
@@ -69,24 +73,33 @@ class Soap(Refreshing):
     )
     momentum_floor: bool = True
     precondition_1d: bool = False
+    basis_dtype: str = one_of(BASES, "float32")
+    moment_dtype: str = one_of(MOMENTS, "float32")
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(self.basis_dtype, self.moment_dtype)
 
     def init(self, G: Tensor) -> State:
         moments = {"exp_avg": torch.zeros_like(G), "exp_avg_sq": torch.zeros_like(G)}  # [B, m, n]
-        return moments | Factors.init(G, self.max_precond_dim, self.precondition_1d)
+        return moments | Factors.init(G, self.max_precond_dim, self.precondition_1d, quotients=self.keeps_quotients)
+
+    def derive(self, state: State, slots: Slots) -> None:
+        Factors(state).measure(slots)
 
     def update(self, G: Tensor, state: State, step: Step) -> Tensor | None:
+        factors = Factors(state, step.failures)
         with fp32_matmul_precision(self.fp32_matmul_prec):
             if self.basis_timing == "before":  # the basis knows the gradient that it projects
-                self.learn(G, state, step)
-                return self.act(G, state, step, in_basis=step.stage != "warmup")
+                self.learn(G, factors, step)
+                return self.act(G, factors, step, in_basis=step.stage != "warmup")
             seeding = step.stage == "first" and self.seeds
-            D = None if seeding else self.act(G, state, step, in_basis=step.stage == "steady")
-            self.learn(G, state, step)
+            D = None if seeding else self.act(G, factors, step, in_basis=step.stage == "steady")
+            self.learn(G, factors, step)
             return D
 
-    def learn(self, G: Tensor, state: State, step: Step) -> None:
+    def learn(self, G: Tensor, factors: Factors, step: Step) -> None:
         """The covariances take the gradient in; where a refresh is due, the bases follow."""
-        factors = Factors(state, step.failures)
         if factors.trivial:
             return
         beta = self.factor_beta(step.t)
@@ -97,6 +110,7 @@ class Soap(Refreshing):
         if step.refresh is not None:
             with fp32_matmul_precision(self.qr_fp32_matmul_prec):
                 self.follow(factors, step.refresh, first=step.stage == "first")
+            factors.measure()
 
     def follow(self, factors: Factors, slots: Slots, first: bool) -> None:
         """The bases of these slots follow their covariances, and Adam's moments follow the bases."""
@@ -105,11 +119,11 @@ class Soap(Refreshing):
             return
         if self.use_adaptive_criteria and not first:
             slots = factors.outdated(slots, self.adaptive_update_tolerance)
-        factors.refresh(slots, self.refresh == "eigh", self.power_iter_steps, self.match_columns)
+        factors.refresh(slots, False, self.power_iter_steps, self.match_columns, self.refresh)
 
-    def act(self, G: Tensor, state: State, step: Step, in_basis: bool) -> Tensor:
+    def act(self, G: Tensor, factors: Factors, step: Step, in_basis: bool) -> Tensor:
         """Adam's direction, taken in the eigenbases and brought back."""
-        factors = Factors(state if in_basis else {})
+        state, factors = factors.state, factors if in_basis else Factors({})
         guarded = not factors.trivial
         g = factors.project(G if step.penalty is None else G + step.penalty)  # [B, m, n]
         u = adam(
@@ -125,26 +139,36 @@ class Soap(Refreshing):
         )
         return clip_rms(factors.unproject(u), self.max_update_rms)
 
-    def flops(self, m: int, n: int) -> float:
-        """6mn(m+n): feed, project, unproject. With KL 2mn(m+n) more, and a product on each side, 2d³.
+    def work(self, m: int, n: int) -> Work:
+        """6mn(m+n): feed, project, unproject; with KL on two sides 2mn·min(m, n) + 4mn more.
 
-        At a refresh 4mn(m+n), to turn the momentum, and on each side a product and a QR decomposition, 2d³ + 8d³/3, or
-        a full decomposition, 9d³. With one factor the other side's part of all this falls away.
+        At a refresh 4mn(m+n), to turn the momentum, and a solver on each side, "auto" as on a CPU. With KL a product
+        on each side more, 2d³, and where the basis comes before the projection 2mn(m+n), to project once more. With
+        one factor the other side's part of all this falls away. KL at every step is 2mn(m+n) and the product more.
         """
         sides = self.sides(m, n)
-        along = sum(product(d, m, n) for d in sides)  # 2mn(m+n): one product on each side
-        cubes = sum(product(d, d, d) for d in sides)
-        every = 3 * along
-        if self.use_kl_shampoo:
-            every += cubes + (along if len(sides) == 2 else 0.0)
-        refresh = 2 * along
-        if self.refresh == "eigh":
-            refresh += sum(map(eigh, sides)) + (cubes if self.match_columns else 0.0)
+        along = total(product(d, m, n) for d in sides)  # 2mn(m+n): one product on each side
+        cubes = total(product(d, d, d) for d in sides)
+        every, again, turn = 3 * along, Work(), 2 * along
+        if self.keeps_quotients:
+            every += product(m, min(m, n) + 2, n) if len(sides) == 2 else Work()
+            again = cubes + (along if self.basis_timing == "before" else Work())
+        elif self.use_kl_shampoo:
+            every += cubes + (along if len(sides) == 2 else Work())
+        solver = choose("cpu") if self.refresh == "auto" else self.refresh
+        if solver == "eigh" and not self.match_columns:
+            turn += total(eigh(d) for d in sides)
         else:
-            refresh += sum(iteration(d, self.power_iter_steps) for d in sides)
+            turn += total(refresh(d, solver, self.power_iter_steps) for d in sides)
         if self.use_adaptive_criteria:
-            refresh += cubes
-        return every + refresh / self.last_period
+            turn += cubes
+        slow = turn.at(self.qr_fp32_matmul_prec) + again
+        return (every + slow.every(self.last_period)).at(self.fp32_matmul_prec)
+
+    @property
+    def keeps_quotients(self) -> bool:
+        """Whether KL's eigenvalues are carried from step to step; where bases turn at each, nothing could be."""
+        return self.use_kl_shampoo and self.precondition_frequency != 1
 
     @property
     def seeds(self) -> bool:

@@ -1,0 +1,244 @@
+"""Symmetric products in Triton: half of the tiles are computed, and mirrored.
+
+    K ← β K + α X Xᵀ          `ema_syrk`, in place: a covariance takes a gradient in
+    C = β O + α X Yᵀ          `symmetric_product`, where X Yᵀ is known to be symmetric: b A + c A A of Newton-Schulz
+
+Tiling: one program per tile of BLOCK × BLOCK on or below the diagonal, T (T + 1) / 2 of them for T = ⌈d / BLOCK⌉, times
+the batch. A program goes along k in slices of BLOCK_K, sums in float32 registers, adds β times the old tile, and writes
+the tile and its mirror image. Only entries on and below the diagonal are read from the old matrix; entry (j, i) is a
+copy of (i, j), so results are symmetric to the last bit. Old and result may be the same memory: no other program reads
+what one writes.
+
+Rounding: which products are added in which order depends on d, k, dtype and precision alone, since tiles are chosen by
+these (`tiles`) and never by timing. So a run that resumes goes on bit by bit, and a matrix gets the same bits alone as
+in a batch. NaN and infinity stay in their matrix.
+
+FLOPs: d (d + BLOCK) k, against 2 d² k of the whole product. Bytes: the old half and the new whole, 6 d² in float32
+(torch.baddbmm_: 8 d²), and X once, 4 d k, while the L2 cache holds it. Predicted, not measured, on an H200 (4.8 TB/s;
+dense TFLOP/s: 67 float32 without tensor cores, 495 TF32, 990 bfloat16) at the limit, for d = k:
+
+  d            2048             4096             8192
+  bfloat16     0.009 ms         0.072 ms         0.56 ms
+  TF32         0.018 ms         0.14 ms          1.13 ms
+  float32      0.13 ms          1.0 ms           8.3 ms
+
+At d = k all of them are bound by FLOPs (bytes at d = 4096: 0.035 ms in float32); TF32 becomes bound by bytes for k
+below about 600. One matrix of d = 2048 has 136 tiles of 128 for 132 multiprocessors: two rounds, as its 256 tiles
+without symmetry. So a lone matrix of that size can't gain; a batch can.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from steepest.kernels import INTERPRETED, product_precision
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut up; shared memory is 2 · BLOCK · BLOCK_K · itemsize · stages bytes."""
+
+    block: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+LARGE = 1024
+"""From this many rows on tiles are large: below, there are too few of them to keep all multiprocessors busy."""
+
+
+def tiles(d: int, precision: str) -> Tiles:
+    """The tiling for d rows at "bfloat16", "tf32" or "float32".
+
+    Compiled for an H200's sm_90, nothing spills. Large tiles take 96 KiB of shared memory, of 227 (and of 99 on smaller
+    GPUs), and about 200 registers per thread, so there is one program per multiprocessor; small ones take 48 KiB and
+    130 registers, so there are three or four. docs/kernels.md has the table.
+    """
+    if precision == "float32":  # without tensor cores operands live in registers, and a larger tile spills them
+        return Tiles(block=64, block_k=16, warps=8, stages=3)
+    block_k = 64 if precision == "bfloat16" else 32
+    if d < LARGE:
+        return Tiles(block=64, block_k=block_k, warps=4, stages=3)
+    return Tiles(block=128, block_k=block_k, warps=8, stages=3)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _symmetric_kernel(  # type: ignore[no-untyped-def]
+    out,  # [B, d, d]
+    old,  # [B, d, d], or anything without HAS_OLD
+    x,  # [B, d, k]
+    y,  # [B, d, k]
+    alpha,  # a number, or [B]
+    beta,  # likewise
+    d,
+    k,
+    count,  # tiles per matrix
+    out_batch,
+    out_row,
+    out_col,
+    old_batch,
+    old_row,
+    old_col,
+    x_batch,
+    x_row,
+    x_col,
+    y_batch,
+    y_row,
+    y_col,
+    HAS_OLD: tl.constexpr,
+    PER_MATRIX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,  # a constant, though each k is compiled anew: the interpreter can't count to a variable
+):
+    program = tl.program_id(0)
+    batch = (program // count).to(tl.int64)
+    tile = program % count
+    # Tile number i (i + 1) / 2 + j is that in row i and column j. The root is rounded, hence the two corrections.
+    i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+    j = tile - i * (i + 1) // 2
+
+    rows = i * BLOCK + tl.arange(0, BLOCK)
+    cols = j * BLOCK + tl.arange(0, BLOCK)
+    along = tl.arange(0, BLOCK_K)
+    x_at = x + batch * x_batch + rows[:, None] * x_row + along[None, :] * x_col  # [BLOCK, BLOCK_K]
+    y_at = y + batch * y_batch + along[:, None] * y_col + cols[None, :] * y_row  # [BLOCK_K, BLOCK]
+    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for step in range(SLICES):
+        inside = along < k - step * BLOCK_K
+        a = tl.load(x_at, mask=(rows[:, None] < d) & inside[None, :], other=0.0)
+        b = tl.load(y_at, mask=inside[:, None] & (cols[None, :] < d), other=0.0)
+        if UPCAST:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        x_at += BLOCK_K * x_col
+        y_at += BLOCK_K * y_col
+
+    if PER_MATRIX:
+        total = total * tl.load(alpha + batch)
+    else:
+        total = total * alpha
+    lower = (rows[:, None] < d) & (cols[None, :] <= rows[:, None])
+    if HAS_OLD:
+        old_at = old + batch * old_batch + rows[:, None] * old_row + cols[None, :] * old_col
+        before = tl.load(old_at, mask=lower, other=0.0).to(tl.float32)
+        if PER_MATRIX:
+            total += tl.load(beta + batch) * before
+        else:
+            total += beta * before
+    result = total.to(out.dtype.element_ty)
+    tl.store(out + batch * out_batch + rows[:, None] * out_row + cols[None, :] * out_col, result, mask=lower)
+    # Strictly above the diagonal, inside diagonal tiles too: there, the two halves' sums may be rounded differently.
+    upper = (rows[None, :] < d) & (cols[:, None] < rows[None, :])
+    mirror = out + batch * out_batch + cols[:, None] * out_row + rows[None, :] * out_col
+    tl.store(mirror, tl.trans(result), mask=upper)
+
+
+@_disable_dynamo  # a graph break: what is traced calls it as it is
+def ema_syrk(K: Tensor, X: Tensor, beta: float | Tensor, alpha: float | Tensor) -> None:
+    """``K ← β K + α X Xᵀ``, in place.
+
+    Args:
+        K: ``[B, d, d]``, symmetric: only what is on and below the diagonal counts.
+        X: ``[B, d, k]`` of any strides, in K's dtype or bfloat16.
+        beta: a number, or one per matrix ``[B, 1, 1]``. With the number 0, what K held doesn't count, NaN included.
+        alpha: likewise, and a tensor if beta is.
+    """
+    _launch(K, None if isinstance(beta, float | int) and beta == 0 else K, X, X, beta, alpha)
+
+
+@_disable_dynamo
+def symmetric_product(X: Tensor, Y: Tensor, old: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    """``β O + α X Yᵀ`` where ``X Yᵀ`` is known to be symmetric, as ``[B, d, d]`` in X's dtype.
+
+    Args:
+        X: ``[B, d, k]`` of any strides.
+        Y: likewise, in X's dtype: X itself, or what commutes with it if both are symmetric.
+        old: O, ``[B, d, d]``, symmetric; or None.
+        beta: on O.
+        alpha: on the product.
+    """
+    out = X.new_empty(len(X), X.shape[-2], X.shape[-2])
+    _launch(out, old, X, Y, beta, alpha)
+    return out
+
+
+def _launch(
+    out: Tensor,
+    old: Tensor | None,
+    X: Tensor,
+    Y: Tensor,
+    beta: float | Tensor,
+    alpha: float | Tensor,
+    precision: str | None = None,
+    tiling: Tiles | None = None,
+) -> None:
+    batch, d, k = X.shape
+    precision = precision or product_precision(X)
+    tiling = tiling or tiles(d, precision)
+    if (
+        precision == "tf32"
+    ):  # tensor cores take TF32 along k only; turned in the kernel, loads would not be asynchronous
+        X, Y = (Z if Z.stride(-1) == 1 else Z.contiguous() for Z in ((X, X) if Y is X else (X, Y)))
+    per_matrix = isinstance(alpha, Tensor)
+    if per_matrix:
+        alpha, beta = (torch.as_tensor(c, device=X.device).float().expand(batch, 1, 1).flatten() for c in (alpha, beta))
+    else:
+        alpha, beta = float(alpha), float(beta)
+    source = out if old is None else old
+    count = -(-d // tiling.block)
+    count = count * (count + 1) // 2
+    with on(X.device):
+        _symmetric_kernel[(batch * count,)](
+            out,
+            source,
+            X,
+            Y,
+            alpha,
+            beta,
+            d,
+            k,
+            count,
+            *out.stride(),
+            *source.stride(),
+            *X.stride(),
+            *Y.stride(),
+            HAS_OLD=old is not None,
+            PER_MATRIX=per_matrix,
+            PRECISION="ieee" if precision == "float32" else "tf32",  # bfloat16 doesn't ask
+            UPCAST=INTERPRETED,  # NumPy has no bfloat16; its products are exact in float32
+            BLOCK=tiling.block,
+            BLOCK_K=tiling.block_k,
+            SLICES=-(-k // tiling.block_k),
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+        )
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which needs not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def trial(device: torch.device) -> None:
+    """Compile and run the tiles that need most shared memory, on next to nothing; raises if that fails."""
+    for precision, dtype in (("bfloat16", torch.bfloat16), ("tf32", torch.float32)):
+        X = torch.ones(1, 16, 16, dtype=dtype, device=device)
+        out = torch.zeros_like(X)
+        _launch(out, None, X, X, 0.0, 1.0, precision, tiles(LARGE, precision))
+        if not bool((out == 16).all()):
+            raise RuntimeError(f"a product of ones in {precision} is wrong")

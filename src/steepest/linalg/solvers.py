@@ -1,0 +1,158 @@
+"""Ways for an eigenbasis to follow its matrix as that drifts, and which of them is the fastest where.
+
+Each takes ``K [..., d, d]``, symmetric positive semidefinite, the basis ``Q [..., d, d]`` that it had, and a number of
+iterations. It returns ``(Q, order)``: columns by descending Rayleigh quotient of the old ones, ``order [..., d]``
+saying which of these each continues. A matrix that can't be followed comes out as NaN. Nothing raises, nothing waits
+for an accelerator, and no matrix's result depends on the others in its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo  # as in `steepest.linalg.attempts`
+
+from steepest.linalg.attempts import at_hand
+from steepest.linalg.eigenbasis import by_rayleigh_quotient, eigenvectors, householder, ordered_iteration
+from steepest.linalg.precision import fp32_matmul_precision
+
+LARGEST_TURN = 0.1
+"""Entries of `first_order`'s rotation are clamped to this; see there."""
+TRUSTED = 0.1
+"""A squared pivot from which one pass of Cholesky-QR leaves columns orthogonal to 1e-5 in float32. They are off by
+about 5 eps / pivot², measured on drifting matrices of 64 to 512 rows."""
+HOPELESS = 1e-5
+"""A squared pivot below which a second pass can't be relied on."""
+
+Solver = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def cholesky(K: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """`steepest.linalg.eigenbasis.ordered_iteration` with `cholesky_qr` in place of Householder's reflections.
+
+    The same basis but for rounding and columns' signs, which stay here. On accelerators a multiple of the identity, a
+    little above the rounding of K Q, is added to K: directions in which K is zero keep their columns, without a look.
+
+    Example:
+        >>> Q, order = cholesky(torch.diag(torch.tensor([1.0, 2.0, 0.5])), torch.eye(3))
+        >>> order
+        tensor([1, 0, 2])
+        >>> Q
+        tensor([[0., 1., 0.],
+                [1., 0., 0.],
+                [0., 0., 1.]])
+    """
+    if not at_hand(K):
+        trace = K.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+        limits = torch.finfo(K.dtype)
+        K = K + (16 * limits.eps * trace + limits.tiny) * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    return ordered_iteration(K, Q, steps, cholesky_qr)
+
+
+def first_order(K: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """One correction by first-order perturbation theory: products and one well conditioned Cholesky-QR.
+
+    In the old basis ``Qᵀ K Q = D + E`` is nearly diagonal. The antisymmetric X with ``X_ij = E_ij / (d_j - d_i)`` turns
+    it into its eigenvectors up to terms in X², and ``Q (I + X)`` is orthonormalized, by Cholesky-QR: its Gram matrix
+    ``I - X²`` has no eigenvalue below 1. Since Q is in it, what Q lacks in orthogonality is made good at each refresh.
+
+    Of two directions with nearly the same eigenvalue any turn is as good, and the formula exaggerates. So entries are
+    clamped to 0.1, which left less off the diagonal than 0.5 or Jacobi's angle (at most 1) did, and vanish where the
+    gap is rounding.
+
+    Example:
+        >>> K = torch.tensor([[4.0, 0.1], [0.1, 1.0]])
+        >>> Q, _ = first_order(K, torch.eye(2))
+        >>> (Q.mT @ K @ Q)[0, 1].abs() < 1e-3
+        tensor(True)
+    """
+    order = _identity_order(K)
+    for _ in range(steps):
+        rows = Q.mT @ K
+        quotients = (rows * Q.mT).sum(dim=-1)
+        now = quotients.argsort(dim=-1, descending=True, stable=True)
+        d, order = quotients.gather(-1, now), order.gather(-1, now)
+        rows = rows.gather(-2, now.unsqueeze(-1).expand_as(rows))
+        Q = Q.gather(-1, now.unsqueeze(-2).expand_as(Q))
+        E = rows @ Q
+        gaps = d.unsqueeze(-2) - d.unsqueeze(-1)  # d_j - d_i, at row i and column j
+        rounding = torch.finfo(K.dtype).eps * d.amax(dim=-1)[..., None, None]
+        X = (E * gaps / (gaps.square() + rounding.square() + torch.finfo(K.dtype).tiny)).triu(1)
+        X = X.clamp(-LARGEST_TURN, LARGEST_TURN)
+        Q = cholesky_qr(Q + Q @ (X - X.mT), passes=1)
+    return Q, order
+
+
+def full(K: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """A full decomposition, whatever the old basis; its i-th column takes the place of the i-th largest quotient."""
+    return eigenvectors(K), by_rayleigh_quotient(K, Q)[1]
+
+
+SOLVERS: dict[str, Solver] = {"qr": ordered_iteration, "cholesky": cholesky, "first_order": first_order, "eigh": full}
+
+
+def choose(device: str) -> str:
+    """What "auto" stands for on a type of device.
+
+    On a CPU "qr", at every size and frequency that were measured (benchmarks/refresh.py, docs/soap.md): Householder's
+    reflections run nearly as fast there as products do, and "cholesky" comes out even at best. On accelerators
+    "first_order", by counts of FLOPs: 9⅓ d³ of which all but 1⅓ are products, against 4⅔ d³ of which only 2 are.
+    Reflections are applied to one panel after the other, batches of them in a loop.
+
+    Example:
+        >>> choose("cpu"), choose("cuda")
+        ('qr', 'first_order')
+    """
+    return "qr" if device == "cpu" else "first_order"
+
+
+@_disable_dynamo
+def cholesky_qr(A: Tensor, passes: int = 3) -> Tensor:
+    """Orthonormal columns for ``A [..., d, d]``: ``A R⁻¹`` with ``RᵀR = AᵀA``, all products but for one factorization.
+
+    The condition number is squared on the way. Columns are scaled first, so that their lengths have no part in it; the
+    smallest pivot of R, free once there is R, tells the rest: how far a column is from those before it.
+    Where it is small, on a CPU, the pass is repeated on its result, or Householder's reflections take over, matrix by
+    matrix. On accelerators nobody looks: all passes are made, and in all but the last a multiple of the identity
+    under the root keeps R from failing (Fukaya et al., arXiv:1809.11085). Products are computed in full float32,
+    whatever the precision around: orthogonality is not to be had for less.
+
+    Args:
+        A: ``[..., d, d]``.
+        passes: on accelerators; one will do if A is nearly orthogonal.
+
+    Returns:
+        ``[..., d, d]``, NaN for a matrix where that fails.
+    """
+    flat = A.reshape(-1, *A.shape[-2:])
+    with fp32_matmul_precision("highest"):
+        if not at_hand(A):
+            for _ in range(passes - 1):
+                flat, _ = _cholesky_pass(flat, shift=8 * A.shape[-1] * torch.finfo(A.dtype).eps)
+            Q, pivot = _cholesky_pass(flat)
+            return torch.where((pivot > 0)[:, None, None], Q, torch.nan).reshape(A.shape)
+        Q, pivot = _cholesky_pass(flat)
+        for i in [i for i, p in enumerate(pivot.tolist()) if not p >= TRUSTED]:
+            one = slice(i, i + 1)
+            again, second = _cholesky_pass(Q[one])
+            good = pivot[i] >= HOPELESS and second >= TRUSTED
+            Q[one] = again if good else householder(flat[one])
+    return Q.reshape(A.shape)
+
+
+def _cholesky_pass(A: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """One pass for ``A [b, d, d]``, and the smallest squared pivot ``[b]``, by columns of length 1; 0 if it fails."""
+    A = A / torch.linalg.vector_norm(A, ord=torch.inf, dim=-2, keepdim=True)  # not the length, whose square may vanish
+    C = A.mT @ A
+    if shift:
+        C = C + torch.diag_embed(shift * C.diagonal(dim1=-2, dim2=-1))
+    R, info = torch.linalg.cholesky_ex(C, upper=True)
+    pivots = R.diagonal(dim1=-2, dim2=-1).square() / C.diagonal(dim1=-2, dim2=-1)
+    Q: Tensor = torch.linalg.solve_triangular(R, A, upper=True, left=False)
+    return Q, torch.where(info == 0, pivots.amin(dim=-1), 0)
+
+
+def _identity_order(K: Tensor) -> Tensor:
+    return torch.arange(K.shape[-1], device=K.device).expand(K.shape[:-1])
