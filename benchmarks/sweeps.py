@@ -25,16 +25,18 @@ from steepest.lab.contenders import parse_sweep
 
 RESULTS = Path(__file__).parent / "results"
 FACTOR_DECAY = "shampoo_beta=0.9,0.95"
+MEMORY = "betas=(0.8,0.95),(0.9,0.95)"
 MOMENTUM = "momentum=0.9,0.95"
 AXES: dict[str, tuple[str, ...]] = {
     "adamw": ("lr=2.5e-3,5e-3,1e-2,2e-2", "betas=(0.7,0.95),(0.8,0.95)"),
-    "soap": ("lr=1e-2,2e-2,4e-2,8e-2", FACTOR_DECAY),
-    "soap-f5": ("lr=1e-2,2e-2,4e-2,8e-2", FACTOR_DECAY),
-    "soap-f10": ("lr=1e-2,2e-2,4e-2,8e-2", FACTOR_DECAY),
-    "kl-soap": ("lr=5e-3,1e-2,2e-2,4e-2", "kl_floor=1e-4,0.0"),
-    "rekls": ("lr=5e-3,1e-2,2e-2,4e-2", FACTOR_DECAY),
+    "soap": ("lr=5e-3,1e-2,2e-2,4e-2", MEMORY),
+    "soap-f5": ("lr=5e-3,1e-2,2e-2,4e-2", MEMORY),
+    "soap-f10": ("lr=5e-3,1e-2,2e-2,4e-2", MEMORY),
+    "kl-soap": ("lr=5e-3,1e-2,2e-2,4e-2", MEMORY),
+    "kl-soap-f3": ("lr=5e-3,1e-2,2e-2,4e-2", MEMORY),
+    "rekls": ("lr=5e-3,1e-2,2e-2,4e-2", MEMORY),
     "moso": ("lr=6e-4,1.25e-3,2.5e-3,5e-3", "inner='adam','rmsprop'"),
-    "muon": ("lr=1e-2,2e-2,4e-2,8e-2", MOMENTUM),
+    "muon": ("lr=1.5e-2,3e-2,6e-2,1.2e-1", "momentum=0.85,0.9"),
     "normuon": ("lr=1e-2,2e-2,4e-2,8e-2", MOMENTUM),
     "adamuon": ("lr=2e-2,4e-2,8e-2,1.6e-1", "momentum=0.8,0.9"),
     "shampoo": ("lr=5e-3,1e-2,2e-2,4e-2", FACTOR_DECAY),

@@ -25,7 +25,7 @@ from steepest.options import check_options, nearest, option_defaults, parameter_
 from steepest.rule import Elementwise, Rule
 from steepest.rules import RULES
 from steepest.stacks import Stack, spread, state_dtype
-from steepest.stepping import directions, safe_norm
+from steepest.stepping import directions, finish, safe_norm
 from steepest.views import View
 
 if TYPE_CHECKING:
@@ -207,6 +207,8 @@ class Optimizer(torch.optim.Optimizer):
         if lot.travels:
             yield
         apply(group, lot.group, land(), rule.decay_follows)
+        for stack in lot.stacks:
+            finish(rule, stack)
 
     def _stagger(self, stack: Stack, group: Mapping[str, Any], rule: Rule) -> list[int]:
         """The phase of each slot's refresh; spread over all matrices of the group that share a period.

@@ -202,6 +202,16 @@ class Rule(Options, ABC):
         """`init`, as it is kept between steps."""
         return self.storage.laid_out(self.init(G))
 
+    def defers(self, step: Step) -> bool:
+        """Whether ``update`` has left something of this step for `finish`."""
+        return False
+
+    def finish(self, state: State, step: Step) -> None:
+        """Do what ``update`` has left, in place in ``state``, after the weights have moved.
+
+        On an accelerator it runs beside whatever comes until the next step, on a stream of its own.
+        """
+
     @property
     def decay_follows(self) -> bool:
         """Whether weights decay after the step, not before it."""

@@ -8,6 +8,7 @@ corrections; ``clock``, on the host, says where in its life it stands, for refre
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steepest.phases import phase
-from steepest.rule import Rule, Slots, State
+from steepest.rule import Rule, Slots, State, Step
 from steepest.views import View
 
 Windows = Mapping[tuple[int, int], Tensor]
@@ -62,6 +63,16 @@ class Run:
     """Which of them refresh, counted from the run's first."""
 
 
+@dataclass(frozen=True)
+class PutOff:
+    """What a rule has left of a step for after it."""
+
+    slots: slice
+    step: Step
+    finite: Tensor | None
+    """``[b, 1, 1]``: of which matrices the step must leave no trace, as False; None: of none."""
+
+
 class Echo:
     """A tensor on its way to the host. Hearing it waits for what its device was told before, not for what came after.
 
@@ -99,6 +110,9 @@ class Stack:
         self.skipped = 0
         self.failures = torch.zeros(self.size, dtype=torch.int64, device=like.device)
         self.undone: Echo | None = None
+        self.put_off: list[PutOff] = []
+        self._lane: torch.cuda.Stream | None = None
+        self._finished: tuple[torch.cuda.Event, list[PutOff]] | None = None
 
     @classmethod
     def blank(cls, rule: Rule, number: int, seat: Seat, p: Tensor) -> Stack:
@@ -122,15 +136,31 @@ class Stack:
         return out
 
     def settle(self) -> None:
-        """Count what the device left out in the last step, and turn back the host's clock for it.
+        """Have the device wait for what runs `beside`. Count what it left out, and turn back the host's clock for it.
 
-        The host hears of it a step late, when the answer has long come in and waiting for it holds nothing up.
+        The host hears of the last step a step late, when the answer has come in and waiting for it holds nothing up.
         """
+        if self._finished is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._finished[0])
+            self._finished = None
         if self.undone is not None:
             undone = self.undone.heard()
             self.skipped += int(undone.sum())
             self.clock -= undone
             self.undone = None
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What a CUDA device is told inside the ``with`` block it does beside what comes after, until `settle`."""
+        if self.device.type != "cuda":
+            yield
+            return
+        self._lane = self._lane or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._lane.wait_stream(torch.cuda.current_stream(self.device))
+        held = list(self.put_off)  # memory that this stream reads, and another would give away
+        with torch.cuda.stream(self._lane):
+            yield
+        self._finished = self._lane.record_event(), held
 
     def derive(self, rule: Rule, indices: Collection[int]) -> None:
         """Compute the derived state of the parameters at these positions from the rest of theirs."""

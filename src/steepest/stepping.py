@@ -10,7 +10,7 @@ from torch import Tensor
 from steepest.exchange.lot import Directions
 from steepest.linalg import attempts
 from steepest.rule import LowRank, Rule, Step
-from steepest.stacks import Echo, Run, Stack, Windows, to_device
+from steepest.stacks import Echo, PutOff, Run, Stack, Windows, to_device
 
 
 def directions(
@@ -26,6 +26,7 @@ def directions(
         decay: by how much.
         phases: for each slot when in its period it refreshes.
     """
+    stack.put_off.clear()  # of a step that was broken off
     live = [seat.key in grads for seat in stack.seats for _ in seat.range]
     if not any(live):
         return None
@@ -99,7 +100,26 @@ def _update(
     stack.storage.store(restored, state, t)
     if finite is not None and kept is not None:
         undo(finite[s], changes, kept)
+    if rule.defers(step):
+        stack.put_off.append(PutOff(s, step, None if finite is None else finite[s]))
     return D
+
+
+def finish(rule: Rule, stack: Stack) -> None:
+    """Have the rule do what it has put off in this step, beside what the device is told next."""
+    if not stack.put_off:
+        return
+    with stack.beside():
+        for rest in stack.put_off:
+            state = {name: x[rest.slots] for name, x in stack.state.items()}
+            changes = [stack.failures[rest.slots], *state.values()]
+            kept = None if rest.finite is None else [x.clone() for x in changes]
+            restored = stack.storage.restored(state)
+            rule.finish(restored, rest.step)
+            stack.storage.store(restored, state, rest.step.t)
+            if rest.finite is not None and kept is not None:
+                undo(rest.finite, changes, kept)
+    stack.put_off.clear()
 
 
 def undo(finite: Tensor, tensors: Iterable[Tensor], kept: Iterable[Tensor]) -> None:

@@ -14,7 +14,7 @@ WEIGHT_DECAY = 0.1
 WARMUP = 0.3
 FINAL_RATE = 0.01
 
-ELEMENTWISE: Mapping[str, Any] = {"lr": 5e-3, "betas": (0.9, 0.95), "weight_decay": WEIGHT_DECAY}
+ELEMENTWISE: Mapping[str, Any] = {"lr": 2e-2, "betas": (0.7, 0.95), "weight_decay": WEIGHT_DECAY}
 """AdamW for what is no hidden matrix: embeddings, head, norms, biases."""
 
 
@@ -45,7 +45,7 @@ def _swept(name: str, options: Mapping[str, Any], rates: tuple[float, ...], rule
 
 def _soap(name: str, rule: str = "soap", **options: Any) -> Preset:
     """The SOAP family: all of it came out best at the same rate and decay of the covariances."""
-    shared = {"lr": 2e-2, "betas": (0.9, 0.95), "shampoo_beta": 0.9}
+    shared = {"lr": 2e-2, "betas": (0.8, 0.95), "shampoo_beta": 0.9}
     return _swept(name, shared | options, rates=(5e-3, 1e-2, 2e-2, 4e-2), rule=rule)
 
 
@@ -58,9 +58,10 @@ PRESETS: Mapping[str, Preset] = {
     "soap-f5": _soap("soap-f5", precondition_frequency=5),
     "soap-f10": _soap("soap-f10", precondition_frequency=10),
     "kl-soap": _soap("kl-soap", use_kl_shampoo=True),
+    "kl-soap-f3": _soap("kl-soap-f3", precondition_frequency=3, use_kl_shampoo=True),
     "rekls": _soap("rekls", rule="rekls"),
     "moso": _swept("moso", {"lr": 2.5e-3, "inner": "rmsprop"}, rates=(6e-4, 1.25e-3, 2.5e-3, 5e-3)),
-    "muon": _swept("muon", {"lr": 4e-2, "momentum": 0.9}, rates=HIGH),
+    "muon": _swept("muon", {"lr": 6e-2, "momentum": 0.85}, rates=(1.5e-2, 3e-2, 6e-2, 1.2e-1)),
     "normuon": _swept("normuon", {"lr": 4e-2, "momentum": 0.9}, rates=HIGH),
     "adamuon": _swept("adamuon", {"lr": 8e-2, "momentum": 0.8}, rates=HIGHER),
     "shampoo": _swept("shampoo", {"lr": 2e-2, "shampoo_beta": 0.9, "precondition_frequency": 5}, rates=LOW),

@@ -82,6 +82,9 @@ class SOAP(Optimizer):
             matrices, as in stacked experts ``[E, m, n]``.
         precondition_1d: rotate vectors too: one covariance n × n.
         preconditioner_decay: another name for ``shampoo_beta``.
+        refresh_async: refreshes follow the step that they are due in, and a GPU makes them beside the next forward and
+            backward pass, on a stream of its own. All but the first then serve from the next step on, as with
+            ``basis_timing="after"``. Until the next step, or `state_dict`, ``state`` may not be read on the GPU.
         basis_dtype: "bfloat16" keeps bases in half the bytes between steps: 4 (m² + n²) less. What it costs in quality
             is below the race's noise (docs/memory.md).
         moment_dtype: "int8" keeps Adam's two moments in 8 bits, in blocks of 64 with scales, rounded stochastically:
@@ -144,6 +147,7 @@ class SOAP(Optimizer):
         merge_dims: bool = True,
         precondition_1d: bool = False,
         preconditioner_decay: float | None = None,
+        refresh_async: bool = False,
         basis_dtype: str = "float32",
         moment_dtype: str = "float32",
         nonfinite: str = "skip",

@@ -73,6 +73,7 @@ class Soap(Refreshing):
     )
     momentum_floor: bool = True
     precondition_1d: bool = False
+    refresh_async: bool = False
     basis_dtype: str = one_of(BASES, "float32")
     moment_dtype: str = one_of(MOMENTS, "float32")
 
@@ -107,19 +108,27 @@ class Soap(Refreshing):
             factors.feed_kl(G, beta, self.eps, self.kl_floor)
         else:
             factors.feed(G, beta)
-        if step.refresh is not None:
-            with fp32_matmul_precision(self.qr_fp32_matmul_prec):
-                self.follow(factors, step.refresh, first=step.stage == "first")
-            factors.measure()
+        if step.refresh is not None and not self.defers(step):
+            self.follow(factors, step.refresh, first=step.stage == "first")
+
+    def defers(self, step: Step) -> bool:
+        return self.refresh_async and step.refresh is not None and step.stage != "first"
+
+    def finish(self, state: State, step: Step) -> None:
+        with fp32_matmul_precision(self.fp32_matmul_prec):
+            if step.refresh is not None and not (factors := Factors(state, step.failures)).trivial:
+                self.follow(factors, step.refresh, first=False)
 
     def follow(self, factors: Factors, slots: Slots, first: bool) -> None:
         """The bases of these slots follow their covariances, and Adam's moments follow the bases."""
-        if first and self.refresh != "qr":
-            factors.start(slots, in_float64=self.basis_timing == "before")
-            return
-        if self.use_adaptive_criteria and not first:
-            slots = factors.outdated(slots, self.adaptive_update_tolerance)
-        factors.refresh(slots, False, self.power_iter_steps, self.match_columns, self.refresh)
+        with fp32_matmul_precision(self.qr_fp32_matmul_prec):
+            if first and self.refresh != "qr":
+                factors.start(slots, in_float64=self.basis_timing == "before")
+            else:
+                if self.use_adaptive_criteria and not first:
+                    slots = factors.outdated(slots, self.adaptive_update_tolerance)
+                factors.refresh(slots, False, self.power_iter_steps, self.match_columns, self.refresh)
+        factors.measure()
 
     def act(self, G: Tensor, factors: Factors, step: Step, in_basis: bool) -> Tensor:
         """Adam's direction, taken in the eigenbases and brought back."""
