@@ -1,13 +1,15 @@
-"""A few processes with a gloo group among them, which run functions by name until the tests are over."""
+"""A few processes that run functions by name, with a gloo group among them, until the tests are over."""
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -80,16 +82,19 @@ class Ranks:
 def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    while True:
+    for number in count():
         try:
             module, name, args = pipe.recv()
         except EOFError:
             return
+        # A group of its own for each: gloo's threads wake a hundred times a second, and every mesh makes groups.
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}-{number}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        )
         try:
             answer = (True, getattr(importlib.import_module(module), name)(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
+        gc.collect()
+        dist.destroy_process_group()
         pipe.send(answer)
