@@ -69,7 +69,7 @@ def factors(job: Job) -> Iterator[Job]:
     m, n = job.window.shape
     rest = job.cost
     for side, d in enumerate(rule.sides(m, n)):
-        cost = product(d, m * n // d, d) + iteration(d) / FREQUENCY
+        cost = (product(d, m * n // d, d) + iteration(d).every(FREQUENCY)).total
         rest -= cost
         yield replace(job, name=f"{job.name}/{side}", cost=cost)
     yield replace(job, cost=rest)

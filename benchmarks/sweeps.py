@@ -8,8 +8,8 @@
 Each contender tries four learning rates times two values of the option that matters most to it, 300 steps on `stdlib`,
 one seed. On the other workloads the second axis is the learning rate of what is no hidden matrix, except for AdamW,
 where all have the same. Every trial's settings and final validation loss go to benchmarks/results/sweeps.json, those of
-other workloads to sweeps_WORKLOAD.json. Whatever is no axis is as in the presets; those of SOAP's family and of Muon were
-changed after a second round, benchmarks/results/sweeps_memory.json, so they don't give the first round's figures again.
+other workloads to sweeps_WORKLOAD.json. Whatever is no axis is as in the presets. Those of SOAP's family and of Muon
+were changed after a second round, benchmarks/results/sweeps_memory.json: theirs don't come again to the digit.
 """
 
 from __future__ import annotations

@@ -172,9 +172,15 @@ def plan(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Of a training step, over all ranks.")] = 2**19,
     dtype: Annotated[str | None, typer.Option(help="Of gradients; the file's own, or bfloat16, if not given.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Predict time, too: on h200, h100, a100, l40s, or here, which is measured first.")
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option(help="Share of the device's peak at which the model is trained, for its part of a step.")
+    ] = 0.4,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
-    """Simulate how an optimizer's step is shared out among ranks: state, bytes sent, FLOPs and their balance."""
+    """Simulate how an optimizer's step is shared out among ranks: state, bytes sent, FLOPs, their balance, and time."""
     try:
         from steepest.lab import plan_report
         from steepest.lab.check import parse_options
@@ -183,7 +189,9 @@ def plan(
         _fail(f'the plan needs {missing.name}; install it with: pip install "steepest[lab]"')
     try:
         options = parse_options(option or [])
-        request = plan_report.Request(model_file, params, optimizer, options, world, layout, block_size, tokens, dtype)
+        request = plan_report.Request(
+            model_file, params, optimizer, options, world, layout, block_size, tokens, dtype, gpu, mfu
+        )
         plan_report.run(request, Console(), as_json)
     except BadInput as error:
         _fail(str(error))

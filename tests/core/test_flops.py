@@ -1,15 +1,18 @@
-"""`Rule.flops` says what a step computes: counted while steps are taken, decompositions with it."""
+"""`Rule.work` says what a step computes, by kind and precision: counted while steps are taken."""
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import permutations
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from steepest.linalg import polar, solvers
+from steepest.linalg.flops import Part, Work, eigh, product, qr, total
 from steepest.rule import Refreshing, Rule, Step, whole
 from steepest.rules import RULES
 from steepest.schedules import StepSchedule
@@ -54,19 +57,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 SHAPES = [(24, 24), (40, 24), (24, 100)]
 
 
-class Decompositions(TorchDispatchMode):
-    """FLOPs of what torch doesn't count, by Golub and Van Loan."""
+class Counted(TorchDispatchMode):
+    """FLOPs by kind, those of products by precision: torch's own counts, and Golub and Van Loan's where it has none."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0.0
+        self.flops: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in COUNTS:
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet in PRODUCTS:
+            coarse = out.dtype == torch.bfloat16
+            name = "bfloat16" if coarse else torch.get_float32_matmul_precision()
+            self.flops[name] += PRODUCTS[packet](*args, **(kwargs or {}), out_val=out)
+        elif packet.__name__ in COUNTS:
+            kind, count = COUNTS[packet.__name__]
             *batch, m, n = args[0].shape
-            self.flops += torch.Size(batch).numel() * COUNTS[name](m, n, args)
-        return func(*args, **(kwargs or {}))
+            self.flops[kind] += torch.Size(batch).numel() * count(m, n, args)
+        return out
 
 
 def reflections(m, n, args):
@@ -74,35 +83,44 @@ def reflections(m, n, args):
 
 
 COUNTS = {
-    "geqrf": reflections,
-    "linalg_householder_product": reflections,
-    "linalg_qr": lambda m, n, args: reflections(m, n, args) * (1 if args[1:] == ("r",) else 2),
-    "_linalg_eigh": lambda m, n, args: 9 * n**3,
-    "_linalg_svd": lambda m, n, args: 6 * min(m, n) ** 2 * max(m, n) + 20 * min(m, n) ** 3,
-    "linalg_cholesky_ex": lambda m, n, args: n**3 / 3,
-    "linalg_solve_triangular": lambda m, n, args: n**2 * args[1].shape[-2],
+    "geqrf": ("qr", reflections),
+    "linalg_householder_product": ("qr", reflections),
+    "linalg_qr": ("qr", lambda m, n, args: reflections(m, n, args) * (1 if args[1:] == ("r",) else 2)),
+    "_linalg_eigh": ("eigh", lambda m, n, args: 9 * n**3),
+    "_linalg_svd": ("svd", lambda m, n, args: 6 * min(m, n) ** 2 * max(m, n) + 20 * min(m, n) ** 3),
+    "linalg_cholesky_ex": ("cholesky", lambda m, n, args: n**3 / 3),
+    "linalg_solve_triangular": ("cholesky", lambda m, n, args: n**2 * args[1].shape[-2]),
+}
+PRODUCTS = flop_registry | {
+    torch.ops.aten.baddbmm_: lambda _, a, b, out_val, **__: 2 * a.numel() * b.shape[-1]  # torch leaves it out
 }
 
 
-def counted(rule: Rule, m: int, n: int) -> float:
-    """FLOPs of a step of one matrix, on the average of a period."""
+def counted(rule: Rule, m: int, n: int) -> list[dict[str, float]]:
+    """FLOPs of each step of a period, of one matrix; of the first of them with a refresh."""
     generator = torch.Generator().manual_seed(0)
     state = rule.init(torch.empty(2, m, n))
 
-    def step(clock: int) -> None:
+    def step(clock: int) -> dict[str, float]:
         G = torch.randn(2, m, n, generator=generator)
         slots = slice(0, 2) if rule.due(clock, 0) else None
-        D = rule.update(G, state, Step(torch.full((2, 1, 1), clock + 1.0), rule.stage(clock), slots))
-        if D is not None:
-            whole(D)
+        with Counted() as seen:
+            D = rule.update(G, state, Step(torch.full((2, 1, 1), clock + 1.0), rule.stage(clock), slots))
+            if D is not None:
+                whole(D)
+        return {name: flops / 2 for name, flops in seen.flops.items()}
 
     for clock in range(PERIOD):  # the first step is special
         step(clock)
-    in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * a.numel() * b[-1]}  # torch leaves it out
-    with FlopCounterMode(display=False, custom_mapping=in_place) as products, Decompositions() as others:
-        for clock in range(PERIOD, 2 * PERIOD):
-            step(clock)
-    return (products.get_total_flops() + others.flops) / (2 * PERIOD)
+    return [step(clock) for clock in range(PERIOD, 2 * PERIOD)]
+
+
+def by_name(work: Work) -> dict[str, float]:
+    """FLOPs of a rule's work, as `Counted` has them."""
+    found: Counter[str] = Counter()
+    for part, flops in work.parts.items():
+        found[(part.precision or "highest") if part.kind == "product" else part.kind] += flops
+    return {name: flops for name, flops in found.items() if flops}
 
 
 @pytest.fixture(autouse=True)
@@ -116,8 +134,48 @@ def bfloat16(monkeypatch):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_product_and_decomposition_is_in_it(name, shape):
     of, options = VARIANTS[name]
+    if "fp32_matmul_prec" in RULES[of].defaults():  # unlike the other one's default, and unlike what is in force
+        options = options | {"fp32_matmul_prec": "medium"}
     rule = RULES[of](**options)
-    assert rule.flops(*shape) == pytest.approx(counted(rule, *shape), rel=1e-9)
+    work, steps = rule.work(*shape), counted(rule, *shape)
+    mean = {key: sum(step.get(key, 0.0) for step in steps) / PERIOD for step in steps for key in step}
+    assert by_name(work) == pytest.approx(mean, rel=1e-9)
+    assert by_name(work.now()) == pytest.approx(steps[0], rel=1e-9)
+    assert by_name(work.always()) == pytest.approx(steps[1], rel=1e-9)
+    assert rule.flops(*shape) == work.total == pytest.approx(sum(mean.values()), rel=1e-9)
+
+
+def test_work_adds_up_and_scales():
+    one, other = product(2, 2, 2), qr(4, 2)
+    assert (one + one).parts == (2 * one).parts == (one * 2).parts == {Part("product", 2): 32.0}
+    assert (one + other).total == one.total + other.total
+    assert Work().total == total([]).total == 0
+    assert total([one, other, one]).parts == (2 * one + other).parts
+
+
+def test_sums_are_the_same_in_any_order():
+    parts = [product(d, d, d) * 0.1 for d in (3, 700, 5, 60)]
+    assert len({total(order).total for order in permutations(parts)}) == 1
+
+
+def test_a_precision_stays_once_it_is_given():
+    work = (product(2, 2, 2) + product(3, 3, 3).at("highest") + qr(2, 2)).at("high")
+    assert [(part.kind, part.precision) for part in work.parts] == [
+        ("product", "high"), ("product", "highest"), ("qr", "")
+    ]  # fmt: skip
+
+
+def test_what_is_done_seldom():
+    often, seldom = product(2, 2, 2), eigh(2)
+    work = often + seldom.every(3).every(2)
+    assert work.total == pytest.approx(16 + 72 / 6)
+    assert work.always().parts == often.parts
+    assert work.now().parts == pytest.approx((often + seldom).parts)
+
+
+def test_sizes_are_those_by_which_speed_is_judged():
+    sizes = [next(iter(work.parts)).size for work in (product(4, 8, 2), qr(30, 5), eigh(7))]
+    assert sizes == [4, 5, 7]
 
 
 def test_every_matrix_rule_is_tried():

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from steepest.exchange import domain
+
 
 class Ranks:
     """``world`` processes. After a failure, or a hang, they are started anew.
@@ -95,6 +97,8 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
             answer = (True, getattr(importlib.import_module(module), name)(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
+        domain._among.cache_clear()
+        domain._host_group.cache_clear()
         gc.collect()
         dist.destroy_process_group()
         pipe.send(answer)

@@ -1,8 +1,8 @@
 """What ``steepest plan`` computes: how a model's step would be shared out among ranks, without any rank.
 
 The plan is the optimizer's own (`steepest.exchange.plan`), state is what a rule's ``init`` lays out, FLOPs are
-`steepest.rule.Rule.flops`. What the model of a step leaves out: time. FLOPs of a decomposition take longer than those
-of a product, bytes travel faster within a machine than between two.
+`steepest.rule.Rule.flops`, and `steepest.lab.plan_time` makes seconds of them where a device is given. What that leaves
+out: bytes that travel, faster within a machine than between two, and waiting for them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from functools import cache
 import torch
 
 from steepest.exchange.layout import Layout, Rectangle
-from steepest.exchange.plan import BUCKET_BYTES, Job, make_plan
+from steepest.exchange.plan import BUCKET_BYTES, Job, Plan, make_plan
 from steepest.lab.errors import BadInput
+from steepest.lab.plan_devices import Device
 from steepest.lab.plan_models import Model, Weight
+from steepest.lab.plan_time import MFU, Forecast, Load, Matrix, entry_bytes, forecast, phases
 from steepest.rule import Elementwise, Rule
 
 Piece = tuple[int, int, int]
@@ -107,6 +109,8 @@ class Outlook:
     """FLOPs from first to last if all ranks wait for each other after each bucket."""
     share: float
     """FLOPs of the optimizer step on the slowest rank, by those of the model's, 6 per parameter and token."""
+    forecast: Forecast | None = None
+    """What a device makes of it, if one is given."""
 
     @property
     def balance(self) -> float:
@@ -114,7 +118,14 @@ class Outlook:
         return self.flops_max / self.flops_mean if self.flops_mean else 1.0
 
 
-def look(model: Model, on: Mesh, tokens: int, bucket_bytes: int = BUCKET_BYTES) -> Outlook:
+def look(
+    model: Model,
+    on: Mesh,
+    tokens: int,
+    bucket_bytes: int = BUCKET_BYTES,
+    device: Device | None = None,
+    mfu: float = MFU,
+) -> Outlook:
     """Plan a model's step, and add up.
 
     Args:
@@ -122,9 +133,12 @@ def look(model: Model, on: Mesh, tokens: int, bucket_bytes: int = BUCKET_BYTES) 
         on: how it lies on the ranks.
         tokens: of a training step, over all ranks.
         bucket_bytes: as `steepest.exchange.plan.make_plan` has it.
+        device: what every rank is; None: nothing is said about time.
+        mfu: as `steepest.lab.plan_time.forecast` has it.
     """
     own = _own(model, on)
     plan = make_plan(jobs(model, on), on.world, bucket_bytes=bucket_bytes, loads=own.flops)
+    training = 6 * model.parameters * tokens / on.world
     loads = [sum(parts) for parts in zip(plan.loads(), own.flops, strict=True)]
     state = [sum(parts) for parts in zip(plan.memory(), own.state, own.elementwise, strict=True)]
     traffic = plan.traffic()
@@ -147,23 +161,88 @@ def look(model: Model, on: Mesh, tokens: int, bucket_bytes: int = BUCKET_BYTES) 
         flops_max=max(loads),
         flops_mean=_mean(loads),
         lockstep=plan.lockstep() + max(own.flops),
-        share=max(loads) * on.world / (6 * model.parameters * tokens),
+        share=max(loads) / training,
+        forecast=None
+        if device is None
+        else forecast(
+            (model.rule, model.elementwise),
+            _loads(model, on, plan, own, state),
+            training,
+            device,
+            max(weight.itemsize for weight in model.weights),
+            mfu,
+        ),
     )
 
 
 def jobs(model: Model, on: Mesh) -> Iterator[Job]:
     """What can be shared out, as the engine does it: each piece of a parameter by itself, if it is a box there."""
+    return (job for job, _, _ in _jobs(model, on))
+
+
+def _jobs(model: Model, on: Mesh) -> Iterator[tuple[Job, Weight, range]]:
+    """Each with its parameter, and the numbers of the pieces that are in it."""
     for weight in model.weights:
         if weight.view is None or _stays(weight, on):
             continue
         layout, pieces = on.layout(weight.shape), weight.view.pieces
         boxes = [box for piece in range(len(pieces)) if (box := weight.view.box(piece)) is not None]
         if len(boxes) < max(len(pieces), 2):
-            yield _job(model, weight, layout, layout.whole, weight.name, tuple(pieces))
+            yield _job(model, weight, layout, layout.whole, weight.name, tuple(pieces)), weight, range(len(pieces))
             continue
         for number, (box, piece) in enumerate(zip(boxes, pieces, strict=True)):
             window = Rectangle(tuple(s.start for s in box), tuple(s.stop - s.start for s in box))
-            yield _job(model, weight, layout, window, f"{weight.name}.{number}", (piece,))
+            job = _job(model, weight, layout, window, f"{weight.name}.{number}", (piece,))
+            yield job, weight, range(number, number + 1)
+
+
+def _loads(model: Model, on: Mesh, plan: Plan, own: Own, state: Sequence[float]) -> list[Load]:
+    """What each rank steps and holds."""
+    matrices: list[Counter[Matrix]] = [Counter() for _ in range(on.world)]
+    stacks: list[set[tuple[int, int, int]]] = [set() for _ in range(on.world)]
+    parameters = [0.0] * on.world
+    for weight, count in Counter(replace(weight, name="") for weight in model.weights).items():
+        for rank, part in enumerate(on.layout(weight.shape).parts):
+            parameters[rank] += count * part.size
+    turns = _turns(model)
+    bucket_of = {j: number for number, bucket in enumerate(plan.buckets) for j in bucket}
+
+    def give(rank: int, bucket: int, weight: Weight, piece: int, share: slice) -> None:
+        assert weight.view is not None
+        _, m, n = weight.view.pieces[piece]
+        matrices[rank].update((m, n, turn) for turn in turns[weight.name, piece][share])
+        stacks[rank].add((bucket, m, n))
+
+    for j, (_, weight, pieces) in enumerate(_jobs(model, on)):
+        for piece in pieces:
+            give(plan.owners[j], bucket_of[j], weight, piece, slice(None))
+    for weight in model.weights:
+        if weight.view is None or not _stays(weight, on):
+            continue
+        for rank, part in enumerate(on.layout(weight.shape).parts):
+            for piece, (b, _, _) in enumerate(weight.view.pieces if part.size else []):
+                each = b // weight.shape[0]  # of the first dimension, by which it is cut
+                give(rank, -1, weight, piece, slice(part.start[0] * each, (part.start[0] + part.shape[0]) * each))
+    entries = [held / entry_bytes(model.elementwise) for held in own.elementwise]
+    ranks = zip(matrices, stacks, entries, parameters, state, strict=True)
+    return [Load(m, len(s), e, p, b) for m, s, e, p, b in ranks]
+
+
+def _turns(model: Model) -> dict[tuple[str, int], list[int]]:
+    """By parameter and piece: when each of its matrices refreshes if staggered, over the whole group."""
+    slots = sorted(
+        (weight.name, piece, k, m, n)
+        for weight in model.weights
+        if weight.view is not None
+        for piece, (b, m, n) in enumerate(weight.view.pieces)
+        for k in range(b)
+    )
+    turns: dict[tuple[str, int], list[int]] = {}
+    if isinstance(model.rule, Rule):
+        spread_out = phases(model.rule, [(m, n) for *_, m, n in slots])
+        for (name, piece, *_), turn in zip(slots, spread_out, strict=True):
+            turns.setdefault((name, piece), []).append(turn)
+    return turns
 
 
 @dataclass
@@ -183,7 +262,7 @@ def _own(model: Model, on: Mesh) -> Own:
     for weight, count in alike.items():
         layout = on.layout(weight.shape)
         if weight.view is None:
-            per_entry = count * _bytes_per_entry(model.elementwise)
+            per_entry = count * entry_bytes(model.elementwise)
             for rank, part in enumerate(layout.parts):
                 own.elementwise[rank] += per_entry * part.size
             continue
@@ -213,17 +292,10 @@ def _job(model: Model, weight: Weight, layout: Layout, window: Rectangle, name: 
 
 @cache
 def _price(rule: Rule | Elementwise, pieces: tuple[Piece, ...]) -> tuple[float, int]:
-    """FLOPs of a step of some matrices, and bytes of their state in float32."""
+    """FLOPs of a step of some matrices, and bytes of their state."""
     assert isinstance(rule, Rule)
-    states = [rule.init(torch.empty(piece, device="meta")) for piece in pieces]
+    states = [rule.lay_out(torch.empty(piece, device="meta")) for piece in pieces]
     return sum(b * rule.flops(m, n) for b, m, n in pieces), sum(x.nbytes for state in states for x in state.values())
-
-
-@cache
-def _bytes_per_entry(rule: Elementwise) -> int:
-    """Of state, which is float32."""
-    state = rule.init(torch.empty(1, 1, device="meta"))
-    return sum(x.itemsize for x in state.values() if x.dim())
 
 
 @cache

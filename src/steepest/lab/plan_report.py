@@ -15,7 +15,10 @@ from rich.table import Table
 from steepest.lab.check import DTYPES
 from steepest.lab.errors import BadInput, one_line
 from steepest.lab.plan import Outlook, look, mesh
+from steepest.lab.plan_devices import gpu
+from steepest.lab.plan_here import NAME, here
 from steepest.lab.plan_models import PRESETS, Model, from_file, preset
+from steepest.lab.plan_time import MFU
 
 BLOCKS = (8192, 4096, 2048)
 """What is looked at beside whole matrices."""
@@ -26,6 +29,14 @@ FOOTNOTE = (
     "balance: that by the mean. share: that by the model's own, 6 per parameter and token. "
     "Simulated: nothing was sent or timed."
 )
+TIME_NOTE = (
+    "Predicted for {device}: FLOPs by kind, each at {speeds}, then bytes at its bandwidth, one after the other, on the "
+    "rank that has most. ms: of the optimizer's step on the average; at once: of the longest, if all refresh in it; "
+    "in turn: if they are staggered. model: forward and backward on a rank, 6 FLOPs per parameter and token at "
+    "{mfu:.0%} of its peak. share: of a training step. held: bytes of weights, gradients and state. Left out: what "
+    "travels, and activations."
+)
+GUESSED, MEASURED = "a share of its published peak that is assumed", "the speed measured for it"
 BLOCKS_NOTE = "Blocks change the optimizer: each is preconditioned by itself."
 
 
@@ -45,6 +56,9 @@ class Request:
     tokens: int = 2**19
     dtype: str | None = None
     """Of gradients; None: that of the file's parameters, bfloat16 for well-known models."""
+    gpu: str | None = None
+    """In `steepest.lab.plan_devices.GPUS`, or "here"; None: time is left out."""
+    mfu: float = MFU
 
 
 def run(request: Request, console: Console, as_json: bool = False) -> None:
@@ -55,13 +69,16 @@ def run(request: Request, console: Console, as_json: bool = False) -> None:
     """
     found = list(outlooks(request))
     if as_json:
-        console.print_json(json.dumps([asdict(one) | {"balance": one.balance} for one in found]))
+        console.print_json(json.dumps([_facts(one) for one in found]))
         return
     console.print(f"{request.optimizer} on {request.world} ranks, {request.layout}, {request.tokens:,} tokens a step")
     console.print(table(found))
-    console.print(
-        " ".join([FOOTNOTE, BLOCKS_NOTE] if any(one.block_size for one in found) else [FOOTNOTE]), style="dim"
-    )
+    notes = [FOOTNOTE, BLOCKS_NOTE] if any(one.block_size for one in found) else [FOOTNOTE]
+    console.print(" ".join(notes), style="dim")
+    if request.gpu is not None:
+        speeds = MEASURED if request.gpu.lower() == NAME else GUESSED
+        console.print(times(found))
+        console.print(TIME_NOTE.format(device=request.gpu.lower(), speeds=speeds, mfu=request.mfu), style="dim")
 
 
 def outlooks(request: Request) -> Iterator[Outlook]:
@@ -73,6 +90,10 @@ def outlooks(request: Request) -> Iterator[Outlook]:
     on = mesh(request.layout, request.world)
     if request.tokens < 1:
         raise BadInput(f"--tokens {request.tokens}: must be at least 1")
+    if not 0 < request.mfu <= 1:
+        raise BadInput(f"--mfu {request.mfu}: must be in (0, 1], a share of the device's peak")
+    name = request.gpu and request.gpu.lower()
+    known = None if name in (None, NAME) else gpu(name)
     for model in _models(request):
         sizes = (0, *BLOCKS) if request.block_size is None else (request.block_size,)
         pieces = None
@@ -83,7 +104,8 @@ def outlooks(request: Request) -> Iterator[Outlook]:
                 raise BadInput(one_line(error)) from error
             shapes = [weight.view.pieces for weight in cut.weights if weight.view]
             if shapes != pieces:  # there was something to cut
-                yield look(cut, on, request.tokens)
+                device = here(cut) if name == NAME else known
+                yield look(cut, on, request.tokens, device=device, mfu=request.mfu)
             pieces = shapes
 
 
@@ -111,6 +133,37 @@ def table(found: list[Outlook]) -> Table:
         ratios = (f"{one.balance:.2f}", f"{one.share:.1%}")
         grid.add_row(one.model, str(one.block_size or "–"), str(one.matrices), *map(amount, amounts), *ratios)
     return grid
+
+
+def times(found: list[Outlook]) -> Table:
+    """What is predicted, a line for each, within eighty columns."""
+    grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    grid.add_column("", overflow="fold")
+    for heading in ("blocks", "ms", "at once", "in turn", "model", "share", "held", "of", "fits"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for one in found:
+        if (seen := one.forecast) is None:
+            continue
+        milliseconds = map(in_ms, (seen.step, seen.worst, seen.staggered, seen.training))
+        room = (amount(seen.held), amount(seen.memory), "yes" if seen.fits else "no")
+        grid.add_row(one.model, str(one.block_size or "–"), *milliseconds, f"{seen.share:.1%}", *room)
+    return grid
+
+
+def in_ms(seconds: float) -> str:
+    """Three digits, or all before the point.
+
+    >>> in_ms(0.00123), in_ms(0.0999), in_ms(12.3456)
+    ('1.23', '99.9', '12,346')
+    """
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.09995 else f"{1e3 * seconds:#.3g}"
+
+
+def _facts(one: Outlook) -> dict[str, Any]:
+    facts = asdict(one) | {"balance": one.balance}
+    if one.forecast is not None:
+        facts["forecast"] |= {"share": one.forecast.share, "fits": one.forecast.fits}
+    return facts
 
 
 def amount(value: float) -> str:
