@@ -125,7 +125,8 @@ def finish(rule: Rule, stack: Stack) -> None:
 def undo(finite: Tensor, tensors: Iterable[Tensor], kept: Iterable[Tensor]) -> None:
     """Put back what was kept wherever ``finite`` (leading dimensions of the tensors) is False; no waiting."""
     for x, old in zip(tensors, kept, strict=True):
-        x.copy_(torch.where(finite.view(finite.shape[:1] + (1,) * (x.dim() - 1)) if finite.dim() else finite, x, old))
+        mask = finite.view(finite.shape[:1] + (1,) * (x.dim() - 1)) if finite.dim() else finite
+        torch.where(mask, x, old, out=x)
 
 
 def safe_norm(dtype: torch.dtype) -> float:

@@ -137,22 +137,29 @@ class _Place:
 
     def make(self) -> None:
         """Its optimizer."""
-        with self._attempt():
+
+        def make() -> None:
             self.params = [torch.nn.Parameter(torch.zeros(shape, device=self.device)) for shape in self.shapes]
             with self._watched():
                 self.optimizer = self.found.entrant.make(self.params)
 
+        self._attempt(make)
+
     def step(self, grads: Sequence[Tensor], timed: bool) -> None:
         """One step on these gradients, which may be changed by it."""
-        assert self.optimizer is not None
+        optimizer = self.optimizer
+        assert optimizer is not None
         for p, grad in zip(self.params, grads, strict=True):
             p.grad = grad
-        with self._attempt():
+
+        def step() -> None:
             if timed:
-                self._timed(self.optimizer)
+                self._timed(optimizer)
             else:
                 with self._watched():
-                    self.optimizer.step()
+                    optimizer.step()
+
+        self._attempt(step)
         for p in self.params:
             p.grad = None
 
@@ -179,12 +186,11 @@ class _Place:
         if self.found.on_gpu:
             torch.cuda.synchronize(self.device)
 
-    @contextmanager
-    def _attempt(self) -> Iterator[None]:
-        """Within the entrant's scope; an exception ends its part, and frees what it held."""
+    def _attempt(self, work: Callable[[], None]) -> None:
+        """Work within the entrant's scope; an exception, the scope's too, ends its part, and frees what it held."""
         try:
             with self.found.entrant.scope():
-                yield
+                work()
         except Exception as error:
             self.found.error = one_line(error)
             self.optimizer, self.params = None, []

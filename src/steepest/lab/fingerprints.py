@@ -40,8 +40,12 @@ def library_hash() -> str:
 
 def versions() -> dict[str, str]:
     """Of everything that decides a result."""
+    try:
+        mine = importlib.metadata.version("steepest")
+    except importlib.metadata.PackageNotFoundError:
+        mine = "not installed"  # but found on PYTHONPATH
     return {
-        "steepest": importlib.metadata.version("steepest"),
+        "steepest": mine,
         "torch": torch.__version__,
         "Python": platform.python_version(),
     }

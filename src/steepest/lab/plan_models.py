@@ -15,7 +15,6 @@ import torch
 
 import steepest
 from steepest.lab.errors import BadInput, one_line
-from steepest.lab.listing import build_model
 from steepest.optimizers import group_options
 from steepest.options import nearest, option_defaults
 from steepest.rule import Elementwise, Rule
@@ -154,6 +153,8 @@ def from_file(path: Path, optimizer: str, options: Mapping[str, Any], itemsize: 
         BadInput: if it makes none, or there is no such optimizer or option.
     """
     rule = rule_of(optimizer, options)
+    from steepest.lab.listing import build_model  # which draws tables, and so needs rich
+
     with torch.device("meta"):
         built = build_model(path)
     try:

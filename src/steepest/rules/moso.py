@@ -65,7 +65,7 @@ class Moso(Rule):
                     if step.stage == "first":
                         factors.start(slice(None), in_float64=True)
                     else:
-                        factors.refresh(slice(None), power_iter_steps=self.power_iter_steps)
+                        factors.refresh(slice(None), power_iter_steps=self.power_iter_steps, solver="auto")
             projected = factors.project(M)  # Qᵀ M
             if self.inner == "adam":
                 u = adam(projected, state, step.t, self.betas, self.eps, noise_floor=self.noise_floor)
