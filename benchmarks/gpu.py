@@ -1,6 +1,6 @@
 """Everything about a GPU in one call of less than eight minutes: right or wrong, how fast, how exact, and why.
 
-    python benchmarks/gpu.py                          # in the repository's root; to $OUT, or runs/gpu
+    python benchmarks/gpu.py                          # in the repository's root; to runs/gpu, or --out FOLDER
     python benchmarks/gpu.py --only steps,profile     # these anew; others' figures in the folder stay
     python benchmarks/gpu.py --tiny --device cpu      # every line of it on next to nothing, as its test does
 
@@ -191,7 +191,7 @@ def chosen(words: str | None) -> list[Section]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "runs/gpu"), help="a folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="a folder")
     parser.add_argument("--budget", type=float, default=450.0, help="seconds for everything")
     parser.add_argument("--only", help="sections, by name and separated by commas")
     parser.add_argument("--tiny", action="store_true", help="sizes for a test")

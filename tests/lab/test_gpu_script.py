@@ -65,7 +65,6 @@ NAMES = [section.name for section in gpu.SECTIONS]
 def call(*arguments: object, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, *prefix, str(SCRIPT), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment.pop("OUT", None)
     return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280, check=False)
 
 
