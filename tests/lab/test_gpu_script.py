@@ -145,6 +145,7 @@ def test_the_summary_says_it_all(whole):
     assert len(list(out.glob("trace-*.json"))) == len(content["sections"]["profile"]["figures"]["steps"])
 
 
+@pytest.mark.slow
 def test_torch_alone_will_do(tmp_path):
     done = call(
         "--tiny", "--device", "cpu", "--only", "machine,steps,profile", "--out", tmp_path, prefix=("-c", WITHOUT)
