@@ -144,6 +144,7 @@ class Shared(Lot):
         """See `Lot.spread`."""
         made = {seat.key: (d, seat) for d in directions for seat in d.stack.seats}
         wholes = {job: self._whole(job, made) for job in self.mine if job in self.travelling}
+        factors = {job: self._factors(job, made) for job in wholes if self.plan.jobs[job].factored}
         ages = {job: self._age(job, made) for job in wholes} if self._rounds() else {}
         moves: list[Move] = []
         products: list[tuple[Transfer, Tensor, list[LowRank]]] = []  # what this rank multiplies itself
@@ -151,23 +152,22 @@ class Shared(Lot):
         for transfer in self.outward:
             job = transfer.job
             if job in self.travelling and transfer.source == self.domain.me:
-                factors = self._factors(job, made) if transfer.factored else []
-                part = [] if transfer.factored else [wholes[job][self._in_window(transfer)]]
-                outgoing[transfer.target] += [x for f in factors for x in (f.left, f.right)] + part
+                part = [wholes[job][self._in_window(transfer)]]
+                outgoing[transfer.target] += _both(factors[job]) if transfer.factored else part
                 outgoing[transfer.target] += [ages[job]] if ages else []
             if job in self.travelling and transfer.target == self.domain.me:
                 move = self._move(transfer)
-                factors = self._blank_factors(job) if transfer.factored else []
-                incoming[transfer.source] += [x for f in factors for x in (f.left, f.right)] or [move.D]
+                blanks = self._blank_factors(job) if transfer.factored else []
+                incoming[transfer.source] += _both(blanks) or [move.D]
                 incoming[transfer.source] += [move.t] if move.t is not None else []
                 moves.append(move)
-                products += [(transfer, move.D, factors)] if factors else []
+                products += [(transfer, move.D, blanks)] if blanks else []
         shipment = Shipment(self.domain, outgoing, incoming, self.of_directions)
 
         def land() -> list[Move]:
             shipment.unload()
-            for transfer, D, factors in products:
-                D.copy_(self._product(transfer.job, factors)[self._in_window(transfer)])
+            for transfer, D, filled in products:
+                D.copy_(self._product(transfer.job, filled)[self._in_window(transfer)])
             return moves
 
         return land
@@ -246,6 +246,11 @@ class Shared(Lot):
 def _window(whole: Tensor, seat: Seat, seats: Sequence[Seat]) -> Tensor:
     """What a seat's piece covers of its job's tensor, which is the piece itself if it is the only one."""
     return whole if len(seats) == 1 else seat.view.window(whole, seat.piece)
+
+
+def _both(factors: Sequence[LowRank]) -> list[Tensor]:
+    """Left and right factors, in the order in which they travel."""
+    return [x for low_rank in factors for x in (low_rank.left, low_rank.right)]
 
 
 def _bytes(sides: Sequence[Sequence[Tensor]], me: int) -> list[int]:
