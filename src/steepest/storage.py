@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -140,16 +141,28 @@ def coded_squares(v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     scales = _blocks(v).amax(dim=-1)
     spread = _spread(scales, v.shape[-1])
     share = torch.where(spread > 0, v / spread, 0)
-    level = (LEVELS + share.log2() / PER_LEVEL).clamp(min=0).floor()  # 0 to 254, whose values lie above and below
-    below, above = (torch.exp2((level + k - LEVELS) * PER_LEVEL) for k in (0, 1))
+    levels = _levels(v.dtype, v.device)
+    level = (torch.bucketize(share, levels, right=True) - 1).clamp(0, LEVELS - 1)
+    below, above = levels[level], levels[level + 1]
     up = (share - below) / (above - below) > noise
-    return torch.where(share > 0, (level + up).clamp(max=LEVELS) + 1, 0).to(torch.uint8), scales
+    return torch.where(share > 0, level + up + 1, 0).to(torch.uint8), scales
 
 
 def decoded_squares(codes: Tensor, scales: Tensor) -> Tensor:
     """What `coded_squares` was given, to a level, 7%."""
-    shares = torch.exp2((codes.to(scales.dtype) - 1 - LEVELS) * PER_LEVEL)
+    shares = _levels(scales.dtype, codes.device)[(codes.long() - 1).clamp(min=0)]
     return torch.where(codes > 0, shares * _spread(scales, codes.shape[-1]), 0)
+
+
+@cache
+def _levels(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[LEVELS + 1]``: what codes from 1 up stand for, as shares of a block's largest; 1 is the last.
+
+    A table and not a formula: torch's functions round otherwise where numbers don't fill a vector register, and then
+    a matrix alone on its rank would not be what it is in a stack.
+    """
+    exponents = torch.arange(-LEVELS, 1, dtype=torch.float64) * PER_LEVEL
+    return torch.exp2(exponents).to(dtype).to(device)
 
 
 def _blocks(x: Tensor) -> Tensor:
