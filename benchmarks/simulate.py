@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,8 @@ from typing import Any
 from steepest.exchange.plan import Job, Plan, make_plan
 from steepest.lab.plan import Mesh, jobs, look, mesh
 from steepest.lab.plan_models import Model, preset
-from steepest.linalg.flops import iteration, product
+from steepest.linalg.flops import PRODUCT, Work
+from steepest.rule import Rule
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/scaling.json"
@@ -32,12 +33,14 @@ WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 BLOCKS = (8192, 4096, 2048)
 FREQUENCY = 10
 TOKENS = 2**22
+SLOWER = 2
+"""FLOPs of a QR decomposition against those of products, in time: 1.9 on a CPU, which follows from the steps of soap-f1
+and soap-f10 in benchmarks/results/predict.json."""
 
 WAYS = {
     "cost": ("dearest first, by cost", "#2f7de1", "-"),
     "bytes": ("largest first, by bytes", "#98990f", "--"),
     "round-robin": ("in turn", "#7d8799", ":"),
-    "factors": ("by cost, factors apart", "#d6478f", "-"),
     "blocks 8192": ("by cost, blocks of 8192", "#8a5cf0", "-"),
     "blocks 4096": ("by cost, blocks of 4096", "#f0842c", "-"),
     "blocks 2048": ("by cost, blocks of 2048", "#12a48b", "-"),
@@ -58,21 +61,26 @@ def loads(name: str, way: str, world: int) -> Sequence[float]:
     if way == "bytes":
         owners = make_plan([replace(job, cost=float(job.window.size)) for job in listed], world).owners
         return Plan(tuple(listed), world, owners, ()).loads()
-    if way == "factors":
-        listed = [part for job in listed for part in factors(job)]
     return make_plan(listed, world).loads()
 
 
-def factors(job: Job) -> Iterator[Job]:
-    """A matrix's step in three: each side's factor is fed and refreshed by a rank of its own."""
-    rule = model("7b").rule
+def lending(name: str, frequency: int, world: int, lends: bool) -> float:
+    """The largest load by the mean load, in time: FLOPs of decompositions take `SLOWER` times as long as others."""
+    options = {"precondition_frequency": frequency, "refresh_async": lends}
+    one = preset(name, "soap", options)
+    found = make_plan([_in_time(one.rule, job) for job in jobs(one, mesh("fsdp", world))], world).loads()
+    return round(max(found) * world / sum(found), 4)
+
+
+def _in_time(rule: Rule, job: Job) -> Job:
     m, n = job.window.shape
-    rest = job.cost
-    for side, d in enumerate(rule.sides(m, n)):
-        cost = (product(d, m * n // d, d) + iteration(d).every(FREQUENCY)).total
-        rest -= cost
-        yield replace(job, name=f"{job.name}/{side}", cost=cost)
-    yield replace(job, cost=rest)
+    errands = rule.errands(m, n)
+    priced = tuple((name, _slow(errands[name].work), size) for name, _, size in job.errands)
+    return replace(job, cost=_slow(rule.work(m, n)), errands=priced)
+
+
+def _slow(work: Work) -> float:
+    return sum(flops * (1 if part.kind == PRODUCT else SLOWER) for part, flops in work.parts.items())
 
 
 def balance(name: str, way: str, world: int) -> float:
@@ -113,11 +121,16 @@ def outlook(name: str, block_size: int, on: Mesh) -> dict[str, float]:
 
 
 def simulate() -> dict[str, Any]:
-    found: dict[str, Any] = {"frequency": FREQUENCY, "tokens": TOKENS, "balance": {}, "waiting": {}, "outlook": {}}
+    found: dict[str, Any] = {"frequency": FREQUENCY, "tokens": TOKENS, "slower": SLOWER}
+    found |= {"balance": {}, "lending": {}, "waiting": {}, "outlook": {}}
     for name in MODELS:
         for way in WAYS:
             found["balance"][f"{name}, {way}"] = {world: balance(name, way, world) for world in WORLDS}
             print(name, way, found["balance"][f"{name}, {way}"], flush=True)
+        for frequency in (FREQUENCY, 1):
+            for way, lends in (("at home", False), ("lent", True)):
+                key = f"{name}, f = {frequency}, {way}"
+                found["lending"][key] = {world: lending(name, frequency, world, lends) for world in WORLDS}
         for kind, in_order in (("by cost", False), ("in order", True)):
             found["waiting"][f"{name}, {kind}"] = {world: waiting(name, world, in_order) for world in WORLDS}
         for size in (0, *BLOCKS):
@@ -157,6 +170,7 @@ def tables(found: dict[str, Any]) -> list[str]:
     shared = [("", *few)]
     for name in MODELS:
         shared += [(f"{name}, {WAYS[way][0]}", *_ratios(found["balance"][f"{name}, {way}"], few)) for way in WAYS]
+    lent = [("", *few), *((key, *_ratios(found["lending"][key], few)) for key in found["lending"])]
     some = ("8", "16", "32", "64", "128", "256")
     waited = [("", *some), *((key, *_ratios(found["waiting"][key], some)) for key in found["waiting"])]
     held = [("", "blocks", "ranks", "state, GB", "on the average", "in, MB", "out, MB", "on the average", "share")]
@@ -167,7 +181,7 @@ def tables(found: dict[str, Any]) -> list[str]:
                 gigabytes = (f"{one[key] / 1e9:.2f}" for key in ("state_max", "state_mean"))
                 megabytes = (f"{one[key] / 1e6:.0f}" for key in ("sent_in_max", "sent_out_max", "sent_out_mean"))
                 held.append((name, str(size or "–"), world, *gigabytes, *megabytes, f"{one['share']:.2%}"))
-    return [_markdown(rows) for rows in (shared, waited, held)]
+    return [_markdown(rows) for rows in (shared, lent, waited, held)]
 
 
 def _ratios(row: dict[str, float], worlds: Sequence[str]) -> list[str]:

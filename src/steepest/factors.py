@@ -6,6 +6,8 @@ is not there is the identity.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from steepest.kronecker import INTO, OUT_OF
 from steepest.linalg.eigenbasis import conjugate, eigenvectors
 from steepest.linalg.whitening import Projections
 from steepest.phases import phase
-from steepest.rule import Slots, State
+from steepest.rule import Slots, Solved, State
 
 
 class Factors:
@@ -151,11 +153,14 @@ class Factors:
         power_iter_steps: int = 1,
         match_columns: bool = True,
         solver: str = "qr",
+        solved: Mapping[str, Solved] | None = None,
     ) -> None:
         """The bases of these slots follow their factors; ``exp_avg`` turns along, ``exp_avg_sq`` is reordered.
 
         By full decompositions, or else by a ``solver`` of `steepest.linalg.solvers`; see `kronecker.get_eigenbasis_qr`.
+        What is ``solved``, by side, is only taken in.
         """
+        solved = solved or {}
         part = self._part(slots)
         bases, reordered = kronecker.refresh_eigenbases(
             [part.get("L"), part.get("R")],
@@ -165,6 +170,7 @@ class Factors:
             power_iter_steps,
             match_columns,
             solver,
+            [solved.get("L"), solved.get("R")],
         )
         self._turn(slots, part, bases, reordered)
 

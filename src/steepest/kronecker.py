@@ -22,7 +22,7 @@ from steepest.linalg.eigenbasis import (
     eigenvectors,
     eigh_with_fallback,
 )
-from steepest.linalg.solvers import SOLVERS, choose
+from steepest.linalg.solvers import next_basis
 from steepest.linalg.symmetric import accumulate_gram
 from steepest.linalg.whitening import Projections, feed_by_quotients, whitening_weights
 
@@ -230,6 +230,7 @@ def refresh_eigenbases(
     power_iter_steps: int = 1,
     match_columns: bool = True,
     solver: str = "qr",
+    solved: Sequence[tuple[Tensor, Tensor] | None] = (None, None),
 ) -> tuple[list[Tensor | None], Tensor]:
     """New eigenbases by any solver, and ``exp_avg_sq`` in their columns' order; nothing is changed in place.
 
@@ -248,7 +249,9 @@ def refresh_eigenbases(
     solver = "eigh" if use_eigh else solver
     if solver == "eigh" and not match_columns:
         return [None if K is None else eigenvectors(K) for K in kronecker_factor_list], exp_avg_sq
-    return get_eigenbasis_qr(kronecker_factor_list, eigenbasis_list, exp_avg_sq, power_iter_steps, solver=solver)
+    return get_eigenbasis_qr(
+        kronecker_factor_list, eigenbasis_list, exp_avg_sq, power_iter_steps, solver=solver, solved=solved
+    )
 
 
 def failures(bases: Sides, x: Tensor) -> Tensor:
@@ -312,6 +315,7 @@ def get_eigenbasis_qr(
     power_iter_steps: int = 1,
     *,
     solver: str = "qr",
+    solved: Sequence[tuple[Tensor, Tensor] | None] = (None, None),
 ) -> tuple[list[Tensor | None], Tensor]:
     """The eigenbases by orthogonal iteration from the current ones, and ``exp_avg_sq`` in the columns' new order.
 
@@ -321,6 +325,7 @@ def get_eigenbasis_qr(
         exp_avg_sq: ``[..., m, n]``; not changed.
         power_iter_steps: products with the factor per refresh.
         solver: another way to them, by its name in `steepest.linalg.solvers`; "auto": the fastest on the device.
+        solved: of a side, what the solver gave elsewhere: ``(Q, order)``.
 
     Returns:
         ``(eigenbases, exp_avg_sq)``: column i of a basis and index i of ``exp_avg_sq`` belong together, by descending
@@ -335,13 +340,12 @@ def get_eigenbasis_qr(
     """
     bases: list[Tensor | None] = []
     orders: list[Tensor | None] = []
-    for K, Q in zip(kronecker_factor_list, eigenbasis_list, strict=True):
+    for K, Q, done in zip(kronecker_factor_list, eigenbasis_list, solved, strict=True):
         if K is None or Q is None:
             bases.append(None)
             orders.append(None)
             continue
-        follow = SOLVERS[choose(K.device.type) if solver == "auto" else solver]
-        Q, order = follow(K, Q, power_iter_steps)
+        Q, order = done or next_basis(K, Q, power_iter_steps, solver)
         bases.append(Q)
         orders.append(order)
     return bases, _reorder(exp_avg_sq, orders)

@@ -118,7 +118,7 @@ class Optimizer(torch.optim.Optimizer):
             self._follow()
             rules = [RULES[group["rule"]].from_group(group) for group in self.param_groups]
             grads = self._take_stock()  # whatever is refused is refused before a change
-            _run(self._trip(lot, rules[lot.group], grads[lot.group]) for lot in self._lots)
+            _run(self._trip(lot, rules[lot.group], grads[lot.group]) for lot in self._in_order())
             for number, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
                 if isinstance(rule, Elementwise):
                     left_out = step_elementwise(rule, group, number, grads[number], self.state, self._domains)
@@ -188,6 +188,13 @@ class Optimizer(torch.optim.Optimizer):
 
     # One lot, one step: gather, rule, spread, apply.
 
+    def _in_order(self) -> list[Lot]:
+        """Lots as they set out: a domain's one after the other, so that all its ranks send in the same order.
+
+        Between them might come what only some of these ranks step.
+        """
+        return sorted(self._lots, key=lambda lot: (lot.travels, () if lot.domain is None else lot.domain.ranks))
+
     def _trip(self, lot: Lot, rule: Rule | Elementwise, grads: Tensors) -> Iterator[None]:
         """Take a lot's step, with a pause wherever its tensors are on their way."""
         assert isinstance(rule, Rule)
@@ -207,8 +214,9 @@ class Optimizer(torch.optim.Optimizer):
         if lot.travels:
             yield
         apply(group, lot.group, land(), rule.decay_follows)
+        answers = yield from lot.borrowed(rule)
         for stack in lot.stacks:
-            finish(rule, stack)
+            finish(rule, stack, answers)
 
     def _stagger(self, stack: Stack, group: Mapping[str, Any], rule: Rule) -> list[int]:
         """The phase of each slot's refresh; spread over all matrices of the group that share a period.

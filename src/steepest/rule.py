@@ -29,6 +29,9 @@ from steepest.storage import PLAIN, Storage
 State = dict[str, Tensor]
 """A rule's memory of one stack: every tensor's leading dimension is the stack's ``B``."""
 
+Solved = tuple[Tensor, Tensor]
+"""A new basis ``[b, d, d]``, and which of the old columns each of its columns continues, ``[b, d]``."""
+
 Slots = slice | Tensor
 """Which matrices of a stack: a slice, or a tensor of indices."""
 
@@ -103,6 +106,8 @@ class Step:
     """``[B, m, n]``: weight decay as a gradient (method "l2"), which moments see and covariances don't."""
     failures: Tensor | None = None
     """``[B]``: counts, matrix by matrix, decompositions that every solver failed at; the rule adds to it in place."""
+    solved: Mapping[str, Solved] = field(default_factory=dict)
+    """For `Rule.finish`: what has been computed elsewhere for the slots that are due, by the errand's name."""
 
     def found(self, new: Tensor, old: Tensor | float, slots: Slots = slice(None)) -> Tensor:
         """What a decomposition gave for these slots, ``[b, m, n]``, and ``old`` where that is NaN, which is counted."""
@@ -110,6 +115,18 @@ class Step:
         if self.failures is not None:
             self.failures[slots] += ~good
         return torch.where(good.view(-1, 1, 1), new, old)
+
+
+@dataclass(frozen=True)
+class Errand:
+    """A part of `Rule.finish` that may be computed elsewhere: from a few tensors of one side of the state."""
+
+    needs: tuple[str, ...]
+    """Their names; each is ``[B, d, d]``."""
+    side: int
+    """d."""
+    work: Work
+    """Of a step, on the average; it is among `Rule.work`."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +228,14 @@ class Rule(Options, ABC):
 
         On an accelerator it runs beside whatever comes until the next step, on a stream of its own.
         """
+
+    def errands(self, m: int, n: int) -> Mapping[str, Errand]:
+        """By name, what of `finish` for m × n matrices another rank may do, which has less to do than this one."""
+        return {}
+
+    def solve(self, *needs: Tensor) -> Solved:
+        """Do an errand: from what it needs, ``[b, d, d]`` each, what `finish` would compute itself, to the last bit."""
+        raise NotImplementedError
 
     @property
     def decay_follows(self) -> bool:

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from steepest.phases import phase
-from steepest.rule import Rule, Slots, State, Step
+from steepest.rule import Rule, Slots, Solved, State, Step
 from steepest.views import View
 
 Windows = Mapping[tuple[int, int], Tensor]
 """By a parameter's position in its group and the number of a piece: what the piece covers of a tensor of its shape."""
+
+Answers = Mapping[tuple[int, int], Mapping[str, Solved]]
+"""By the same, what has been solved elsewhere for all of a piece's matrices, by the errand's name."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Run:
     stage: str
     refresh: Slots | None
     """Which of them refresh, counted from the run's first."""
+    due: Sequence[int]
+    """The same as slots of the stack, on the host."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,25 @@ class PutOff:
     step: Step
     finite: Tensor | None
     """``[b, 1, 1]``: of which matrices the step must leave no trace, as False; None: of none."""
+    due: Sequence[int]
+    """Of the stack's slots, those that refresh."""
+
+    def of(self, seat: Seat, answers: Mapping[str, Solved]) -> PutOff | None:
+        """What of it concerns a seat, if anything, with what has been solved for all matrices of that seat."""
+        start, stop = max(self.slots.start, seat.start), min(self.slots.stop, seat.stop)
+        due = [slot for slot in self.due if start <= slot < stop]
+        if not due:
+            return None
+        mine = slice(start - self.slots.start, stop - self.slots.start)
+        t, device = self.step.t[mine], self.step.t.device
+        solved: dict[str, Solved] = {}
+        if answers:
+            which = _slots([slot in due for slot in seat.range], device)
+            solved = {name: (Q[which], order[which]) for name, (Q, order) in answers.items()}
+        failures = None if self.step.failures is None else self.step.failures[mine]
+        refresh = _slots([slot in due for slot in range(start, stop)], device)
+        step = replace(self.step, t=t, refresh=refresh, failures=failures, solved=solved)
+        return PutOff(slice(start, stop), step, None if self.finite is None else self.finite[mine], due)
 
 
 class Echo:
@@ -149,6 +173,10 @@ class Stack:
             self.clock -= undone
             self.undone = None
 
+    def has_put_off(self, seat: Seat) -> bool:
+        """Whether something of a seat's last step is left for after it."""
+        return any(rest.of(seat, {}) is not None for rest in self.put_off)
+
     @contextmanager
     def beside(self) -> Iterator[None]:
         """What a CUDA device is told inside the ``with`` block it does beside what comes after, until `settle`."""
@@ -187,7 +215,8 @@ class Stack:
                 continue
             if stage is not None:
                 due = [rule.due(clocks[i], phases[i]) for i in range(start, stop)]
-                yield Run(slice(start, stop), stage, _slots(due, self.device))
+                slots = [start + i for i, is_due in enumerate(due) if is_due]
+                yield Run(slice(start, stop), stage, _slots(due, self.device), slots)
             start = stop
 
 

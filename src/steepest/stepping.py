@@ -10,7 +10,7 @@ from torch import Tensor
 from steepest.exchange.lot import Directions
 from steepest.linalg import attempts
 from steepest.rule import LowRank, Rule, Step
-from steepest.stacks import Echo, PutOff, Run, Stack, Windows, to_device
+from steepest.stacks import Answers, Echo, PutOff, Run, Stack, Windows, to_device
 
 
 def directions(
@@ -101,16 +101,23 @@ def _update(
     if finite is not None and kept is not None:
         undo(finite[s], changes, kept)
     if rule.defers(step):
-        stack.put_off.append(PutOff(s, step, None if finite is None else finite[s]))
+        stack.put_off.append(PutOff(s, step, None if finite is None else finite[s], run.due))
     return D
 
 
-def finish(rule: Rule, stack: Stack) -> None:
-    """Have the rule do what it has put off in this step, beside what the device is told next."""
+def finish(rule: Rule, stack: Stack, answers: Answers) -> None:
+    """Have the rule do what it has put off in this step, beside what the device is told next.
+
+    Where there are ``answers`` for a piece, what they answer is not computed again.
+    """
     if not stack.put_off:
         return
+    left = stack.put_off
+    if any(seat.key in answers for seat in stack.seats):
+        apart = [rest.of(seat, answers.get(seat.key, {})) for rest in left for seat in stack.seats]
+        left = [rest for rest in apart if rest is not None]
     with stack.beside():
-        for rest in stack.put_off:
+        for rest in left:
             state = {name: x[rest.slots] for name, x in stack.state.items()}
             changes = [stack.failures[rest.slots], *state.values()]
             kept = None if rest.finite is None else [x.clone() for x in changes]

@@ -19,6 +19,7 @@ from steepest import Optimizer
 from steepest.exchange import layout as layouts
 from steepest.exchange import mesh
 from steepest.rules import newton_schulz
+from steepest.rules.soap import Soap
 
 
 def same_as_one_process(
@@ -55,10 +56,10 @@ def trains_as_one_process(layout: str, rule: str) -> float:
     return max(float((a - b).norm() / a.norm()) for a, b in pairs)
 
 
-def with_missing(layout: str, rule: str) -> list[str]:
+def with_missing(layout: str, rule: str, options: dict[str, Any] | None = None) -> list[str]:
     """In one step some ranks have no gradient for a matrix, and a norm: both sit that step out everywhere."""
     one, many = toy(), laid_out(toy(), layout)
-    here, there = optimizer(one, rule), optimizer(many, rule)
+    here, there = (optimizer(model, rule, **options or {}) for model in (one, many))
     absent = {"up.weight", "norm.weight"}
     lacks = dist.get_rank() >= dist.get_world_size() // 2
     for step in range(3):
@@ -110,10 +111,10 @@ def with_mixed_dtypes(layout: str, rule: str) -> list[str]:
     return differing(many, one)
 
 
-def poison(layout: str, rule: str) -> tuple[list[str], int, int]:
+def poison(layout: str, rule: str, options: dict[str, Any] | None = None) -> tuple[list[str], int, int]:
     """A NaN in one corner of a matrix, of one expert and of a norm: differing parameters, skips here and there."""
     one, many = toy(), laid_out(toy(), layout)
-    here, there = optimizer(one, rule), optimizer(many, rule)
+    here, there = (optimizer(model, rule, **options or {}) for model in (one, many))
     for step in range(4):
         for model, opt in ((one, here), (many, there)):
             inject(model, step, _poisoned if step == 1 else lambda _, g: g)
@@ -160,11 +161,14 @@ def disagreement() -> str:
     return "nothing"
 
 
-def traffic(layout: str, rule: str) -> dict[str, Any]:
-    """What one step calls of torch.distributed, and what it sends, beside what its plans say."""
+def traffic(layout: str, rule: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the second step calls of torch.distributed, and what it sends, beside what its plans say."""
     model = laid_out(toy(), layout)
-    opt = optimizer(model, rule)
-    inject(model, 0)
+    opt = optimizer(model, rule, **options or {})
+    for step in range(2):
+        inject(model, step)
+        if step == 0:
+            opt.step()
     calls: Counter[str] = Counter()
     sent = 0
     exchanged = dist.all_to_all_single
@@ -194,7 +198,16 @@ def traffic(layout: str, rule: str) -> dict[str, Any]:
     shared = [lot for lot in opt._lots if isinstance(lot, mesh.Shared)]
     plans = {id(lot.plan): (lot.plan, lot.domain.me) for lot in shared}
     planned = sum(p.traffic().sent(me) for p, me in plans.values())
-    return {"calls": dict(calls), "buckets": len(shared), "sent": sent, "planned": planned}
+    lent = sum(p.lent()[me] for p, me in plans.values())
+    lenders = sum(bool(lot.lent) for lot in shared)
+    return {
+        "calls": dict(calls),
+        "buckets": len(shared),
+        "lenders": lenders,
+        "sent": sent,
+        "planned": planned,
+        "lent": lent,
+    }
 
 
 class Tower(nn.Module):
@@ -266,4 +279,30 @@ def _dropped_state(opt: Optimizer) -> Any:
     return nullcontext()
 
 
+def mutated_errands(kind: str) -> list[str]:
+    """The parameters that differ if borrowers do something else than what the owner would have done itself."""
+    one, many = toy(), laid_out(toy(), "fsdp")
+    here, there = (optimizer(model, "soap", refresh_async=True) for model in (one, many))
+    for step in range(4):
+        inject(one, step)
+        here.step()
+        inject(many, step)
+        with mock.patch.object(Soap, "solve", ERRANDS[kind]):
+            there.step()
+    return differing(many, one)
+
+
+_solve = Soap.solve
+
+
+def _order_lost(self: Soap, *needs: Tensor) -> tuple[Tensor, Tensor]:
+    Q, order = _solve(self, *needs)
+    return Q, order.flip(-1)
+
+
+ERRANDS = {
+    "none": _solve,
+    "nothing done": lambda self, K, Q: (Q, torch.arange(Q.shape[-1]).expand(Q.shape[:-1])),
+    "order lost": _order_lost,
+}
 MUTATIONS = {"state": _swapped_owners, "rectangle": _shifted_rectangle, "dropped": _dropped_state}

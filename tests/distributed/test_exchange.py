@@ -21,6 +21,7 @@ VARIANTS = {
     "decay as a gradient": ("soap", torch.float32, {"weight_decay_method": "l2"}),
     "cautious decay": ("muon", torch.float32, {"weight_decay_method": "cautious"}),
     "float64": ("muon", torch.float64, {}),
+    "in fewer bytes": ("soap", torch.float32, {"basis_dtype": "bfloat16", "moment_dtype": "int8"}),
 }
 
 
@@ -129,6 +130,43 @@ def test_low_rank_directions_travel_in_factors(four: Ranks) -> None:
     rounded = {"stochastic_rounding": True}
     assert everywhere(four.run(jobs.same_as_one_process, "ddp", "dion", torch.bfloat16, rounded)) == []
     assert everywhere([differing for differing, *_ in four.run(jobs.poison, "ddp", "dion")]) == []
+
+
+LATER = {"refresh_async": True}
+LENT = {
+    "every step": LATER,
+    "at times": LATER | {"precondition_frequency": 2},
+    "staggered": LATER | {"precondition_frequency": 2, "stagger": True},
+    "kl": LATER | {"precondition_frequency": 2, "use_kl_shampoo": True},
+    "in fewer bytes": LATER | {"basis_dtype": "bfloat16", "moment_dtype": "int8"},
+}
+
+
+@pytest.mark.parametrize("variant", ["at times", *map(slowly, sorted(LENT.keys() - {"at times"}))])
+@pytest.mark.parametrize("layout", ["fsdp", *map(slowly, sorted(set(LAYOUTS) - {"fsdp"}))])
+def test_refreshes_that_others_do_are_ones_own(four: Ranks, layout: str, variant: str) -> None:
+    options = LENT[variant]
+    assert everywhere(four.run(jobs.same_as_one_process, layout, "soap", torch.float32, options)) == []
+    if layout != "tp":  # there norms are no DTensors, and what is absent on one rank is nobody else's affair
+        assert everywhere(four.run(jobs.with_missing, layout, "soap", options)) == []
+    assert everywhere([differing for differing, *_ in four.run(jobs.poison, layout, "soap", options)]) == []
+
+
+@pytest.mark.parametrize("layout", ["ddp", slowly("fsdp"), slowly("hsdp"), slowly("fsdp+tp")])
+def test_what_is_lent_is_sent_as_planned(four: Ranks, layout: str) -> None:
+    """Two matrices are dearer than all others together, so two of four ranks have time to help."""
+    seen = four.run(jobs.traffic, layout, "soap", LATER)
+    assert sum(one["lent"] for one in seen) > 0
+    assert sum(one["sent"] for one in seen) == sum(one["planned"] + one["lent"] for one in seen)
+    for one in seen:
+        assert one["calls"].pop("all_to_all_single") == 2 * (one["buckets"] + one["lenders"])
+        assert set(one["calls"]) <= {"all_reduce"}
+    assert not any(one["lent"] for one in four.run(jobs.traffic, layout, "soap"))
+
+
+@pytest.mark.parametrize("kind", jobs.ERRANDS)
+def test_errands_done_wrong_are_seen(four: Ranks, kind: str) -> None:
+    assert bool(everywhere(four.run(jobs.mutated_errands, kind))) == (kind != "none")
 
 
 def test_work_is_even(four: Ranks) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steepest.exchange.layout import Layout, Rectangle
-from steepest.exchange.plan import Job, Plan, Transfer, make_plan
+from steepest.exchange.plan import Job, Loan, Plan, Transfer, make_plan
 
 MANY = [64, 100, 1024, 4096]
 
@@ -56,16 +56,19 @@ def jobs(draw, world: int, most: int = 6) -> list[Job]:
         layout = draw(st.sampled_from(shared))
         edges = [sorted(draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in layout.shape]
         window = Rectangle(tuple(a for a, _ in edges), tuple(b - a for a, b in edges))
+        cost = draw(st.integers(0, 9))
+        errands = draw(st.lists(st.floats(0, cost / 2), max_size=2))
         among = draw(st.one_of(st.just(()), st.tuples(st.integers(0, world - 1))))
         found.append(
             job(
                 f"w{number}",
                 layout,
                 draw(st.sampled_from([layout.whole, window])),
-                cost=draw(st.integers(0, 9)),
+                cost=cost,
                 memory=draw(st.integers(0, 9)),
                 bucket=draw(st.sampled_from(["a", "b"])),
                 factored=draw(st.sampled_from([0, 5, 50])),
+                errands=tuple((f"e{k}", share, 10) for k, share in enumerate(errands)),
                 among=among,
             )
         )
@@ -267,6 +270,30 @@ def test_owners_do_not_depend_on_the_order_of_jobs(drawn, random):
     assert owners[0] == owners[1]
 
 
+@few
+@given(plans())
+def test_errands_make_no_rank_busier_than_the_busiest_was(plan):
+    at_home = replace(plan, loans=())
+    assert max(plan.loads()) <= max(at_home.loads()) * (1 + 1e-9)
+    assert sum(plan.loads()) == pytest.approx(sum(at_home.loads()))
+    assert len({(loan.job, loan.errand) for loan in plan.loans}) == len(plan.loans)
+    assert all(loan.rank != plan.owners[loan.job] for loan in plan.loans)
+    assert sum(plan.lent()) == 10 * len(plan.loans)
+
+
+def test_idle_ranks_do_the_errands_of_busy_ones():
+    """Two jobs of 20, of which 6 and 6 are errands, on six ranks: nobody has more than the 8 that must stay."""
+    errands = (("L", 6.0, 100), ("R", 6.0, 100))
+    plan = make_plan(with_costs([20, 20], 6, errands=errands), 6)
+    assert plan.owners == (0, 1)
+    assert plan.loads() == (8, 8, 6, 6, 6, 6)
+    assert plan.lent() == (200, 200, 0, 0, 0, 0)
+    two = make_plan(with_costs([20, 20], 2, errands=errands), 2)
+    assert two.loans == (), "both have as much to do"
+    three = make_plan(with_costs([20, 20], 3, errands=errands), 3)
+    assert sorted(three.loads()) == [12, 14, 14]
+
+
 def test_restricted_jobs_go_first_and_the_others_around_them():
     few_choices = with_costs([4, 3], 2, among=(0,))
     free = [replace(j, name=f"free{k}") for k, j in enumerate(with_costs([5, 2], 2))]
@@ -357,6 +384,8 @@ CHANGES = {
     "itemsizes": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], itemsizes=(4, 2)), *plan.jobs[1:])),
     "bucket": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], bucket="other"), *plan.jobs[1:])),
     "factored": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], factored=3), *plan.jobs[1:])),
+    "errands": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], errands=(("L", 1.0, 1),)), *plan.jobs[1:])),
+    "loans": lambda plan: replace(plan, loans=(Loan(0, 0, 1),)),
     "among": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], among=(1,)), *plan.jobs[1:])),
     "window": lambda plan: replace(
         plan, jobs=(replace(plan.jobs[0], window=Rectangle((0, 0), (1, 2))), *plan.jobs[1:])
@@ -382,7 +411,7 @@ def test_the_digest_is_the_same_in_another_process():
     program = (
         "from steepest.exchange.plan import Job, Layout, make_plan\n"
         "l = Layout.sharded((5, 3), (2, 2), (0, 1))\n"
-        "digest = make_plan([Job(n, l, l.whole, 2.0, 8, (2, 4), 'k', (1, 2)) for n in 'ab'], 4).digest()\n"
+        "digest = make_plan([Job(n, l, l.whole, 2.0, 8, (2, 4), bucket='k', among=(1, 2)) for n in 'ab'], 4).digest()\n"
     )
     here: dict[str, str] = {}
     exec(program, here)

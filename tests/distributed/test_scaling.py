@@ -76,12 +76,29 @@ def test_the_command_on_the_page_prints_that():
     assert [line.rstrip() for line in done.output.splitlines()] == lines
 
 
-def test_parts_of_a_job_add_up_to_it():
-    listed = list(jobs(simulate.model("7b"), mesh("fsdp", 8)))[:7]
-    for job in listed:
-        parts = list(simulate.factors(job))
-        assert sum(part.cost for part in parts) == pytest.approx(job.cost)
-        assert all(part.cost > 0 for part in parts)
+@pytest.mark.parametrize(("name", "frequency", "lends"), [("7b", 1, True), ("70b", 10, True), ("70b", 1, False)])
+def test_lending_comes_again(name, frequency, lends):
+    key = f"{name}, f = {frequency}, {'lent' if lends else 'at home'}"
+    assert simulate.lending(name, frequency, 1024, lends) == FOUND["lending"][key]["1024"]
+
+
+def test_decompositions_count_as_long_as_they_take():
+    model = preset("7b", "soap", {"precondition_frequency": 1, "refresh_async": True})
+    d = 4096
+    square = next(job for job in jobs(model, mesh("fsdp", 8)) if job.window.shape == (d, d))
+    slow = simulate._in_time(model.rule, square)
+    assert slow.cost - square.cost == pytest.approx((simulate.SLOWER - 1) * 2 * 8 / 3 * d**3)
+    assert [cost for _, cost, _ in slow.errands] == pytest.approx([(2 + simulate.SLOWER * 8 / 3) * d**3] * 2)
+
+
+def test_what_is_lent_evens_the_plan():
+    at_home, lent = (
+        look(preset("70b", "soap", {"precondition_frequency": 1, "refresh_async": lends}), mesh("fsdp", 1024), TOKENS)
+        for lends in (False, True)
+    )
+    assert lent.flops_mean == pytest.approx(at_home.flops_mean)
+    assert lent.balance < at_home.balance
+    assert lent.state_max == at_home.state_max
 
 
 # What is planned.

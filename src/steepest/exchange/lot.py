@@ -8,15 +8,15 @@ several ranks have parts or replicas: gradients travel to owners, directions bac
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from steepest.rule import LowRank
-from steepest.stacks import Seat, Stack, Windows, to_device
+from steepest.rule import LowRank, Rule
+from steepest.stacks import Answers, Seat, Stack, Windows, to_device
 
 if TYPE_CHECKING:
     from steepest.exchange.domain import Domain
@@ -113,3 +113,8 @@ class Lot(ABC):
         Returns:
             What waits for them, and returns how this rank's weights move.
         """
+
+    def borrowed(self, rule: Rule) -> Generator[None, None, Answers]:
+        """Have done elsewhere what the step has put off and others do; pauses while that is under way."""
+        yield from ()
+        return {}

@@ -9,58 +9,22 @@ moved, never added, so the result is that of one process, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from steepest.exchange.compat import Owned
 from steepest.exchange.domain import Domain
 from steepest.exchange.layout import Rectangle
+from steepest.exchange.lending import Lent, borrowed
 from steepest.exchange.lot import Directions, Lot, Move, Tensors
 from steepest.exchange.placement import local
 from steepest.exchange.plan import Plan, Transfer
+from steepest.exchange.shipment import Shipment
 from steepest.rule import LowRank, Rule
-from steepest.stacks import Seat, Stack, Windows, lay_out, state_dtype
-
-
-class Shipment:
-    """Tensors on their way to other ranks, and others on their way from there. They set out when it is made.
-
-    All tensors of one shipment have one dtype. What comes from this rank itself is copied, and sent to nobody.
-    """
-
-    def __init__(
-        self, domain: Domain, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]], like: Tensor
-    ) -> None:
-        """``outgoing[r]`` leaves for rank r; ``incoming[r]``, in rank r's order, is filled when it is unloaded."""
-        me = domain.me
-        self.own = [(place, x) for place, x in zip(incoming[me], outgoing[me], strict=True)]
-        self.places = [place for rank, places in enumerate(incoming) if rank != me for place in places]
-        leaving = [x.reshape(-1) for rank, xs in enumerate(outgoing) if rank != me for x in xs]
-        self.sent = torch.cat(leaving) if leaving else like.new_empty(0)
-        self.received = self.sent.new_empty(sum(place.numel() for place in self.places))
-        self.arrival = dist.all_to_all_single(
-            self.received.view(torch.uint8),  # as bytes: not every backend knows every dtype
-            self.sent.view(torch.uint8),
-            _bytes(incoming, me),
-            _bytes(outgoing, me),
-            group=domain.group,
-            async_op=True,
-        )
-        if self.own:
-            torch._foreach_copy_([place for place, _ in self.own], [x for _, x in self.own])
-
-    def unload(self) -> None:
-        """Wait until everything is there, and fill the places."""
-        self.arrival.wait()
-        pieces = torch.split(self.received, [place.numel() for place in self.places])
-        if pieces:
-            torch._foreach_copy_(
-                self.places, [piece.view(place.shape) for place, piece in zip(self.places, pieces, strict=True)]
-            )
+from steepest.stacks import Answers, Seat, Stack, Windows, lay_out, state_dtype
 
 
 class Shared(Lot):
@@ -99,6 +63,7 @@ class Shared(Lot):
         self.of_gradients = torch.empty(0, dtype=p.dtype, device=p.device)
         self.of_directions = torch.empty(0, dtype=state_dtype(p), device=p.device)
         self.travelling: set[int] = set()
+        self.lent = self._loans(rule)
 
     def state(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """See `Lot.state`."""
@@ -171,6 +136,24 @@ class Shared(Lot):
             return moves
 
         return land
+
+    def borrowed(self, rule: Rule) -> Generator[None, None, Answers]:
+        """See `Lot.borrowed`."""
+        return (yield from borrowed(rule, self.domain, self.lent, self.of_directions))
+
+    def _loans(self, rule: Rule) -> list[Lent]:
+        """What owners of this bucket's jobs lend out. A job has errands only if it is one piece."""
+        placed = {seat.key: (seat, stack) for stack in self.stacks for seat in stack.seats}
+        found = []
+        for loan in self.plan.loans:
+            if loan.job in self.jobs:
+                (loose,) = self.seats[loan.job]
+                _, m, n = loose.view.pieces[loose.piece]
+                name, _, _ = self.plan.jobs[loan.job].errands[loan.errand]
+                seat, stack = placed.get(loose.key, (loose, None))
+                owner = self.plan.owners[loan.job]
+                found.append(Lent(name, rule.errands(m, n)[name], seat, stack, owner, loan.rank))
+        return found
 
     def _move(self, transfer: Transfer) -> Move:
         """How this rank's part moves that a transfer is for; the direction, and the age, come with the shipment."""
@@ -251,8 +234,3 @@ def _window(whole: Tensor, seat: Seat, seats: Sequence[Seat]) -> Tensor:
 def _both(factors: Sequence[LowRank]) -> list[Tensor]:
     """Left and right factors, in the order in which they travel."""
     return [x for low_rank in factors for x in (low_rank.left, low_rank.right)]
-
-
-def _bytes(sides: Sequence[Sequence[Tensor]], me: int) -> list[int]:
-    """How many bytes each rank's share has; this rank's own is not sent."""
-    return [0 if rank == me else sum(x.numel() * x.element_size() for x in xs) for rank, xs in enumerate(sides)]

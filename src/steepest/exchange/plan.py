@@ -18,17 +18,22 @@ can be looked at on one machine; ``steepest plan`` does.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from steepest.exchange.layout import Layout, Rectangle, fingerprint
 
-__all__ = ["BUCKET_BYTES", "Job", "Layout", "Plan", "Rectangle", "Traffic", "Transfer", "make_plan"]
+__all__ = ["BUCKET_BYTES", "Job", "Layout", "Loan", "Plan", "Rectangle", "Traffic", "Transfer", "make_plan"]
 
 BUCKET_BYTES = 128 * 2**20
 """What a rank gathers at a time. At 1024 ranks each pair then exchanges 128 KiB, below which latency would govern; and
 where there is more than a few times that to gather, buckets are enough for communication to hide behind computation."""
+
+
+UNEVEN = 1.1
+"""By how much the busiest rank may exceed the mean before it lends errands: below that a trip is not worth it."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,9 @@ class Job:
     """Bytes of state on its owner."""
     itemsizes: tuple[int, int]
     """Bytes per entry of what moves inward, gradients, and outward, directions."""
+    errands: tuple[tuple[str, float, int], ...] = ()
+    """Parts of it that another rank may do after the step: a name, FLOPs of a step, which are among ``cost``, and the
+    bytes that it takes there and back whenever it is due. Refreshes of single factors are."""
     bucket: str = ""
     """Jobs that differ here never share a bucket: what can't be packed into one buffer, or is stepped apart."""
     factored: int = 0
@@ -85,6 +93,16 @@ class Transfer:
 
 
 @dataclass(frozen=True)
+class Loan:
+    """An errand that another rank than the owner does."""
+
+    job: int
+    errand: int
+    """Its number among the job's."""
+    rank: int
+
+
+@dataclass(frozen=True)
 class Traffic:
     """Bytes of one step, by rank; what stays on its rank is not in it."""
 
@@ -108,6 +126,8 @@ class Plan:
     """By job."""
     buckets: tuple[tuple[int, ...], ...]
     """The jobs of each, ascending."""
+    loans: tuple[Loan, ...] = ()
+    """Errands that don't stay with their job's owner, in the order of jobs."""
 
     def inward(self, bucket: int, rank: int | None = None) -> tuple[Transfer, ...]:
         """Gradients of a bucket to their owners, every entry once; only those with ``rank`` at an end, if given.
@@ -149,7 +169,18 @@ class Plan:
         loads = [0.0] * self.world
         for owner, job in zip(self.owners, self.jobs, strict=True):
             loads[owner] += job.cost
+        for loan in self.loans:
+            _, cost, _ = self.jobs[loan.job].errands[loan.errand]
+            loads[self.owners[loan.job]] -= cost
+            loads[loan.rank] += cost
         return tuple(loads)
+
+    def lent(self) -> tuple[int, ...]:
+        """Bytes that each rank sends or receives for errands of its own jobs, in a step in which all are due."""
+        sizes = [0] * self.world
+        for loan in self.loans:
+            sizes[self.owners[loan.job]] += self.jobs[loan.job].errands[loan.errand][2]
+        return tuple(sizes)
 
     def memory(self) -> tuple[int, ...]:
         """Bytes of state, by rank."""
@@ -171,7 +202,7 @@ class Plan:
     def traffic(self) -> Traffic:
         """What every rank sends and receives: counted job by job, not transfer by transfer, of which there are many."""
         sent_in, received_in, sent_out, received_out = ([0] * self.world for _ in range(4))
-        kinds = [replace(job, name="", cost=0.0, memory=0, bucket="", among=()) for job in self.jobs]
+        kinds = [replace(job, name="", cost=0.0, memory=0, errands=(), bucket="", among=()) for job in self.jobs]
         alike = Counter((job, job.layout.replica(owner)) for owner, job in zip(self.owners, kinds, strict=True))
         outward: dict[Job, int] = {}  # entries that go to all ranks together
         for (job, replica), count in alike.items():
@@ -192,10 +223,10 @@ class Plan:
     def digest(self) -> str:
         """Equal on all ranks if their plans are, and only then."""
         facts = [
-            (j.name, j.layout.digest, j.window, j.cost, j.memory, j.itemsizes, j.factored, j.bucket, j.among)
+            (j.name, j.layout.digest, j.window, j.cost, j.memory, j.itemsizes, j.factored, j.errands, j.bucket, j.among)
             for j in self.jobs
         ]
-        return fingerprint(self.world, self.owners, self.buckets, *facts)
+        return fingerprint(self.world, self.owners, self.buckets, self.loans, *facts)
 
 
 def make_plan(
@@ -213,6 +244,9 @@ def make_plan(
 
     Buckets: every rank brings its dearest jobs into the first bucket, the next dearest into the second, ... So all
     ranks work on like matrices at the same time, like shapes meet in one bucket, and nobody waits long for another.
+
+    Errands: whoever has more to do than `UNEVEN` of the mean lends the dearest ones that another rank can do and still
+    have less to do than itself. So nothing is lent where there are many matrices.
 
     Args:
         jobs: in the same order on every rank.
@@ -240,7 +274,7 @@ def make_plan(
     _check(jobs, world, bucket_bytes, loads)
     order = sorted(range(len(jobs)), key=lambda j: (-jobs[j].cost, jobs[j].name))
     owners = _assign(jobs, order, loads, memory_cap)
-    return Plan(jobs, world, owners, _fill(jobs, order, owners, bucket_bytes))
+    return Plan(jobs, world, owners, _fill(jobs, order, owners, bucket_bytes), _lend(jobs, owners, loads))
 
 
 def _assign(jobs: Sequence[Job], order: Sequence[int], loads: Sequence[float], cap: int | None) -> tuple[int, ...]:
@@ -296,6 +330,35 @@ def _greedy(
         for entry in full:
             heapq.heappush(queue, entry)
     return tuple(owners)
+
+
+def _lend(jobs: Sequence[Job], owners: Sequence[int], loads: Sequence[float]) -> tuple[Loan, ...]:
+    """Errands from the ranks that have most to do to those that have least, while that evens things out."""
+    if not any(job.errands for job in jobs):
+        return ()
+    busy = list(loads)
+    at_home: list[list[tuple[float, int, int]]] = [[] for _ in loads]  # by rank: what it could lend, dearest last
+    for j, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
+        busy[owner] += job.cost
+        at_home[owner] += [(cost, -j, -k) for k, (_, cost, _) in enumerate(job.errands)]
+    for errands in at_home:
+        errands.sort()
+    bearable = UNEVEN * math.fsum(busy) / len(busy)
+    idle = [(load, rank) for rank, load in enumerate(busy)]
+    heapq.heapify(idle)  # a rank's latest entry is its smallest that is true
+    loans = []
+    # Whoever lends stays in the heap with what it had, which is too much for those who come after it to ask.
+    for rank in sorted(range(len(busy)), key=lambda rank: (-busy[rank], rank)):
+        while at_home[rank] and busy[rank] > bearable:
+            cost, j, k = at_home[rank].pop()
+            load, target = idle[0]
+            if load + cost >= busy[rank]:
+                continue  # a cheaper one may do
+            loans.append(Loan(-j, -k, target))
+            busy[rank] -= cost
+            busy[target] += cost
+            heapq.heapreplace(idle, (busy[target], target))
+    return tuple(sorted(loans, key=lambda loan: (loan.job, loan.errand)))
 
 
 def _fill(jobs: Sequence[Job], order: Sequence[int], owners: Sequence[int], limit: int) -> tuple[tuple[int, ...], ...]:

@@ -16,6 +16,7 @@ from functools import cache
 import torch
 
 from steepest.exchange.layout import Layout, Rectangle
+from steepest.exchange.lending import offers
 from steepest.exchange.plan import BUCKET_BYTES, Job, Plan, make_plan
 from steepest.lab.errors import BadInput
 from steepest.lab.plan_devices import Device
@@ -287,7 +288,16 @@ def _job(model: Model, weight: Weight, layout: Layout, window: Rectangle, name: 
     cost, memory = _price(model.rule, pieces)
     assert isinstance(model.rule, Rule)
     factored = sum(b * (m + n) * model.rule.rank(m, n) for b, m, n in pieces)
-    return Job(name, layout, window, cost, memory, (weight.itemsize, DIRECTION_BYTES), factored=factored)
+    return Job(
+        name,
+        layout,
+        window,
+        cost,
+        memory,
+        itemsizes=(weight.itemsize, DIRECTION_BYTES),
+        factored=factored,
+        errands=offers(model.rule, pieces, DIRECTION_BYTES),
+    )
 
 
 @cache

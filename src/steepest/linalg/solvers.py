@@ -108,6 +108,11 @@ def choose(device: str) -> str:
     return "qr" if device == "cpu" else "first_order"
 
 
+def next_basis(K: Tensor, Q: Tensor, steps: int = 1, solver: str = "auto") -> tuple[Tensor, Tensor]:
+    """The basis and the order of its columns, as one of `SOLVERS` finds them, or the one that `choose` picks."""
+    return SOLVERS[choose(K.device.type) if solver == "auto" else solver](K, Q, steps)
+
+
 @_disable_dynamo
 def cholesky_qr(A: Tensor, passes: int = 3) -> Tensor:
     """Orthonormal columns for ``A [..., d, d]``: ``A R⁻¹`` with ``RᵀR = AᵀA``, all products but for one factorization.

@@ -85,6 +85,7 @@ class SOAP(Optimizer):
         refresh_async: refreshes follow the step that they are due in, and a GPU makes them beside the next forward and
             backward pass, on a stream of its own. All but the first then serve from the next step on, as with
             ``basis_timing="after"``. Until the next step, or `state_dict`, ``state`` may not be read on the GPU.
+            Between ranks, those that have less to do may refresh for others (docs/many-gpus.md).
         basis_dtype: "bfloat16" keeps bases in half the bytes between steps: 4 (m² + n²) less. What it costs in quality
             is below the race's noise (docs/memory.md).
         moment_dtype: "int8" keeps Adam's two moments in 8 bits, in blocks of 64 with scales, rounded stochastically:

@@ -12,6 +12,7 @@ arXiv:2509.03378. Checked against the authors' numbers in tests/reference/test_s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,11 +22,13 @@ from torch import Tensor
 from steepest.factors import Factors
 from steepest.linalg.flops import Work, eigh, product, refresh, total
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
-from steepest.linalg.solvers import SOLVERS, choose
+from steepest.linalg.solvers import SOLVERS, choose, next_basis
 from steepest.moments import adam
 from steepest.rule import (
+    Errand,
     Refreshing,
     Slots,
+    Solved,
     State,
     Step,
     at_least,
@@ -117,9 +120,25 @@ class Soap(Refreshing):
     def finish(self, state: State, step: Step) -> None:
         with fp32_matmul_precision(self.fp32_matmul_prec):
             if step.refresh is not None and not (factors := Factors(state, step.failures)).trivial:
-                self.follow(factors, step.refresh, first=False)
+                self.follow(factors, step.refresh, first=False, solved=step.solved)
 
-    def follow(self, factors: Factors, slots: Slots, first: bool) -> None:
+    def errands(self, m: int, n: int) -> dict[str, Errand]:
+        """Where refreshes follow their step, each factor's: a matrix's two may then be refreshed at the same time."""
+        if not self.refresh_async or self.use_adaptive_criteria or not self.match_columns:
+            return {}
+        state = self.init(torch.empty(1, m, n, device="meta"))
+        sides = {side: state[side].shape[-1] for side in ("L", "R") if side in state}
+        return {
+            side: Errand((side, f"Q_{side}"), d, refresh(d, self.solver, self.power_iter_steps).every(self.last_period))
+            for side, d in sides.items()
+        }
+
+    def solve(self, *needs: Tensor) -> Solved:
+        K, Q = needs
+        with fp32_matmul_precision(self.qr_fp32_matmul_prec):
+            return next_basis(K, Q, self.power_iter_steps, self.refresh)
+
+    def follow(self, factors: Factors, slots: Slots, first: bool, solved: Mapping[str, Solved] | None = None) -> None:
         """The bases of these slots follow their covariances, and Adam's moments follow the bases."""
         with fp32_matmul_precision(self.qr_fp32_matmul_prec):
             if first and self.refresh != "qr":
@@ -127,7 +146,7 @@ class Soap(Refreshing):
             else:
                 if self.use_adaptive_criteria and not first:
                     slots = factors.outdated(slots, self.adaptive_update_tolerance)
-                factors.refresh(slots, False, self.power_iter_steps, self.match_columns, self.refresh)
+                factors.refresh(slots, False, self.power_iter_steps, self.match_columns, self.refresh, solved)
         factors.measure()
 
     def act(self, G: Tensor, factors: Factors, step: Step, in_basis: bool) -> Tensor:
@@ -164,11 +183,10 @@ class Soap(Refreshing):
             again = cubes + (along if self.basis_timing == "before" else Work())
         elif self.use_kl_shampoo:
             every += cubes + (along if len(sides) == 2 else Work())
-        solver = choose("cpu") if self.refresh == "auto" else self.refresh
-        if solver == "eigh" and not self.match_columns:
+        if self.solver == "eigh" and not self.match_columns:
             turn += total(eigh(d) for d in sides)
         else:
-            turn += total(refresh(d, solver, self.power_iter_steps) for d in sides)
+            turn += total(refresh(d, self.solver, self.power_iter_steps) for d in sides)
         if self.use_adaptive_criteria:
             turn += cubes
         slow = turn.at(self.qr_fp32_matmul_prec) + again
@@ -178,6 +196,11 @@ class Soap(Refreshing):
     def keeps_quotients(self) -> bool:
         """Whether KL's eigenvalues are carried from step to step; where bases turn at each, nothing could be."""
         return self.use_kl_shampoo and self.precondition_frequency != 1
+
+    @property
+    def solver(self) -> str:
+        """How bases follow, "auto" as on a CPU."""
+        return choose("cpu") if self.refresh == "auto" else self.refresh
 
     @property
     def seeds(self) -> bool:
