@@ -113,7 +113,8 @@ class Recorder:
     """
 
     def __init__(self) -> None:
-        self._recording: _Recording | None = None
+        self.recording: Recording | None = None
+        """What is replayed, if anything is."""
         self._key: Sequence[Any] = ()  # of what may be recorded next
         self._seen = 0
         self._fit = True
@@ -131,9 +132,9 @@ class Recorder:
         if device.type not in CAPTURES:
             return work(inputs)
         key = [*key, inputs.penalty is None, inputs.finite is None, *_surroundings(device)]
-        if self._recording is not None and self._recording.key == key:
+        if self.recording is not None and self.recording.key == key:
             self._seen = 0
-            return self._recording.replayed(inputs)
+            return self.recording.replayed(inputs)
         if self._key != key:
             self._key, self._seen, self._fit = key, 0, True
         self._seen += 1
@@ -145,15 +146,15 @@ class Recorder:
             self._fit, self._made = attempts.calls == calls, _place(made)  # solvers ask the device how it went
             return made
         try:
-            self._recording = _Recording(key, work, inputs.place(), self._made)
+            self.recording = Recording(key, work, inputs.place(), self._made)
         except RuntimeError as error:
             warnings.warn(f"cuda_graph=True: an update can't be recorded, and runs without: {error}", stacklevel=2)
             self._fit = False
             return work(inputs)
-        return self._recording.replayed(inputs)
+        return self.recording.replayed(inputs)
 
 
-class _Recording:
+class Recording:
     """One update on memory of its own."""
 
     def __init__(self, key: Sequence[Any], work: Work, inputs: Inputs, made: Made) -> None:
@@ -208,11 +209,12 @@ def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], Non
     graph = torch.cuda.CUDAGraph()
     # Errors count in this thread only: others may pin memory meanwhile.
     recording = torch.cuda.graph(graph, _pools[device, stream], _stream(device), capture_error_mode="thread_local")
-    try:
-        with torch.cuda.device(device), recording:
-            work()
-    finally:
-        torch.cuda.set_stream(stream)  # where a capture fails, torch leaves its own in place
+    with torch.cuda.device(device):
+        try:
+            with recording:
+                work()
+        finally:
+            torch.cuda.set_stream(stream)  # where a capture fails, torch leaves its own in place
     return graph.replay
 
 

@@ -50,12 +50,12 @@ def fp32_matmul_precision(precision: str = "highest") -> Iterator[None]:
     if torch.compiler.is_compiling() and precision == _scope:  # else the graph breaks, and what follows is set
         yield
         return
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    per_backend = [backend.fp32_precision for backend in backends]
     try:
         overall: str | None = torch.get_float32_matmul_precision()
     except RuntimeError:  # somebody set the backends one by one: torch refuses to name one precision for all
         overall = None
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    per_backend = [backend.fp32_precision for backend in backends]
     if overall != precision:
         torch.set_float32_matmul_precision(precision)
     outer, _scope = _scope, precision
