@@ -115,7 +115,8 @@ def _update(
         kept = None if inputs.finite is None else [x.clone() for x in changes]
         t.add_(1)
         restored = stack.storage.restored(state)
-        D = update(inputs.G, restored, replace(step, penalty=inputs.penalty))
+        mine = step if inputs.penalty is step.penalty else replace(step, penalty=inputs.penalty)
+        D = update(inputs.G, restored, mine)
         stack.storage.store(restored, state, t)
         if inputs.finite is not None and kept is not None:
             undo(inputs.finite, changes, kept)
