@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from gpu_job import Job, Unavailable
+from gpu_job import Job, Unavailable, milliseconds
 from torch import Tensor, nn
 
 from steepest import kernels
@@ -44,6 +44,11 @@ def check(job: Job) -> None:
             case = (job, label, options)
             job.checked(label, lambda work=work, case=case: work(*case))  # type: ignore[misc]
         job.keep()
+    for name, options in CREW.items():
+        if options["rule"] != "adamw":
+            label = f"{name}: replays to the same bits"
+            job.checked(label, lambda label=label, options=options: _replays(job, label, options))  # type: ignore[misc]
+    job.keep()
     for name in ("soap", "kl", "muon", "moso"):
         label = f"{name}: trains as without kernels"
         job.checked(label, lambda label=label, name=name: _trains(job, label, CREW[name]))  # type: ignore[misc]
@@ -167,6 +172,29 @@ def _as_on_the_cpu(job: Job, label: str, options: Mapping[str, Any]) -> None:
         worst = max(worst, float((p.detach().cpu() - q.detach()).norm() / moved.norm()))
     limit = 0.3 if options["rule"] == "muon" else CLOSE  # bfloat16 here, float32 there
     job.check(label, worst, limit, "of the way gone, after six steps")
+
+
+def _replays(job: Job, label: str, options: Mapping[str, Any]) -> None:
+    """With updates recorded and replayed as without; and what a step without a refresh takes, either way."""
+    pair = [Training(job, {**options, "cuda_graph": graph}) for graph in (False, True)]
+    for k in range(30):
+        for training in pair:
+            training.step(k, spoilt=[1] if k in (9, 18) else [])
+    plain, replayed = ([training.seen(i) for i in range(len(training.params))] for training in pair)
+    unlike = sum(not torch.equal(x, there[name]) for here, there in zip(plain, replayed, strict=True)
+                 for name, x in here.items())  # fmt: skip
+    if job.cuda and options["rule"] != "moso":  # which decomposes in each step
+        unlike += sum(stack.recorder.recording is None for lot in pair[1].optimizer._lots for stack in lot.stacks)
+    took = {}
+    for way, graph in (("eager_ms", False), ("replayed_ms", True)):
+        seldom = {"precondition_frequency": 10**6} if options["rule"] == "soap" else {}
+        training = Training(job, {**options, **seldom, "cuda_graph": graph})
+        for k in range(PERIOD):
+            training.step(k)
+        took[way] = milliseconds(training.optimizer.step, job.device)
+    job.figures.setdefault("replays", {})[label.partition(":")[0]] = took
+    times = f"{took['eager_ms']:.3f} ms a step, {took['replayed_ms']:.3f} replayed"
+    job.check(label, float(unlike), 0.0, f"tensors that differ, stacks not recorded; {times}")
 
 
 def _trains(job: Job, label: str, options: Mapping[str, Any]) -> None:

@@ -207,7 +207,7 @@ class Optimizer(torch.optim.Optimizer):
         gradients = arrive()
         decaying = None if arrive_too is None else arrive_too()
         made = [
-            directions(rule, stack, gradients, decaying, group["weight_decay"], self._stagger(stack, group, rule))
+            directions(rule, stack, gradients, decaying, group, self._stagger(stack, group, rule))
             for stack in lot.stacks
         ]
         land = lot.spread([d for d in made if d is not None])

@@ -21,7 +21,14 @@ OPTIONS: dict[str, Any] = {
     "rounding_seed": 0,
 }
 """What every group has, whatever its rule."""
-STACK_OPTIONS: dict[str, Any] = {"weight_decay_method": "decoupled", "stagger": False, "block_size": 0, **VIEW_OPTIONS}
+STACK_OPTIONS: dict[str, Any] = {
+    "weight_decay_method": "decoupled",
+    "stagger": False,
+    "compile": False,
+    "cuda_graph": False,
+    "block_size": 0,
+    **VIEW_OPTIONS,
+}
 """What groups have whose rule steps matrices."""
 
 
@@ -53,6 +60,8 @@ def check_options(group: Mapping[str, Any]) -> None:
     check(isinstance(seed, int) and not isinstance(seed, bool), "rounding_seed", seed, "an integer")
     if "weight_decay_method" in group:
         check_choice("weight_decay_method", group["weight_decay_method"], DECAY_METHODS)
+    for name in ("compile", "cuda_graph"):
+        check(isinstance(group.get(name, False), bool), name, group.get(name), "a bool")
     RULES[group["rule"]].from_group(group)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steepest.graphs import Recorder
 from steepest.phases import phase
 from steepest.rule import Rule, Slots, Solved, State, Step
 from steepest.views import View
@@ -135,6 +136,7 @@ class Stack:
         self.failures = torch.zeros(self.size, dtype=torch.int64, device=like.device)
         self.undone: Echo | None = None
         self.put_off: list[PutOff] = []
+        self.recorder = Recorder()
         self._lane: torch.cuda.Stream | None = None
         self._finished: tuple[torch.cuda.Event, list[PutOff]] | None = None
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steepest.exchange.lot import Directions
+from steepest.graphs import Inputs, compiled
 from steepest.linalg import attempts
 from steepest.rule import LowRank, Rule, Step
 from steepest.stacks import Answers, Echo, PutOff, Run, Stack, Windows, to_device
 
 
 def directions(
-    rule: Rule, stack: Stack, grads: Windows, weights: Windows | None, decay: float, phases: Sequence[int]
+    rule: Rule,
+    stack: Stack,
+    grads: Windows,
+    weights: Windows | None,
+    group: Mapping[str, Any],
+    phases: Sequence[int],
 ) -> Directions | None:
     """Have the rule step a stack; None if no matrix in it moves.
 
@@ -23,7 +31,7 @@ def directions(
         stack: state and clocks, which advance.
         grads: gradients of its pieces; pieces without one are not in this step.
         weights: of the same pieces, if they decay by way of their gradient.
-        decay: by how much.
+        group: by how much they decay, and how updates are launched.
         phases: for each slot when in its period it refreshes.
     """
     stack.put_off.clear()  # of a step that was broken off
@@ -32,12 +40,12 @@ def directions(
         return None
     G = stack.fill(grads)  # [B, m, n]
     finite = _drop_nonfinite(stack, G, live)
-    penalty = None if weights is None else stack.fill(weights) * decay
+    penalty = None if weights is None else stack.fill(weights) * group["weight_decay"]
 
     moved = [False] * stack.size
     made: list[tuple[slice, Tensor | LowRank]] = []
     for run in stack.runs(rule, live, phases):
-        d = _update(rule, stack, run, G, penalty, finite)  # [b, m, n]
+        d = _update(rule, stack, run, G, penalty, finite, group)  # [b, m, n]
         if d is not None:
             moved[run.slots] = [True] * (run.slots.stop - run.slots.start)
             made.append((run.slots, d))
@@ -85,23 +93,42 @@ def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
 
 
 def _update(
-    rule: Rule, stack: Stack, run: Run, G: Tensor, penalty: Tensor | None, finite: Tensor | None
+    rule: Rule,
+    stack: Stack,
+    run: Run,
+    G: Tensor,
+    penalty: Tensor | None,
+    finite: Tensor | None,
+    group: Mapping[str, Any],
 ) -> Tensor | LowRank | None:
     """Advance the clocks of one run, and have the rule update it; where ``finite`` is False nothing happens."""
     s = run.slots
     t, failures, state = stack.t[s], stack.failures[s], {name: x[s] for name, x in stack.state.items()}
-    changes = [t, failures, *state.values()]
-    kept = None if finite is None else [x.clone() for x in changes]
-    t += 1
+    inputs = Inputs(G[s], None if penalty is None else penalty[s], None if finite is None else finite[s])
+    step = Step(t, run.stage, run.refresh, inputs.penalty, failures)
+    steady = run.stage == "steady" and run.refresh is None
+    compiles = steady and bool(group.get("compile")) and s == slice(0, stack.size)
+    update = compiled(rule, G) if compiles else rule.update
+
+    def work(inputs: Inputs) -> Tensor | LowRank | None:
+        changes = [t, failures, *state.values()]
+        kept = None if inputs.finite is None else [x.clone() for x in changes]
+        t.add_(1)
+        restored = stack.storage.restored(state)
+        mine = step if inputs.penalty is step.penalty else replace(step, penalty=inputs.penalty)
+        D = update(inputs.G, restored, mine)
+        stack.storage.store(restored, state, t)
+        if inputs.finite is not None and kept is not None:
+            undo(inputs.finite, changes, kept)
+        return D
+
     stack.clock[s] += 1
-    step = Step(t, run.stage, run.refresh, None if penalty is None else penalty[s], failures)
-    restored = stack.storage.restored(state)
-    D = rule.update(G[s], restored, step)
-    stack.storage.store(restored, state, t)
-    if finite is not None and kept is not None:
-        undo(finite[s], changes, kept)
+    if steady and group.get("cuda_graph"):
+        D = stack.recorder(work, inputs, (rule, s, compiles))
+    else:
+        D = work(inputs)
     if rule.defers(step):
-        stack.put_off.append(PutOff(s, step, None if finite is None else finite[s], run.due))
+        stack.put_off.append(PutOff(s, step, inputs.finite, run.due))
     return D
 
 

@@ -11,7 +11,7 @@ ROOT = Path(steepest.__file__).parent
 FLOORS = [
     {"linalg", "kernels", "phases"},
     {"rule", "kronecker", "moments", "factors", "scales", "schedules", "rounding", "storage"},
-    {"rules", "views", "stacks", "options"},
+    {"rules", "views", "stacks", "options", "graphs"},
     {"exchange", "capture"},
     {"apply", "checkpoint", "consolidation", "elementwise", "optimizer", "stepping"},
     {"optimizers", "routing", "recipes"},

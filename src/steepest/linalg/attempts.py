@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it imports no compiler until there is one
 
+calls = 0
+"""How often `attempt` was called: a step that calls it can't be recorded for replays (`steepest.graphs`)."""
+
 
 @_disable_dynamo  # solvers don't compile, and what surrounds them would be compiled anew for each shape
 def attempt(solve: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
@@ -33,6 +36,8 @@ def attempt(solve: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
         >>> attempt(torch.linalg.cholesky, A).flatten()
         tensor([2., nan])
     """
+    global calls
+    calls += 1
     flat = A.reshape(-1, *A.shape[-2:])
     try:
         X = solve(A)

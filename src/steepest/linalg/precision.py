@@ -21,6 +21,9 @@ FACTORS = {
 """The products that tensor cores compute, which ``@``, `torch.matmul`, `torch.einsum` and linear layers end in; and
 which of their arguments are multiplied. A matrix times a vector and a dot product run on other units, in float32."""
 
+_scope: str | None = None
+"""The precision of the innermost `fp32_matmul_precision`; inside a graph, torch can't be asked."""
+
 
 @contextmanager
 def fp32_matmul_precision(precision: str = "highest") -> Iterator[None]:
@@ -43,23 +46,28 @@ def fp32_matmul_precision(precision: str = "highest") -> Iterator[None]:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: must be one of {', '.join(map(repr, PRECISIONS))}")
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    per_backend = [backend.fp32_precision for backend in backends]
+    global _scope
+    if torch.compiler.is_compiling() and precision == _scope:  # else the graph breaks, and what follows is set
+        yield
+        return
     try:
         overall: str | None = torch.get_float32_matmul_precision()
     except RuntimeError:  # somebody set the backends one by one: torch refuses to name one precision for all
         overall = None
-    if overall == precision:
-        yield
-        return
-    torch.set_float32_matmul_precision(precision)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    per_backend = [backend.fp32_precision for backend in backends]
+    if overall != precision:
+        torch.set_float32_matmul_precision(precision)
+    outer, _scope = _scope, precision
     try:
         yield
     finally:
-        if overall is not None:
+        _scope = outer
+        if overall is not None and overall != precision:
             torch.set_float32_matmul_precision(overall)
-        for backend, value in zip(backends, per_backend, strict=True):
-            backend.fp32_precision = value
+        if overall != precision:
+            for backend, value in zip(backends, per_backend, strict=True):
+                backend.fp32_precision = value
 
 
 def has_tf32(device: torch.device | str) -> bool:

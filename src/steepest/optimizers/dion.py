@@ -30,6 +30,8 @@ class Dion2(Optimizer):
         eps: see `Muon`.
         weight_decay_method: see `Muon`.
         merge_dims: see `Muon`.
+        compile: see `Muon`.
+        cuda_graph: see `Muon`.
         nonfinite: see `Muon`.
         stochastic_rounding: see `Muon`.
 
@@ -60,6 +62,8 @@ class Dion2(Optimizer):
         eps: float = 1e-7,
         weight_decay_method: str = "decoupled",
         merge_dims: bool = True,
+        compile: bool = False,
+        cuda_graph: bool = False,
         nonfinite: str = "skip",
         stochastic_rounding: bool = False,
     ) -> None:
@@ -85,6 +89,8 @@ class Dion(Optimizer):
             Householder's. Up to rounding they give the same steps.
         weight_decay_method: see `Muon`.
         merge_dims: see `Muon`.
+        compile: see `Muon`.
+        cuda_graph: see `Muon`.
         nonfinite: see `Muon`.
         stochastic_rounding: see `Muon`.
 
@@ -113,6 +119,8 @@ class Dion(Optimizer):
         orthonormalize: str = "rcqr",
         weight_decay_method: str = "decoupled",
         merge_dims: bool = True,
+        compile: bool = False,
+        cuda_graph: bool = False,
         nonfinite: str = "skip",
         stochastic_rounding: bool = False,
     ) -> None:

@@ -37,6 +37,8 @@ class MOSO(Optimizer):
         qr_fp32_matmul_prec: precision of the products in a refresh.
         max_precond_dim: where the smaller side is longer, it gets the identity.
         merge_dims: see `SOAP`.
+        compile: see `Muon`.
+        cuda_graph: see `Muon`.
         nonfinite: see `SOAP`.
         stochastic_rounding: see `SOAP`.
 
@@ -72,6 +74,8 @@ class MOSO(Optimizer):
         qr_fp32_matmul_prec: str = "high",
         max_precond_dim: int = 8192,
         merge_dims: bool = True,
+        compile: bool = False,
+        cuda_graph: bool = False,
         nonfinite: str = "skip",
         stochastic_rounding: bool = False,
     ) -> None:

@@ -46,6 +46,10 @@ class Muon(Optimizer):
         heads: each block's rows are that many matrices.
         merge_dims: True: trailing dimensions of a convolution merge into one. False: leading dimensions are a batch of
             matrices, as in stacked experts ``[E, m, n]``.
+        compile: updates without a refresh run as graphs of torch.compile, made anew when an option changes. That takes
+            seconds for each shape of matrices, and saves launches (docs/kernels.md).
+        cuda_graph: on a GPU, updates without a refresh are recorded once and replayed, one launch each
+            (docs/kernels.md). Elsewhere it changes nothing.
         nonfinite: "skip": a matrix whose gradient is not finite is left out of the step, weights, state and clock
             untouched, and counted in ``skipped``. "raise": FloatingPointError before anything has changed.
         stochastic_rounding: bfloat16 weights are rounded up or down at random, so that small steps count on average;
@@ -81,6 +85,8 @@ class Muon(Optimizer):
         split: tuple[int, ...] = (),
         heads: int = 1,
         merge_dims: bool = True,
+        compile: bool = False,
+        cuda_graph: bool = False,
         nonfinite: str = "skip",
         stochastic_rounding: bool = False,
     ) -> None:
@@ -110,6 +116,8 @@ class NorMuon(Optimizer):
         split: see `Muon`.
         heads: see `Muon`.
         merge_dims: see `Muon`.
+        compile: see `Muon`.
+        cuda_graph: see `Muon`.
         nonfinite: see `Muon`.
         stochastic_rounding: see `Muon`.
 
@@ -144,6 +152,8 @@ class NorMuon(Optimizer):
         split: tuple[int, ...] = (),
         heads: int = 1,
         merge_dims: bool = True,
+        compile: bool = False,
+        cuda_graph: bool = False,
         nonfinite: str = "skip",
         stochastic_rounding: bool = False,
     ) -> None:
@@ -172,6 +182,8 @@ class AdaMuon(Optimizer):
         split: see `Muon`.
         heads: see `Muon`.
         merge_dims: see `Muon`.
+        compile: see `Muon`.
+        cuda_graph: see `Muon`.
         nonfinite: see `Muon`.
         stochastic_rounding: see `Muon`.
 
@@ -203,6 +215,8 @@ class AdaMuon(Optimizer):
         split: tuple[int, ...] = (),
         heads: int = 1,
         merge_dims: bool = True,
+        compile: bool = False,
+        cuda_graph: bool = False,
         nonfinite: str = "skip",
         stochastic_rounding: bool = False,
     ) -> None:

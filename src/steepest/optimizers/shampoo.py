@@ -50,6 +50,8 @@ class Shampoo(Optimizer):
         precondition_1d: one covariance n × n for vectors. Otherwise they move by their momentum, grafted.
         stagger: spread the refreshes of a group's matrices over the steps of a period.
         merge_dims: see `Muon`.
+        compile: see `Muon`.
+        cuda_graph: see `Muon`.
         nonfinite: see `Muon`.
         stochastic_rounding: see `Muon`.
 
@@ -92,6 +94,8 @@ class Shampoo(Optimizer):
         precondition_1d: bool = False,
         stagger: bool = False,
         merge_dims: bool = True,
+        compile: bool = False,
+        cuda_graph: bool = False,
         nonfinite: str = "skip",
         stochastic_rounding: bool = False,
     ) -> None:

@@ -90,6 +90,10 @@ class SOAP(Optimizer):
             is below the race's noise (docs/memory.md).
         moment_dtype: "int8" keeps Adam's two moments in 8 bits, in blocks of 64 with scales, rounded stochastically:
             2.1 bytes an entry for both, not 8; likewise.
+        compile: updates without a refresh run as graphs of torch.compile, made anew when an option changes. That takes
+            seconds for each shape of matrices, and saves launches (docs/kernels.md).
+        cuda_graph: on a GPU, updates without a refresh are recorded once and replayed, one launch each
+            (docs/kernels.md). Elsewhere it changes nothing.
         nonfinite: "skip": a matrix whose gradient is not finite is left out of the step, weights, state and clock
             untouched, and counted in ``skipped``. "raise": FloatingPointError before anything has changed.
         stochastic_rounding: bfloat16 weights are rounded up or down at random, so that small steps count on average;
@@ -151,6 +155,8 @@ class SOAP(Optimizer):
         refresh_async: bool = False,
         basis_dtype: str = "float32",
         moment_dtype: str = "float32",
+        compile: bool = False,
+        cuda_graph: bool = False,
         nonfinite: str = "skip",
         stochastic_rounding: bool = False,
     ) -> None:
