@@ -23,6 +23,7 @@ from steepest.testing.subject import Factory, Subject
 FAST = [name for name, clause in CLAUSES.items() if not clause.slow]
 SLOW = [name for name, clause in CLAUSES.items() if clause.slow]
 
+AT_EACH: dict[str, Any] = {"precondition_frequency": 1}
 SOAP_VARIANTS: dict[str, dict[str, Any]] = {
     "soap f=3": {"precondition_frequency": 3},
     "soap stagger": {"precondition_frequency": 3, "stagger": True},
@@ -50,7 +51,7 @@ def by_rule(params: Any, rule: str, **options: Any) -> torch.optim.Optimizer:
 OURS: dict[str, Factory] = {
     **{name: functools.partial(by_name, name=name) for name in NAMES},
     **{f"rule {rule}": functools.partial(by_rule, rule=rule) for rule in RULES if rule not in NAMES},
-    **{name: functools.partial(by_name, name="soap", **options) for name, options in SOAP_VARIANTS.items()},
+    **{name: functools.partial(by_name, name="soap", **AT_EACH | own) for name, own in SOAP_VARIANTS.items()},
 }
 BFLOAT16 = {"soap bfloat16": "soap", "adamw bfloat16": "adamw"}
 NOT_ASKED = {

@@ -44,7 +44,8 @@ MISSING = {2: ["first.weight"], 3: ["gain"], 4: ["second.weight"]}
 
 def build(params: Any, name: str, **options: Any) -> steepest.Optimizer:
     rule, own = (name, {}) if name in RULES else ("soap", SOAP.get(name, ADAPTIVE))
-    return steepest.Optimizer(params, rule, **{"lr": 0.1} | own | options)
+    at_each = {"precondition_frequency": 1} if rule == "soap" else {}
+    return steepest.Optimizer(params, rule, **{"lr": 0.1} | at_each | own | options)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from steepest.testing.subject import Subject
 
 def broken(*clauses: str) -> set[str]:
     """Which of the clauses our SOAP breaks now."""
-    subject = Subject(functools.partial(Optimizer, rule="soap", lr=1e-2))
+    subject = Subject(functools.partial(Optimizer, rule="soap", lr=1e-2, precondition_frequency=1))
     return {name for name in clauses if check_clause(CLAUSES[name], subject).verdict is Verdict.BROKEN}
 
 

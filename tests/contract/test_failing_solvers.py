@@ -103,8 +103,9 @@ class Training:
 
     def __init__(self, name: str) -> None:
         rule, options = RULES[name]
+        at_each = {"precondition_frequency": 1} if rule == "soap" else {}
         self.params = [nn.Parameter(torch.ones(SHAPE)) for _ in range(3)]
-        self.optimizer = steepest.Optimizer(self.params, rule, **{"lr": 0.01} | options)
+        self.optimizer = steepest.Optimizer(self.params, rule, **{"lr": 0.01} | at_each | options)
         self.k = 0
 
     def step(self) -> None:

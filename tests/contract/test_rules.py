@@ -27,7 +27,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def rule(name: str) -> Rule:
     of, options = VARIANTS[name]
-    built = RULES[of](**options)
+    at_each = {"precondition_frequency": 1} if of == "soap" else {}
+    built = RULES[of](**at_each | options)
     assert isinstance(built, Rule)
     return built
 

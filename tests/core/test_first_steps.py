@@ -18,7 +18,7 @@ def gradients(shape, count=1, seed=3):
 def updates(grads, **options):
     """The updates, lr being 1 and decay 0."""
     W = torch.nn.Parameter(torch.zeros_like(grads[0]))
-    opt = steepest.SOAP([W], lr=1.0, weight_decay=0.0, **options)
+    opt = steepest.SOAP([W], lr=1.0, weight_decay=0.0, precondition_frequency=1, **options)
     moved = []
     for G in grads:
         before = W.detach().clone()

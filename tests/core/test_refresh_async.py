@@ -16,7 +16,7 @@ from steepest.rules.soap import Soap
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"precondition_frequency": 3},
-    "every step": {},
+    "every step": {"precondition_frequency": 1},
     "kl": {"precondition_frequency": 2, "use_kl_shampoo": True},
     "staggered": {"precondition_frequency": 3, "stagger": True},
     "in fewer bytes": {"precondition_frequency": 2, "basis_dtype": "bfloat16", "moment_dtype": "int8"},
@@ -111,7 +111,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace_on_an_accelerator(monkeyp
 
 
 def test_what_a_broken_step_put_off_is_dropped(monkeypatch) -> None:
-    params, optimizer = built(refresh_async=True)
+    params, optimizer = built(refresh_async=True, precondition_frequency=1)
     train(params, optimizer, 0, 2)
 
     def fail(*_: object) -> None:

@@ -98,7 +98,7 @@ def test_bases_stay_orthogonal_over_a_thousand_steps():
 
 def orthogonality_error(refresh, shape, count):
     (W,) = parameters(shape)
-    opt = steepest.SOAP([W], lr=1e-3, refresh=refresh)
+    opt = steepest.SOAP([W], lr=1e-3, precondition_frequency=1, refresh=refresh)
     for t in range(count):
         steps(opt, [W], [[randn(*shape, seed=t)]])
     bases = [opt.state[W][name] for name in ("Q_L", "Q_R")]
@@ -112,8 +112,9 @@ def test_eigenvalue_column_and_second_moment_belong_together(refresh, kl):
     rows = torch.linalg.qr(randn(3, 3, seed=5)).Q
     W = torch.nn.Parameter(torch.zeros(3, 3))
     opt = steepest.SOAP(
-        [W], lr=0.0, refresh=refresh, power_iter_steps=20, shampoo_beta=0.5, betas=(0.9, 0.99), use_kl_shampoo=kl
-    )
+        [W], lr=0.0, precondition_frequency=1, refresh=refresh, power_iter_steps=20, shampoo_beta=0.5,
+        betas=(0.9, 0.99), use_kl_shampoo=kl,
+    )  # fmt: skip
     columns = torch.linalg.qr(randn(3, 3, seed=6)).Q
     state = opt.state[W]
     history = torch.zeros(3)
@@ -195,7 +196,9 @@ def test_kl_with_a_relative_floor_knows_no_scale(kl_floor):
 
 def test_adaptive_refreshes_skip_what_is_good_enough():
     (W,) = parameters((4, 4))
-    opt = steepest.SOAP([W], lr=1e-2, use_adaptive_criteria=True, adaptive_update_tolerance=1.0)
+    opt = steepest.SOAP(
+        [W], lr=1e-2, precondition_frequency=1, use_adaptive_criteria=True, adaptive_update_tolerance=1.0
+    )
     bases = []
     for t in range(4):
         steps(opt, [W], [[randn(4, 4, seed=t)]])
@@ -220,10 +223,10 @@ def test_a_frequency_may_be_a_function():
     assert max(seen) == 9
 
 
-def test_rekls_is_soap_with_two_options():
+def test_rekls_is_soap_with_three_options():
     ours, theirs = parameters((4, 6)), parameters((4, 6))
     rekls = steepest.REKLS(ours, lr=1e-2)
-    soap = steepest.SOAP(theirs, lr=1e-2, use_eigh=True, use_kl_shampoo=True)
+    soap = steepest.SOAP(theirs, lr=1e-2, use_eigh=True, use_kl_shampoo=True, precondition_frequency=1)
     grads = [[randn(4, 6, seed=t)] for t in range(5)]
     steps(rekls, ours, grads)
     steps(soap, theirs, grads)

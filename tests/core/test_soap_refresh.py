@@ -109,7 +109,7 @@ def test_bases_that_turn_at_each_step_leave_nothing_to_keep() -> None:
 def test_kl_may_be_switched_on_in_training() -> None:
     """There are no quotients then; the literal feed does without."""
     W = torch.nn.Parameter(torch.zeros(4, 4))
-    opt = steepest.SOAP([W], lr=0.1)
+    opt = steepest.SOAP([W], lr=0.1, precondition_frequency=1)
     for k in range(4):
         opt.param_groups[0]["use_kl_shampoo"] = k >= 2
         W.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(k))
@@ -146,7 +146,7 @@ def test_the_solver_is_the_one_that_was_asked_for(refresh: str, device: str, mon
     choice = solvers.choose(device)
     monkeypatch.setattr(solvers, "choose", lambda here: choice)
     W = torch.nn.Parameter(torch.zeros(8, 4))
-    opt = steepest.SOAP([W], lr=0.1, refresh=refresh)
+    opt = steepest.SOAP([W], lr=0.1, precondition_frequency=1, refresh=refresh)
     for k in range(3):
         W.grad = torch.randn(8, 4, generator=torch.Generator().manual_seed(k))
         opt.step()

@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from steepest import Optimizer
+from steepest.rules import RULES
 
 LAYOUTS = ("ddp", "fsdp", "hsdp", "tp", "fsdp+tp")
 
@@ -139,5 +140,7 @@ def differing(model: nn.Module, other: nn.Module) -> list[str]:
 
 
 def optimizer(model: nn.Module, rule: str, **options: Any) -> Optimizer:
-    """One optimizer for all of it."""
+    """One optimizer for all of it; bases follow in each step."""
+    if "precondition_frequency" in RULES[rule].defaults():
+        options = {"precondition_frequency": 1} | options
     return Optimizer(grouped(model, rule, **options), lr=0.01)

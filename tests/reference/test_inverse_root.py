@@ -10,7 +10,7 @@ def test_literal_formula(golden, matrix):
     W = torch.nn.Parameter(torch.tensor(want["W0"], dtype=torch.float64))
     opt = steepest.SOAP(
         [W], lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, form="inverse_root", damping=1e-6, root=4,
-        preconditioner_decay=0.95, correct_shampoo_beta_bias=False,
+        preconditioner_decay=0.95, correct_shampoo_beta_bias=False, precondition_frequency=1,
     )  # fmt: skip
     for step, expected in enumerate(want["params"], start=1):
         W.grad = matrix(4, 4, step) + 2 * torch.eye(4, dtype=torch.float64)

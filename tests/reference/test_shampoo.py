@@ -16,7 +16,14 @@ CASES = {
     "ema_adamgraft": AVERAGED | {"graft": "adam"},
     "ema_half": AVERAGED | {"exponent": -0.5},
 }
-SOAP = {"noise_floor": 0.0, "momentum_floor": False, "refresh": "eigh", "match_columns": False, "weight_decay": 0.0}
+SOAP = {
+    "noise_floor": 0.0,
+    "momentum_floor": False,
+    "refresh": "eigh",
+    "precondition_frequency": 1,
+    "match_columns": False,
+    "weight_decay": 0.0,
+}
 
 
 def step(rule, G, state=None, t=1):

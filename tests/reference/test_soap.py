@@ -25,7 +25,7 @@ def test_current_gradient(golden, trajectory, shape, case):
     recorded = golden("soap_current_gradient")[shape]
     assert set(CASES) == set(recorded)
     want = recorded[case]
-    options = want["options"] | PARITY
+    options = {"precondition_frequency": 1} | want["options"] | PARITY
     if case == "frequency3":
         # There the frequency doesn't divide the warm-up's 2 steps, so the identity stays until step 4 and the first
         # basis comes by iteration. Here the first basis comes when the warm-up ends: after 3 steps, and by iteration
@@ -71,7 +71,7 @@ def test_paper_vector(golden, matrix):
     p = torch.nn.Parameter(torch.tensor(want["p0"]))
     opt = steepest.SOAP(
         [p], lr=0.01, betas=(0.95, 0.95), weight_decay=0.0, precondition_1d=True, basis_timing="after",
-        correct_shampoo_beta_bias=False, **PARITY,
+        correct_shampoo_beta_bias=False, precondition_frequency=1, **PARITY,
     )  # fmt: skip
     for step, expected in enumerate(want["params"], start=1):
         p.grad = matrix(1, 3, step, torch.float32)[0]
@@ -82,6 +82,6 @@ def test_paper_vector(golden, matrix):
 def test_one_perturbed_number_is_seen(golden, trajectory):
     """The tolerance is tight enough: a factor decay of .94 where .95 is meant fails."""
     want = golden("soap_current_gradient")["4x4"]["default"]
-    options = want["options"] | PARITY | {"shampoo_beta": 0.94}
+    options = {"precondition_frequency": 1} | want["options"] | PARITY | {"shampoo_beta": 0.94}
     weights, _ = trajectory(lambda params: steepest.SOAP(params, **options), 4, 4, steps=6)
     assert (weights[-1] - torch.tensor(want["params"][-1])).abs().max() > 1e-5

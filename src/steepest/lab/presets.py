@@ -59,10 +59,10 @@ HIGH = (1e-2, 2e-2, 4e-2, 8e-2)
 HIGHER = (2e-2, 4e-2, 8e-2, 1.6e-1)
 PRESETS: Mapping[str, Preset] = {
     "adamw": _swept("adamw", {"lr": 1e-2, "betas": (0.7, 0.95)}, rates=(2.5e-3, 5e-3, 1e-2, 2e-2), elementwise=None),
-    "soap": _soap("soap"),
+    "soap": _soap("soap", precondition_frequency=1),
     "soap-f5": _soap("soap-f5", precondition_frequency=5),
     "soap-f10": _soap("soap-f10", precondition_frequency=10),
-    "kl-soap": _soap("kl-soap", use_kl_shampoo=True),
+    "kl-soap": _soap("kl-soap", precondition_frequency=1, use_kl_shampoo=True),
     "kl-soap-f3": _soap("kl-soap-f3", precondition_frequency=3, use_kl_shampoo=True),
     "rekls": _soap("rekls", rule="rekls"),
     "moso": _swept("moso", {"lr": 2.5e-3, "inner": "rmsprop"}, rates=(6e-4, 1.25e-3, 2.5e-3, 5e-3)),

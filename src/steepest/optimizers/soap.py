@@ -37,8 +37,8 @@ class SOAP(Optimizer):
             adds ``wd·W`` to the gradient that Adam sees, not to the covariances.
         nesterov: Nesterov momentum in Adam.
         precondition_frequency: steps from one refresh of the eigenvectors to the next, or a function from the step to
-            that number (see `steepest.schedules`). 1 is best per step; 5 costs less than half and lost 0.013 of loss
-            in the race, 10 lost 0.037 (docs/soap.md).
+            that number (see `steepest.schedules`). 1 is best per step, at nearly three times the cost of 5, the default;
+            10 saves little more, and loses more (docs/soap.md).
         adam_warmup_steps: plain AdamW for so many steps; the first basis comes exactly when they end.
         correct_bias: bias correction of Adam's moments (and of the covariances, see below).
         fp32_matmul_prec: precision of float32 products: "highest", "high" (TF32), "medium" (bfloat16). Lower ones let
@@ -125,7 +125,7 @@ class SOAP(Optimizer):
         *,
         weight_decay_method: str = "decoupled",
         nesterov: bool = False,
-        precondition_frequency: int | Callable[[int], int] = 1,
+        precondition_frequency: int | Callable[[int], int] = 5,
         adam_warmup_steps: int = 0,
         correct_bias: bool = True,
         fp32_matmul_prec: str = "highest",
@@ -163,7 +163,7 @@ class SOAP(Optimizer):
         super().__init__(params, **soap_options(given(locals())))
 
 
-REKLS_OPTIONS: dict[str, Any] = {"refresh": "eigh", "use_kl_shampoo": True}
+REKLS_OPTIONS: dict[str, Any] = {"refresh": "eigh", "use_kl_shampoo": True, "precondition_frequency": 1}
 
 
 @final
@@ -171,7 +171,7 @@ class REKLS(Optimizer):
     """SOAP with KL-Shampoo's covariances and a full eigendecomposition every step ("realtime eigen KL SOAP").
 
     "Realtime", because the current gradient is in the covariances before they are decomposed. It is
-    ``SOAP(use_eigh=True, use_kl_shampoo=True)``; see `SOAP` for the arguments, and for options beyond these use SOAP.
+    ``SOAP(use_eigh=True, use_kl_shampoo=True, precondition_frequency=1)``; see `SOAP` for the arguments, and for options beyond these use SOAP.
 
     Args:
         params: tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.

@@ -12,7 +12,7 @@ arXiv:2509.03378. Checked against the authors' numbers in tests/reference/test_s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,6 +37,7 @@ from steepest.rule import (
     checked,
     clip_rms,
     corrected_beta,
+    frequency,
     one_of,
 )
 from steepest.storage import BASES, MOMENTS, Storage
@@ -53,6 +54,7 @@ class Soap(Refreshing):
     paper: ClassVar[str] = "Vyas et al., arXiv:2409.11321"
     derived: ClassVar[frozenset[str]] = frozenset({"lambda_L", "lambda_R"})
 
+    precondition_frequency: int | Callable[[int], int] = frequency(5)
     betas: tuple[float, float] = betas((0.9, 0.95))
     shampoo_beta: float = beta(0.95)
     eps: float = at_least(0, 1e-8)
