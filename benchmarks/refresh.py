@@ -112,14 +112,11 @@ def kl(every: int, steps: int) -> list[dict[str, Any]]:
     """A row for each way to feed, on eight matrices of a GPT of width 256."""
     shapes = [(768, 256), (256, 256), (1024, 256), (256, 1024)] * 2
     crew: dict[str, tuple[list[torch.nn.Parameter], steepest.Optimizer, list[float]]] = {}
-    for name in ("plain", "kl", "kl, literal feed"):
+    for name in ("plain", "kl"):
         params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
         optimizer = steepest.Optimizer(
             params, "soap", lr=1e-3, precondition_frequency=every, use_kl_shampoo=name != "plain"
         )
-        for stack in optimizer._stacks if "literal" in name else ():
-            for side in ("L", "R"):
-                stack.state.pop(f"lambda_{side}", None)
         crew[name] = (params, optimizer, [])
     generator = torch.Generator().manual_seed(0)
     for step in range(every + 1 + steps):

@@ -118,11 +118,13 @@ def follow(case: Case, precision: str, setup: Setup) -> Path:
         betas=(0.9, 0.95),
         shampoo_beta=0.95,
         weight_decay=0.0,
-        use_kl_shampoo=True,
         use_eigh=case.solver == "REKLS",
         kl_floor=case.kl_floor,
         fp32_matmul_prec=precision,
     )
+    # Switched on once the state is laid out: so L and R are the covariances themselves, and what whitens is computed
+    # from them by a product, as the formula has it.
+    optimizer.param_groups[0]["use_kl_shampoo"] = True
     limit = torch.linalg.matrix_norm(G[0]).item() if case.guard == "clipped" else float("inf")
     m = setup.shape[0]
     path = Path(
