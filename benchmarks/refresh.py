@@ -10,8 +10,8 @@ i^-1/2 and whose left singular vectors turn a little at every step. Each solver 
 own, in turn, one refresh each; times are medians, of CPU time of one thread, or of the device's. Off the diagonal:
 ``‖offdiag(Qᵀ K Q)‖ / ‖K‖`` before and after, medians; orthogonality: the largest entry of ``QᵀQ - I`` ever seen.
 
-``--kl`` measures what KL-Shampoo's covariances cost, on eight matrices of a GPT: SOAP without them, with them, and
-with the feed that keeps no quotients (as at every = 1 all do), a step each in turn.
+``--kl`` measures what KL-Shampoo's covariances cost, on eight matrices of a GPT: SOAP without them and with them, a
+step each in turn. Four periods are measured, or forty steps where each refreshes.
 
 The study trains the race's GPT at several widths with refreshes every so many steps, in lockstep and staggered.
 """
@@ -197,7 +197,7 @@ def main() -> None:
     if args.kl:
         print(f"{'every':>6}  {'feed':18}{'ms mean':>9}{'median':>9}{'ratios':>9}")
         for every in args.every:
-            rows += kl(every, steps=2 * every if every > 1 else 10)
+            rows += kl(every, steps=4 * every if every > 1 else 40)
     elif args.study:
         print(f"{'width':>6}  {'refreshes':18}{'loss':>8}{'ms mean':>9}{'ms max':>9}")
         for width in args.widths:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steepest import kronecker
 from steepest.kronecker import INTO, OUT_OF
-from steepest.linalg.attempts import at_hand
+from steepest.linalg import attempts
 from steepest.linalg.eigenbasis import eigenvectors
 from steepest.phases import phase
 from steepest.rule import Slots, State
@@ -172,7 +172,7 @@ class Factors:
     def _put(self, slots: Slots, part: State, new: State, failures: Tensor) -> None:
         """The new state of these slots; where a decomposition failed, ``[b]``, the old one stays."""
         found = (failures == 0).view(-1, 1, 1)
-        sure = at_hand(found) and bool(found.all())
+        sure = attempts.at_hand(found) and bool(found.all())
         for name, x in new.items():
             self.state[name][slots] = x if sure else torch.where(found, x, part[name])
         if self.failures is not None:

@@ -2,8 +2,8 @@
 
 A study of one matrix. Its gradients are drawn, not computed: the weight goes nowhere, and L, the covariance of its
 rows, is watched with its eigenbasis Q_L. The same gradients are followed at two precisions, "high" (TF32, emulated
-where the device has none) and "highest" (float32), by two solvers, under three guards against the spike.
-docs/spike.md tells what comes out and why.
+where the device has none) and "highest" (float32), by two solvers, under three guards against the spike. L is the
+covariance as the formula has it, not in its eigenbasis. docs/spike.md tells what comes out and why.
 
   G       [T, m, n]  the gradients of T steps
   L, Q_L  [T, m, m]  as they are after each step

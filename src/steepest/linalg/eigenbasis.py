@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # as in `steepest.linalg.attempts`
 
-from steepest.linalg.attempts import at_hand, attempt, succeeded
+from steepest.linalg import attempts
+from steepest.linalg.attempts import attempt, succeeded
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -108,7 +109,7 @@ def householder_qr(A: Tensor) -> tuple[Tensor, Tensor]:
     try:
         reflections, scales = torch.geqrf(A)
         Q = torch.linalg.householder_product(reflections, scales)
-        found = not at_hand(A) or bool(succeeded(Q).all())
+        found = not attempts.at_hand(A) or bool(succeeded(Q).all())
     except RuntimeError:
         found = False
     if found:

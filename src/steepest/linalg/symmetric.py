@@ -108,9 +108,9 @@ def triangle_product(R: Tensor, U: Tensor) -> Tensor:
 
     Example:
         >>> U = torch.tensor([[0.6, 0.8], [0.8, -0.6]])
-        >>> triangle_product(U @ torch.tensor([[2.0, 1.0], [1.0, 1.0]]), U)
-        tensor([[2.3200, 0.2400],
-                [0.2400, 0.2800]])
+        >>> triangle_product(torch.tensor([[5.0, 8.0], [0.0, -1.0]]), U)  # U R is [[3, 4], [4, 7]]
+        tensor([[ 9.4000, -0.8000],
+                [-0.8000,  0.6000]])
     """
     if not _in_blocks(R):
         return mirrored(R.triu() @ U)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steepest.linalg.attempts import at_hand
+from steepest.linalg import attempts
 from steepest.linalg.eigenbasis import eigenvectors, householder_qr
 from steepest.linalg.precision import fp32_matmul_precision
 from steepest.linalg.solvers import cholesky_qr, first_order_rotation, lifted
@@ -93,7 +93,7 @@ def turned(Q: Tensor, U: Tensor, polish: bool = False) -> Tensor:
         if polish:
             rows = _polished(rows)
         rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True))
-        if at_hand(rows):
+        if attempts.at_hand(rows):
             flat = rows.view(-1, *rows.shape[-2:])
             for i, skew in enumerate(_skew(flat).tolist()):
                 if skew > TOLERATED * torch.finfo(rows.dtype).eps:
@@ -117,8 +117,8 @@ def _polished(rows: Tensor) -> Tensor:
 
 def _skew(rows: Tensor) -> Tensor:
     """About three times the root mean square of ``Q Qᵀ - I``, ``[...]``, for rows Q: from its product with ones."""
-    off = (rows * rows.sum(dim=-2, keepdim=True)).sum(dim=-1) - 1
-    return off.abs().amax(dim=-1) / math.sqrt(rows.shape[-1])
+    off = rows @ rows.sum(dim=-2).unsqueeze(-1) - 1
+    return off.squeeze(-1).abs().amax(dim=-1) / math.sqrt(rows.shape[-1])
 
 
 def _reflections(K: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
