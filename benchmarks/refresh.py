@@ -11,7 +11,7 @@ own, in turn, one refresh each; times are medians, of CPU time of one thread, or
 ``‖offdiag(Qᵀ K Q)‖ / ‖K‖`` before and after, medians; orthogonality: the largest entry of ``QᵀQ - I`` ever seen.
 
 ``--kl`` measures what KL-Shampoo's covariances cost, on eight matrices of a GPT: SOAP without them and with them, a
-step each in turn. Four periods are measured, or forty steps where each refreshes.
+step each in turn. Eight periods are measured, or twenty steps where each refreshes.
 
 The study trains the race's GPT at several widths with refreshes every so many steps, in lockstep and staggered.
 """
@@ -197,7 +197,7 @@ def main() -> None:
     if args.kl:
         print(f"{'every':>6}  {'feed':18}{'ms mean':>9}{'median':>9}{'ratios':>9}")
         for every in args.every:
-            rows += kl(every, steps=4 * every if every > 1 else 40)
+            rows += kl(every, steps=8 * every if every > 1 else 20)
     elif args.study:
         print(f"{'width':>6}  {'refreshes':18}{'loss':>8}{'ms mean':>9}{'ms max':>9}")
         for width in args.widths:
