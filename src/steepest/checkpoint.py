@@ -18,7 +18,7 @@ from torch import Tensor
 
 from steepest.exchange.placement import fits, local, put
 from steepest.options import bare, check_options, option_defaults
-from steepest.rule import Elementwise, Options, Rule, State
+from steepest.rule import Elementwise, State
 from steepest.rules import RULES
 from steepest.stacks import Stack, loose, state_dtype
 from steepest.views import View
@@ -62,18 +62,9 @@ def load(
         for i, p in enumerate(group["params"])
         if p in saved
     )
-    lacking: set[Tensor] = set()
     for p, tensors in saved.items():
         for name, x in optimizer.state[p].items():
-            if name in tensors:
-                put(x, read(tensors[name]))
-            else:
-                lacking.add(p)
-    for stack in optimizer._stacks if lacking else []:
-        group = optimizer.param_groups[stack.group]
-        rule = RULES[group["rule"]].from_group(group)
-        assert isinstance(rule, Rule)
-        stack.derive(rule, {i for i, p in enumerate(group["params"]) if p in lacking})
+            put(x, read(tensors[name]))
     for group, new in zip(optimizer.param_groups, options, strict=True):
         group.update(new)
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
@@ -101,7 +92,7 @@ def check(
             if tensors is not None and not (isinstance(tensors, Mapping) and not tensors):
                 here = optimizer.state.get(p) or _blank(p, group)
                 _check_layout(name, p, here, group, group | new)
-                _check(name, tensors, here, RULES[group["rule"]])
+                _check(name, tensors, here)
                 saved[p] = tensors
             elif optimizer.state.get(p):
                 raise ValueError(f"the saved state has nothing for {name}; load it into the optimizer that it is of")
@@ -204,19 +195,14 @@ def _check_options(number: int, group: dict[str, Any], new: dict[str, Any]) -> N
         raise ValueError(f"the options of parameter group {number} of the saved state are damaged: {error}") from error
 
 
-def _check(name: str, saved: Any, here: State, rule: type[Options]) -> None:
-    """Raise unless what was saved are the tensors of a parameter's state, each in its shape.
-
-    What a rule derives from the rest may be missing, or be there and not be wanted.
-    """
+def _check(name: str, saved: Any, here: State) -> None:
+    """Raise unless what was saved are the tensors of a parameter's state, each in its shape."""
     if not isinstance(saved, Mapping):
         raise ValueError(f"{name}: the saved state is a {_kind(saved)}, not a dict of tensors")
     for key in saved:
-        if key not in here and not _is_derived(key, rule):
+        if key not in here:
             raise ValueError(f"{name}: the saved state has {key!r}, which is not in use here; was it another rule's?")
     for key, x in here.items():
-        if key not in saved and _is_derived(key, rule):
-            continue
         if key not in saved:
             raise ValueError(f"{name}: the saved state has no {key!r}, only {_some(saved)}; was it another rule's?")
         y = saved[key]
@@ -240,7 +226,7 @@ def _check(name: str, saved: Any, here: State, rule: type[Options]) -> None:
 def _check_layout(name: str, p: Tensor, here: State, group: Mapping[str, Any], then: Mapping[str, Any]) -> None:
     """Raise unless the options ``then`` see a parameter as the same matrices, with the same state, as it is here."""
     try:
-        same = _forms(_blank(p, then), group) == _forms(here, group)
+        same = _forms(_blank(p, then)) == _forms(here)
         if same and not issubclass(RULES[group["rule"]], Elementwise):
             same = _seen(p, then) == _seen(p, group)
     except Exception as error:
@@ -261,13 +247,8 @@ def _blank(p: Tensor, group: Mapping[str, Any]) -> State:
     return {name: x for seat in seats for name, x in Stack.blank(rule, 0, seat, ghost).views(seat).items()}
 
 
-def _forms(state: State, group: Mapping[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    rule = RULES[group["rule"]]
-    return {name: (x.shape, x.dtype) for name, x in state.items() if not _is_derived(name, rule)}
-
-
-def _is_derived(name: str, rule: type[Options]) -> bool:
-    return issubclass(rule, Rule) and name.split(".")[0] in rule.derived
+def _forms(state: State) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (x.shape, x.dtype) for name, x in state.items()}
 
 
 def _seen(p: Tensor, group: Mapping[str, Any]) -> tuple[Any, ...]:

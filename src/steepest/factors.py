@@ -13,8 +13,8 @@ from torch import Tensor
 
 from steepest import kronecker
 from steepest.kronecker import INTO, OUT_OF
-from steepest.linalg.eigenbasis import conjugate, eigenvectors
-from steepest.linalg.whitening import Projections
+from steepest.linalg import attempts
+from steepest.linalg.eigenbasis import eigenvectors
 from steepest.phases import phase
 from steepest.rule import Slots, Solved, State
 
@@ -41,15 +41,10 @@ class Factors:
     def __init__(self, state: State, failures: Tensor | None = None) -> None:
         self.state = state
         self.failures = failures
-        self._seen: Projections | None = None
-        self._stale: Slots | None = None  # of what was seen, what is in bases that have turned since
-        self._turned: Slots | None = None  # whose quotients are to be measured
 
     @staticmethod
-    def init(
-        G: Tensor, max_precond_dim: int, precondition_1d: bool = False, bases: bool = True, quotients: bool = False
-    ) -> State:
-        """Zero factors and identity bases for a stack like ``G [B, m, n]``; zero ``quotients`` too, if they are kept.
+    def init(G: Tensor, max_precond_dim: int, precondition_1d: bool = False, bases: bool = True) -> State:
+        """Zero factors and identity bases for a stack like ``G [B, m, n]``.
 
         A side larger than ``max_precond_dim`` gets none; nor does either side of a vector (m or n is 1), unless
         ``precondition_1d``, and then its long side does.
@@ -64,8 +59,6 @@ class Factors:
                     # Columns contiguous, as LAPACK returns them: taking a new basis in is then a plain copy.
                     state[f"Q_{side}"] = G.new_zeros(B, d, d).mT
                     state[f"Q_{side}"].diagonal(dim1=-2, dim2=-1).fill_(1)
-                if quotients:
-                    state[f"lambda_{side}"] = G.new_zeros(B, d)
         return state
 
     @property
@@ -84,12 +77,6 @@ class Factors:
         return [self.state.get("Q_L"), self.state.get("Q_R")]
 
     @property
-    def quotients(self) -> list[Tensor | None] | None:
-        """``[B, m]`` and ``[B, n]``: the factors' Rayleigh quotients in the bases, if the state keeps them."""
-        kept: list[Tensor | None] = [self.state.get("lambda_L"), self.state.get("lambda_R")]
-        return kept if any(λ is not None for λ in kept) else None
-
-    @property
     def trivial(self) -> bool:
         """Whether both sides are the identity."""
         return self.L is None and self.R is None
@@ -103,9 +90,9 @@ class Factors:
     def feed_kl(self, G: Tensor, beta: float | Tensor, eps: float, relative_floor: float) -> None:
         """KL-Shampoo's feed: each side sees the gradient whitened by the other.
 
-        Where the state keeps the quotients it shares its products with `project`, for which it then comes cheap.
+        ``lambda_L`` and ``lambda_R`` in the state, where it keeps the factors' Rayleigh quotients, take it in as well.
         """
-        quotients = self.quotients
+        kept = [self.state.get("lambda_L"), self.state.get("lambda_R")]
         kronecker.update_kronecker_factors_kl_shampoo(
             [self.L, self.R],
             G,
@@ -113,21 +100,13 @@ class Factors:
             self.bases,
             eps,
             relative_floor=relative_floor,
-            quotient_list=quotients,
-            projections=None if quotients is None else self._look(G),
+            quotient_list=None if kept == [None, None] else kept,
         )
 
     @phase("project")
     def project(self, G: Tensor) -> Tensor:
-        """``Q_Lᵀ G Q_R``; of the gradient that the factors were fed with, only what has turned since."""
-        if self.quotients is None:
-            return kronecker.precondition(G, self.bases, INTO)
-        projected, stale = self._look(G).whole, self._stale
-        if stale is not None:
-            bases = [None if Q is None else Q[stale] for Q in self.bases]
-            projected[stale] = kronecker.precondition(G[stale], bases, INTO)
-            self._stale = None
-        return projected
+        """``Q_Lᵀ G Q_R``."""
+        return kronecker.precondition(G, self.bases, INTO)
 
     @phase("project")
     def unproject(self, u: Tensor) -> Tensor:
@@ -175,22 +154,14 @@ class Factors:
         self._turn(slots, part, bases, reordered)
 
     @phase("refresh")
-    def measure(self, slots: Slots | None = None) -> None:
-        """Quotients that are kept, anew of these slots, or where bases have turned."""
-        turned = self._turned if slots is None else slots
-        for side in ("L", "R"):
-            if turned is not None and f"lambda_{side}" in self.state:
-                K, Q = self.state[side][turned], self.state[f"Q_{side}"][turned]
-                self.state[f"lambda_{side}"][turned] = conjugate(K, Q, diag=True)
-        self._turned = None
-
-    @phase("refresh")
     def outdated(self, slots: Slots, tolerance: float) -> Tensor:
         """Those of the slots whose bases no longer diagonalize their factors within ``tolerance``, as indices."""
-        part = self._part(slots)
-        met = kronecker.eigenbases_met([part.get("L"), part.get("R")], [part.get("Q_L"), part.get("Q_R")], tolerance)
+        met = self._met(self._part(slots), tolerance)
         everything = torch.arange(len(next(iter(self.state.values()))), device=met.device)
         return everything[slots][~met]
+
+    def _met(self, part: State, tolerance: float) -> Tensor:
+        return kronecker.eigenbases_met([part.get("L"), part.get("R")], [part.get("Q_L"), part.get("Q_R")], tolerance)
 
     def _part(self, slots: Slots) -> State:
         return {name: tensor[slots] for name, tensor in self.state.items()}
@@ -202,17 +173,13 @@ class Factors:
         if "exp_avg" in part:
             raw = kronecker.precondition(part["exp_avg"], [part.get("Q_L"), part.get("Q_R")], OUT_OF)
             new["exp_avg"] = kronecker.precondition(raw, bases, INTO)
-        failures = kronecker.failures(bases, exp_avg_sq)  # [b]
+        self._put(slots, part, new, kronecker.failures(bases, exp_avg_sq))
+
+    def _put(self, slots: Slots, part: State, new: State, failures: Tensor) -> None:
+        """The new state of these slots; where a decomposition failed, ``[b]``, the old one stays."""
         found = (failures == 0).view(-1, 1, 1)
+        sure = attempts.at_hand(found) and bool(found.all())
         for name, x in new.items():
-            self.state[name][slots] = torch.where(found, x, part[name])
+            self.state[name][slots] = x if sure else torch.where(found, x, part[name])
         if self.failures is not None:
             self.failures[slots] += failures
-        self._turned = slots
-        self._stale = None if self._seen is None else slots
-
-    def _look(self, G: Tensor) -> Projections:
-        """The gradient's projections; the last one's are kept."""
-        if self._seen is None or self._seen.x is not G:
-            self._seen, self._stale = Projections(G, self.bases), None
-        return self._seen

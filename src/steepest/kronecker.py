@@ -24,7 +24,8 @@ from steepest.linalg.eigenbasis import (
 )
 from steepest.linalg.solvers import next_basis
 from steepest.linalg.symmetric import accumulate_gram
-from steepest.linalg.whitening import Projections, feed_by_quotients, whitening_weights
+from steepest.linalg.turning import reordered
+from steepest.linalg.whitening import feed_by_quotients, root_mean_square, whitening_weights
 
 Sides = Sequence[Tensor | None]
 """``[left, right]``; None is the identity."""
@@ -123,7 +124,6 @@ def update_kronecker_factors_kl_shampoo(
     *,
     relative_floor: float = 0.0,
     quotient_list: Sides | None = None,
-    projections: Projections | None = None,
 ) -> None:
     """KL-Shampoo's feed, in place: each side sees the gradient whitened by the other (arXiv:2509.03378).
 
@@ -144,7 +144,6 @@ def update_kronecker_factors_kl_shampoo(
         quotient_list: the λ of both sides, ``[..., m]`` and ``[..., n]``, where the caller keeps them. They are brought
             up to date, in place: λ is linear in the factor and takes the gradient in as it does. That saves a product
             on each side, 2m³ + 2n³; λ must be measured anew (`conjugate` with ``diag=True``) when bases have turned.
-        projections: the gradient's into these bases, if the caller has them; used with ``quotient_list``.
 
     Example:
         >>> L, R = init_kronecker_factors([2, 2])
@@ -158,16 +157,16 @@ def update_kronecker_factors_kl_shampoo(
     bases = _sides(eigenbasis_list, grad, "eigenbasis_list")
     if quotient_list is not None:
         options = (eps, eigval_exp, relative_floor)
-        projected = Projections(grad, bases) if projections is None else projections
-        feed_by_quotients(factors, grad, shampoo_beta, projected, options, quotient_list)
+        feed_by_quotients(factors, grad, shampoo_beta, bases, options, quotient_list)
         return
+    rms = root_mean_square(grad)
     whitened: list[Tensor | None] = []
     for K, Q in zip(factors, bases, strict=True):
         if K is None or Q is None:
             whitened.append(None)
             continue
         quotients = conjugate(K, Q, diag=True)
-        weights = whitening_weights(quotients, grad, eps, eigval_exp, relative_floor)  # [..., d]
+        weights = whitening_weights(quotients, rms, eps, eigval_exp, relative_floor)  # [..., d]
         whitened.append(Q * weights.sqrt().unsqueeze(-2))
     m, n = grad.shape[-2:]
     for K, X, white, width in zip(factors, (grad, grad.mT), reversed(whitened), (n, m), strict=True):
@@ -230,7 +229,7 @@ def refresh_eigenbases(
     power_iter_steps: int = 1,
     match_columns: bool = True,
     solver: str = "qr",
-    solved: Sequence[tuple[Tensor, Tensor] | None] = (None, None),
+    solved: Sequence[tuple[Tensor, ...] | None] = (None, None),
 ) -> tuple[list[Tensor | None], Tensor]:
     """New eigenbases by any solver, and ``exp_avg_sq`` in their columns' order; nothing is changed in place.
 
@@ -315,7 +314,7 @@ def get_eigenbasis_qr(
     power_iter_steps: int = 1,
     *,
     solver: str = "qr",
-    solved: Sequence[tuple[Tensor, Tensor] | None] = (None, None),
+    solved: Sequence[tuple[Tensor, ...] | None] = (None, None),
 ) -> tuple[list[Tensor | None], Tensor]:
     """The eigenbases by orthogonal iteration from the current ones, and ``exp_avg_sq`` in the columns' new order.
 
@@ -348,17 +347,13 @@ def get_eigenbasis_qr(
         Q, order = done or next_basis(K, Q, power_iter_steps, solver)
         bases.append(Q)
         orders.append(order)
-    return bases, _reorder(exp_avg_sq, orders)
+    return bases, reorder(exp_avg_sq, orders)
 
 
-def _reorder(x: Tensor, orders: Sequence[Tensor | None]) -> Tensor:
-    """Rows and columns of ``x [..., m, n]`` in the orders ``[..., m]`` and ``[..., n]``."""
+def reorder(x: Tensor, orders: Sequence[Tensor | None]) -> Tensor:
+    """Rows and columns of ``x [..., m, n]`` in the orders ``[..., m]`` and ``[..., n]``; None leaves them."""
     rows, columns = orders
-    if rows is not None:
-        x = torch.gather(x, -2, rows.unsqueeze(-1).expand_as(x))
-    if columns is not None:
-        x = torch.gather(x, -1, columns.unsqueeze(-2).expand_as(x))
-    return x
+    return reordered(reordered(x, rows, -2), columns, -1)
 
 
 def _sides(sides: Sides, x: Tensor, name: str) -> Sides:

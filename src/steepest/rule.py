@@ -29,8 +29,9 @@ from steepest.storage import PLAIN, Storage
 State = dict[str, Tensor]
 """A rule's memory of one stack: every tensor's leading dimension is the stack's ``B``."""
 
-Solved = tuple[Tensor, Tensor]
-"""A new basis ``[b, d, d]``, and which of the old columns each of its columns continues, ``[b, d]``."""
+Solved = tuple[Tensor, ...]
+"""What an `Errand` gives: a basis or a turn ``[b, d, d]``, which of the old columns each of its columns continues,
+``[b, d]``, and perhaps more ``[b, d, d]``."""
 
 Slots = slice | Tensor
 """Which matrices of a stack: a slice, or a tensor of indices."""
@@ -123,6 +124,8 @@ class Errand:
 
     needs: tuple[str, ...]
     """Their names; each is ``[B, d, d]``."""
+    gives: int
+    """How many tensors come back."""
     side: int
     """d."""
     work: Work
@@ -203,12 +206,6 @@ class Rule(Options, ABC):
 
         ``G`` is the rule's to read, not to write. Nothing here waits for the device or draws random numbers.
         """
-
-    derived: ClassVar[frozenset[str]] = frozenset()
-    """State that follows from the rest, and is there under some options only. A checkpoint may lack it."""
-
-    def derive(self, state: State, slots: Slots) -> None:
-        """Compute what is `derived` of these slots, in place, from the rest."""
 
     @property
     def storage(self) -> Storage:

@@ -7,7 +7,7 @@ corrections; ``clock``, on the host, says where in its life it stands, for refre
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,7 +91,7 @@ class PutOff:
         solved: dict[str, Solved] = {}
         if answers:
             which = _slots([slot in due for slot in seat.range], device)
-            solved = {name: (Q[which], order[which]) for name, (Q, order) in answers.items()}
+            solved = {name: tuple(x[which] for x in answer) for name, answer in answers.items()}
         failures = None if self.step.failures is None else self.step.failures[mine]
         refresh = _slots([slot in due for slot in range(start, stop)], device)
         step = replace(self.step, t=t, refresh=refresh, failures=failures, solved=solved)
@@ -191,13 +191,6 @@ class Stack:
         with torch.cuda.stream(self._lane):
             yield
         self._finished = self._lane.record_event(), held
-
-    def derive(self, rule: Rule, indices: Collection[int]) -> None:
-        """Compute the derived state of the parameters at these positions from the rest of theirs."""
-        state = self.storage.restored(self.state)
-        for seat in self.seats:
-            if seat.index in indices:
-                rule.derive(state, seat.slots)
 
     def views(self, seat: Seat) -> dict[str, Tensor]:
         """A seat's state as views into the stack, under the names that `optimizer.state[p]` shows."""

@@ -10,7 +10,7 @@ import steepest
 ROOT = Path(steepest.__file__).parent
 FLOORS = [
     {"linalg", "kernels", "phases"},
-    {"rule", "kronecker", "moments", "factors", "scales", "schedules", "rounding", "storage"},
+    {"rule", "kronecker", "moments", "factors", "factors_in_basis", "scales", "schedules", "rounding", "storage"},
     {"rules", "views", "stacks", "options", "graphs"},
     {"exchange", "capture"},
     {"apply", "checkpoint", "consolidation", "elementwise", "optimizer", "stepping"},

@@ -27,7 +27,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "soap, first order": ("soap", EVERY | {"refresh": "first_order"}),
     "soap, columns not matched": ("soap", EVERY | {"refresh": "eigh", "match_columns": False}),
     "soap, kl": ("soap", EVERY | {"use_kl_shampoo": True}),
-    "soap, kl, every step": ("soap", {"use_kl_shampoo": True}),
+    "soap, kl, every step": ("soap", {"precondition_frequency": 1, "use_kl_shampoo": True}),
     "soap, kl, after": ("soap", EVERY | {"use_kl_shampoo": True, "basis_timing": "after"}),
     "soap, adaptive": ("soap", EVERY | {"use_adaptive_criteria": True, "adaptive_update_tolerance": 0.0}),
     "soap, one-sided": ("soap", EVERY | {"max_precond_dim": 24}),

@@ -124,7 +124,7 @@ def test_eigenvalue_column_and_second_moment_belong_together(refresh, kl):
         steps(opt, [W], [[rows @ torch.diag(sizes) @ columns]])
         for basis, factor, axes in (("Q_L", "L", rows), ("Q_R", "R", columns.T)):
             Q, K = state[basis], state[factor]
-            quotients = (K @ Q * Q).sum(0)
+            quotients = K.diagonal() if kl else (K @ Q * Q).sum(0)
             which = (axes.T @ Q).abs().argmax(0)  # the axis that each column follows
             assert sorted(which.tolist()) == [0, 1, 2]
             owned = state["exp_avg_sq"].amax(dim=1 if basis == "Q_L" else 0)

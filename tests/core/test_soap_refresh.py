@@ -1,90 +1,172 @@
-"""SOAP's fast paths against what they stand for: solvers of a refresh, and KL's quotients kept from step to step."""
+"""SOAP's fast paths against what they stand for: solvers of a refresh, and KL's factors in their eigenbases."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import steepest
-from steepest.factors import Factors
+from steepest import factors_in_basis
+from steepest.factors_in_basis import FactorsInBasis
 from steepest.linalg import solvers
 from steepest.linalg.eigenbasis import conjugate
+from steepest.linalg.turning import Turn, decomposed
 from steepest.rule import State, Step
 from steepest.rules.shampoo import Shampoo
 from steepest.rules.soap import Soap
 
 SHAPES = [(5, 5), (9, 4), (4, 9)]
 KL: dict[str, dict[str, Any]] = {
+    "f1": {},
     "f3": {"precondition_frequency": 3},
     "f3 absolute floor": {"precondition_frequency": 3, "kl_floor": 0.0, "eps": 1e-3},
+    "f1 after": {"basis_timing": "after"},
     "f3 after": {"precondition_frequency": 3, "basis_timing": "after"},
     "f3 warmup": {"precondition_frequency": 3, "adam_warmup_steps": 4},
+    "f3 after warmup": {"precondition_frequency": 3, "adam_warmup_steps": 4, "basis_timing": "after"},
     "f3 one-sided": {"precondition_frequency": 3, "max_precond_dim": 8},
+    "f3 qr": {"precondition_frequency": 3, "refresh": "qr"},
+    "f3 qr twice": {"precondition_frequency": 3, "power_iter_steps": 2},
+    "f3 cholesky": {"precondition_frequency": 3, "refresh": "cholesky"},
+    "f3 cholesky twice": {"precondition_frequency": 3, "refresh": "cholesky", "power_iter_steps": 2},
+    "f3 first order": {"precondition_frequency": 3, "refresh": "first_order"},
     "f3 eigh": {"precondition_frequency": 3, "refresh": "eigh"},
+    "f3 eigh by rank": {"precondition_frequency": 3, "refresh": "eigh", "match_columns": False},
+    "f3 adaptive": {
+        "precondition_frequency": 3,
+        "use_adaptive_criteria": True,
+        "adaptive_update_tolerance": 0.02,
+    },
     "f3 uncorrected": {"precondition_frequency": 3, "correct_bias": False},
+    "f3 nesterov": {"precondition_frequency": 3, "nesterov": True},
 }
 
 
-def stepped(rule: Any, state: State, k: int, G: torch.Tensor, phases: tuple[int, ...], penalty: bool) -> Any:
+def stepped(rule: Any, state: State, k: int, G: Tensor, phases: tuple[int, ...], penalty: bool) -> Any:
     due = [i for i, phase in enumerate(phases) if rule.due(k, phase)]
-    t = torch.full((len(G), 1, 1), k + 1.0, dtype=G.dtype)
-    return rule.update(
-        G, state, Step(t, rule.stage(k), torch.tensor(due) if due else None, 0.1 * G if penalty else None)
-    )
+    t = torch.full((len(G), 1, 1), k + 2.0, dtype=G.dtype)  # so that what the factors start with counts
+    step = Step(t, rule.stage(k), torch.tensor(due) if due else None, 0.1 * G if penalty else None)
+    D = rule.update(G, state, step)
+    if rule.defers(step):
+        rule.finish(state, step)
+    return D
+
+
+def relative(x: Tensor, y: Tensor) -> float:
+    return float(torch.dist(x, y) / y.norm())
 
 
 def twins(
-    rule: Any, shape: tuple[int, int], dtype: torch.dtype, phases: tuple[int, ...], penalty: bool = False
+    rule: Soap, shape: tuple[int, int], dtype: torch.dtype, phases: tuple[int, ...], penalty: bool = False
 ) -> tuple[float, float]:
-    """How far directions and factors of the fast and the literal path ever are from each other, relatively."""
-    fast = rule.init(torch.empty(len(phases), *shape, dtype=dtype))
-    literal = {name: x.clone() for name, x in fast.items() if not name.startswith("lambda")}
-    assert Factors(fast).quotients is not None
-    assert Factors(literal).quotients is None
+    """How far directions and covariances are ever from those of the formula as it stands, relatively.
+
+    That is what KL does to a state that was laid out without it. Factors start at something of full rank: how a null
+    space is spanned, rounding decides.
+    """
+    G = torch.empty(len(phases), *shape, dtype=dtype)
+    fast, literal = rule.init(G), replace(rule, use_kl_shampoo=False).init(G)
+    assert fast.keys() - literal.keys() == {"in_basis"}
     apart = [0.0, 0.0]
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(shape[0], shape[0], generator=generator, dtype=dtype)
+    for side in literal.keys() & {"L", "R"}:
+        A = torch.randn(literal[side].shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+        for state in (fast, literal):
+            state[side].copy_(A @ A.mT)
     for k in range(50):
         G = mixing @ torch.randn(len(phases), *shape, generator=generator, dtype=dtype)
         ours, theirs = (stepped(rule, state, k, G, phases, penalty) for state in (fast, literal))
         if ours is not None:
-            apart[0] = max(apart[0], float(torch.dist(ours, theirs) / theirs.norm()))
-        for side in fast.keys() & {"L", "R"}:
-            K, Q = fast[side], fast[f"Q_{side}"]
-            apart[1] = max(apart[1], float(torch.dist(K, literal[side]) / K.norm()))
-            exact = conjugate(K, Q, diag=True)
-            apart[1] = max(apart[1], float(torch.dist(fast[f"lambda_{side}"], exact) / exact.norm()))
+            apart[0] = max(apart[0], relative(ours, theirs))
+        for side, K in zip("LR", FactorsInBasis(fast).covariances(), strict=True):
+            assert (K is None) == (side not in literal)
+            if K is not None:
+                apart[1] = max(apart[1], relative(K, literal[side]))
     return apart[0], apart[1]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", KL)
-def test_kl_by_kept_quotients_is_the_literal_feed(name: str, shape: tuple[int, int]) -> None:
+def test_kl_in_the_eigenbases_is_the_formula(name: str, shape: tuple[int, int]) -> None:
     """Two matrices that refresh at different steps; in float64, so that nothing but the formula is compared."""
     directions, factors = twins(Soap(use_kl_shampoo=True, **KL[name]), shape, torch.float64, phases=(0, 1))
-    assert directions < 1e-8  # Adam divides by small numbers, and rounding with them
+    assert directions < 1e-7  # Adam divides by small numbers, and rounding with them
     assert factors < 1e-10
 
 
+@pytest.mark.parametrize("options", [{}, {"precondition_frequency": 3, "refresh_async": True}], ids=str)
 @pytest.mark.parametrize("penalty", [False, True])
-def test_weight_decay_as_a_gradient_is_projected_too(penalty: bool) -> None:
-    rule = Soap(use_kl_shampoo=True, precondition_frequency=3)
-    directions, factors = twins(rule, (6, 4), torch.float64, (0, 0), penalty)
-    assert directions < 1e-8
+def test_so_it_is_with_weight_decay_as_a_gradient_and_refreshes_after_the_step(
+    options: dict[str, Any], penalty: bool
+) -> None:
+    directions, factors = twins(Soap(use_kl_shampoo=True, **options), (6, 4), torch.float64, (0, 0), penalty)
+    assert directions < 1e-7
     assert factors < 1e-10
 
 
-def test_kl_in_float32_is_the_literal_feed_but_for_rounding() -> None:
+def test_so_it_is_for_vectors() -> None:
+    rule = Soap(use_kl_shampoo=True, precondition_frequency=3, precondition_1d=True)
+    directions, factors = twins(rule, (1, 6), torch.float64, (0, 1))
+    assert directions < 1e-7
+    assert factors < 1e-10
+
+
+def test_in_float32_it_is_but_for_rounding() -> None:
     _, factors = twins(Soap(use_kl_shampoo=True, precondition_frequency=5), (6, 6), torch.float32, (0,))
     assert 0 < factors < 1e-4
 
 
-def test_a_quotient_that_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Factors, "measure", lambda self: None)
+def test_a_factor_that_does_not_turn_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(K: Tensor, solver: str, steps: int) -> Turn:
+        return turn(K, solver, steps)._replace(K=K)
+
+    turn = factors_in_basis.turn
+    monkeypatch.setattr(factors_in_basis, "turn", forgetful)
     _, factors = twins(Soap(use_kl_shampoo=True, precondition_frequency=3), (5, 5), torch.float64, (0,))
     assert factors > 1e-3
+
+
+@pytest.mark.parametrize("basis_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("refresh", ["qr", "first_order"])
+def test_bases_and_factors_stay_what_they_are_over_2000_turns(refresh: str, basis_dtype: str) -> None:
+    """Every turn is a product, with its rounding. Bases in bfloat16 lose 8 bits each time, and are made orthogonal."""
+    W = torch.nn.Parameter(torch.zeros(24, 16))
+    optimizer = steepest.SOAP([W], lr=0.0, use_kl_shampoo=True, refresh=refresh, basis_dtype=basis_dtype)
+    mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(1))
+    for k in range(2000):
+        W.grad = mixing @ torch.randn(24, 16, generator=torch.Generator().manual_seed(k))
+        optimizer.step()
+    state = optimizer.state[W]
+    for side in "LR":
+        Q, K = state[f"Q_{side}"].float(), state[side]
+        assert (Q.T @ Q - torch.eye(len(Q))).abs().max() < (1e-5 if basis_dtype == "float32" else 1e-2)
+        assert torch.dist(K, K.T) < 1e-6 * K.norm()
+        assert torch.linalg.eigvalsh(K.double()).min() > 0
+
+
+def test_a_failed_decomposition_leaves_everything_of_its_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(K: Tensor, solver: str, steps: int) -> Turn:
+        U, order, K = decomposed(K)
+        lost = torch.tensor([True, False]).view(2, 1, 1)
+        return Turn(U.masked_fill(lost, torch.nan), order, K.masked_fill(lost, torch.nan))
+
+    monkeypatch.setattr(factors_in_basis, "turn", failing)
+    rule = Soap(use_kl_shampoo=True)
+    state = rule.init(torch.empty(2, 4, 3))
+    factors = FactorsInBasis(state, torch.zeros(2, dtype=torch.int64))
+    factors.feed(torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)), 0.5)
+    state["exp_avg"] += torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1))
+    before = {name: x.clone() for name, x in state.items()}
+    factors.refresh(slice(None))
+    assert factors.failures.tolist() == [2, 0]
+    for name in ("L", "R", "Q_L", "Q_R", "exp_avg"):
+        assert torch.equal(state[name][0], before[name][0])
+        assert not torch.equal(state[name][1], before[name][1])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -99,22 +181,19 @@ def test_kl_shampoo_keeps_its_eigenvalues_by_the_feed(shape: tuple[int, int]) ->
             torch.testing.assert_close(state[f"lambda_{side}"], exact, rtol=1e-10, atol=1e-12)
 
 
-def test_bases_that_turn_at_each_step_leave_nothing_to_keep() -> None:
-    assert "lambda_L" not in Soap(use_kl_shampoo=True).init(torch.empty(1, 2, 3))
-    assert "lambda_L" not in Soap(precondition_frequency=2).init(torch.empty(1, 2, 3))
-    for every in (2, lambda step: 1):
-        assert "lambda_L" in Soap(use_kl_shampoo=True, precondition_frequency=every).init(torch.empty(1, 2, 3))
-
-
-def test_kl_may_be_switched_on_in_training() -> None:
-    """There are no quotients then; the literal feed does without."""
-    W = torch.nn.Parameter(torch.zeros(4, 4))
-    opt = steepest.SOAP([W], lr=0.1, precondition_frequency=1)
-    for k in range(4):
-        opt.param_groups[0]["use_kl_shampoo"] = k >= 2
-        W.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(k))
-        opt.step()
-    assert torch.isfinite(W).all()
+@pytest.mark.parametrize("before", [False, True])
+def test_kl_may_be_switched_in_training(before: bool) -> None:
+    """The state stays laid out as it was, and either feed goes into either layout."""
+    weights = []
+    for first in (before, not before):
+        W = torch.nn.Parameter(torch.zeros(4, 4))
+        opt = steepest.SOAP([W], lr=0.1, use_kl_shampoo=first)
+        for k in range(6):
+            opt.param_groups[0]["use_kl_shampoo"] = before if k < 3 else not before
+            W.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(k))
+            opt.step()
+        weights.append(W.detach())
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("refresh", ["cholesky", "first_order"])
@@ -138,15 +217,21 @@ def test_training_is_that_of_householder(refresh: str, every: int) -> None:
 
 @pytest.mark.parametrize("refresh", ["auto", *solvers.SOLVERS])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_solver_is_the_one_that_was_asked_for(refresh: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kl", [False, True])
+def test_the_solver_is_the_one_that_was_asked_for(
+    kl: bool, refresh: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     called: list[str] = []
     for name, solver in list(solvers.SOLVERS.items()):
         spy = lambda *args, name=name, solver=solver: called.append(name) or solver(*args)  # noqa: E731
         monkeypatch.setitem(solvers.SOLVERS, name, spy)
     choice = solvers.choose(device)
     monkeypatch.setattr(solvers, "choose", lambda here: choice)
+    monkeypatch.setattr(factors_in_basis, "choose", lambda here: choice)
+    turn = factors_in_basis.turn
+    monkeypatch.setattr(factors_in_basis, "turn", lambda K, name, steps: called.append(name) or turn(K, name, steps))
     W = torch.nn.Parameter(torch.zeros(8, 4))
-    opt = steepest.SOAP([W], lr=0.1, precondition_frequency=1, refresh=refresh)
+    opt = steepest.SOAP([W], lr=0.1, precondition_frequency=1, refresh=refresh, use_kl_shampoo=kl)
     for k in range(3):
         W.grad = torch.randn(8, 4, generator=torch.Generator().manual_seed(k))
         opt.step()
@@ -164,15 +249,14 @@ def kl(frequency: int, steps: int) -> tuple[torch.nn.Parameter, steepest.SOAP]:
     return W, optimizer
 
 
-def test_a_checkpoint_without_quotients_gets_them() -> None:
+def test_covariances_in_other_coordinates_are_not_loaded() -> None:
     _, optimizer = kl(3, 8)
     saved = optimizer.state_dict()
-    kept = {side: saved["state"][0].pop(f"lambda_{side}") for side in ("L", "R")}
+    del saved["state"][0]["in_basis"]
     V, again = kl(3, 0)
-    again.load_state_dict(saved)
-    for side, λ in kept.items():
-        assert again.state[V][f"lambda_{side}"].abs().sum() > 0
-        torch.testing.assert_close(again.state[V][f"lambda_{side}"], λ, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="the saved state has no 'in_basis'"):
+        again.load_state_dict(saved)
+    assert not again.state[V]["L"].any()
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 3)])
@@ -184,7 +268,6 @@ def test_a_frequency_changed_in_training_can_be_saved_and_loaded(before: int, af
         V, again = kl(built, 0)
         again.load_state_dict(saved)
         assert again.param_groups[0]["precondition_frequency"] == after
-        assert ("lambda_L" in again.state[V]) == (built != 1)
         assert torch.equal(again.state[V]["L"], optimizer.state_dict()["state"][0]["L"])
         V.grad = torch.ones(6, 10)
         again.step()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from steepest import SOAP
+from steepest.linalg.precision import tf32_emulated
 
 M, N, SPIKE_AT, STEPS, TOP = 32, 16, 20, 40, 4
 
@@ -52,3 +53,11 @@ def test_the_absolute_eps_starts_the_covariances_1e8_too_large():
     assert spectra[SPIKE_AT - 1].max() > 1e5
     assert relative[SPIKE_AT - 1].max() < 100
     assert angle(absolute[SPIKE_AT - 1], absolute[SPIKE_AT - 6]) < 1.0
+
+
+@pytest.mark.parametrize("use_eigh", [False, True], ids=["soap-kl", "rekls"])
+def test_in_their_eigenbases_covariances_have_quotients_that_tf32_does_not_lose(use_eigh):
+    """Where they are computed by a product, the basis jumps: tests/lab/test_spike.py."""
+    with tf32_emulated():
+        high, _ = bases(use_eigh, "high", kl_floor=0.0)
+    assert max(angle(Q, high[SPIKE_AT - 1]) for Q in high[SPIKE_AT - 10 :]) < 1.0

@@ -18,6 +18,9 @@ from steepest.exchange.shipment import Shipment
 from steepest.rule import Errand, Rule, Solved
 from steepest.stacks import Answers, Seat, Stack
 
+ORDER = 1
+"""Where in a `Solved` the order of columns stands."""
+
 
 def offers(rule: Rule, pieces: Sequence[tuple[int, int, int]], itemsize: int) -> tuple[tuple[str, float, int], ...]:
     """What a `steepest.exchange.plan.Job` of some pieces ``(b, m, n)`` may lend, if it is one piece.
@@ -28,9 +31,13 @@ def offers(rule: Rule, pieces: Sequence[tuple[int, int, int]], itemsize: int) ->
         return ()
     ((b, m, n),) = pieces
     return tuple(
-        (name, b * errand.work.total, b * ((len(errand.needs) + 1) * errand.side**2 + errand.side) * itemsize)
-        for name, errand in rule.errands(m, n).items()
+        (name, b * errand.work.total, b * _entries(errand) * itemsize) for name, errand in rule.errands(m, n).items()
     )
+
+
+def _entries(errand: Errand) -> int:
+    """That travel for one matrix, there and back."""
+    return (len(errand.needs) + errand.gives - 1) * errand.side**2 + errand.side
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,12 @@ class Lent:
         return [like.new_empty(self._shape()) for _ in self.errand.needs]
 
     def answer(self, like: Tensor) -> list[Tensor]:
-        """What the owner gets, to be filled: a basis ``[b, d, d]``, and the order of its columns ``[b, d]``.
+        """What the owner gets, a `Solved` to be filled.
 
         One dtype travels, so the order does as floating-point numbers, in which such integers are exact.
         """
-        return [like.new_empty(self._shape()), like.new_empty(self._shape()[:-1])]
+        square = self._shape()
+        return [like.new_empty(square[:-1] if k == ORDER else square) for k in range(self.errand.gives)]
 
     def _shape(self) -> tuple[int, int, int]:
         return self.seat.stop - self.seat.start, self.errand.side, self.errand.side
@@ -88,16 +96,15 @@ def borrowed(rule: Rule, domain: Domain, lent: Sequence[Lent], like: Tensor) -> 
     answers = [one.answer(like) if domain.me == one.owner else [] for one in due]
     for k, one in enumerate(due):
         if domain.me == one.borrower:
-            Q, order = rule.solve(*questions[k])
-            answers[k] = [Q.contiguous(), order.to(like.dtype)]
+            answers[k] = [x.to(like.dtype).contiguous() for x in rule.solve(*questions[k])]
     back = _ship(domain, [(one.borrower, one.owner, x) for one, x in zip(due, answers, strict=True)], like)
     yield
     back.unload()
     found: dict[tuple[int, int], dict[str, Solved]] = {}
     for one, answer in zip(due, answers, strict=True):
         if domain.me == one.owner:
-            Q, order = answer
-            found.setdefault(one.seat.key, {})[one.name] = Q, order.long()
+            solved = tuple(x.long() if k == ORDER else x for k, x in enumerate(answer))
+            found.setdefault(one.seat.key, {})[one.name] = solved
     return found
 
 

@@ -2,8 +2,8 @@
 
 A study of one matrix. Its gradients are drawn, not computed: the weight goes nowhere, and L, the covariance of its
 rows, is watched with its eigenbasis Q_L. The same gradients are followed at two precisions, "high" (TF32, emulated
-where the device has none) and "highest" (float32), by two solvers, under three guards against the spike.
-docs/spike.md tells what comes out and why.
+where the device has none) and "highest" (float32), by two solvers, under three guards against the spike. L is the
+covariance as the formula has it, not in its eigenbasis. docs/spike.md tells what comes out and why.
 
   G       [T, m, n]  the gradients of T steps
   L, Q_L  [T, m, m]  as they are after each step
@@ -118,11 +118,13 @@ def follow(case: Case, precision: str, setup: Setup) -> Path:
         betas=(0.9, 0.95),
         shampoo_beta=0.95,
         weight_decay=0.0,
-        use_kl_shampoo=True,
         use_eigh=case.solver == "REKLS",
         kl_floor=case.kl_floor,
         fp32_matmul_prec=precision,
     )
+    # Switched on once the state is laid out: so L and R are the covariances themselves, and what whitens is computed
+    # from them by a product, as the formula has it.
+    optimizer.param_groups[0]["use_kl_shampoo"] = True
     limit = torch.linalg.matrix_norm(G[0]).item() if case.guard == "clipped" else float("inf")
     m = setup.shape[0]
     path = Path(

@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # as in `steepest.linalg.attempts`
 
-from steepest.linalg.attempts import attempt
+from steepest.linalg import attempts
+from steepest.linalg.attempts import attempt, succeeded
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -94,6 +96,28 @@ def householder(A: Tensor) -> Tensor:
     return attempt(lambda A: torch.linalg.householder_product(*torch.geqrf(A)), A)
 
 
+@_disable_dynamo
+def householder_qr(A: Tensor) -> tuple[Tensor, Tensor]:
+    """`householder`, and a matrix ``[..., d, d]`` whose upper triangle is R; what is below it means nothing.
+
+    Example:
+        >>> A = torch.tensor([[3.0, 1.0], [4.0, 2.0]])
+        >>> Q, R = householder_qr(A)
+        >>> torch.dist(Q @ R.triu(), A) < 1e-5
+        tensor(True)
+    """
+    try:
+        reflections, scales = torch.geqrf(A)
+        Q = torch.linalg.householder_product(reflections, scales)
+        found = not attempts.at_hand(A) or bool(succeeded(Q).all())
+    except RuntimeError:
+        found = False
+    if found:
+        return Q, reflections
+    Q = householder(A)  # matrix by matrix
+    return Q, Q.mT @ A
+
+
 def ordered_iteration(
     K: Tensor, Q: Tensor, power_iter_steps: int = 1, orthonormalize: Callable[[Tensor], Tensor] = householder
 ) -> tuple[Tensor, Tensor]:
@@ -152,15 +176,18 @@ def by_rayleigh_quotient(K: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.gather(Q, -1, order.unsqueeze(-2).expand_as(Q)), order
 
 
-def eigenbasis_error(K: Tensor, Q: Tensor) -> Tensor:
+def eigenbasis_error(K: Tensor, Q: Tensor | None) -> Tensor:
     """How far Q is from diagonalizing K: ``1 - ‖diag(Qᵀ K Q)‖₂ / ‖K‖_F`` in [0, 1], one number per matrix; 0 for K = 0.
+
+    Without Q: how far K is from diagonal.
 
     Example:
         >>> eigenbasis_error(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2))
         tensor(0.)
     """
     norm = torch.linalg.matrix_norm(K)
-    kept = torch.linalg.vector_norm(conjugate(K, Q, diag=True), dim=-1)
+    quotients = K.diagonal(dim1=-2, dim2=-1) if Q is None else conjugate(K, Q, diag=True)
+    kept = torch.linalg.vector_norm(quotients, dim=-1)
     return 1 - torch.where(norm > 0, kept / norm, 1)
 
 

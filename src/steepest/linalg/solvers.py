@@ -44,11 +44,16 @@ def cholesky(K: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
                 [1., 0., 0.],
                 [0., 0., 1.]])
     """
-    if not at_hand(K):
-        trace = K.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
-        limits = torch.finfo(K.dtype)
-        K = K + (16 * limits.eps * trace + limits.tiny) * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    return ordered_iteration(K, Q, steps, cholesky_qr)
+    return ordered_iteration(lifted(K), Q, steps, cholesky_qr)
+
+
+def lifted(K: Tensor) -> Tensor:
+    """K as `cholesky` takes it."""
+    if at_hand(K):
+        return K
+    trace = K.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+    limits = torch.finfo(K.dtype)
+    return K + (16 * limits.eps * trace + limits.tiny) * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
 
 
 def first_order(K: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
@@ -76,13 +81,17 @@ def first_order(K: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
         d, order = quotients.gather(-1, now), order.gather(-1, now)
         rows = rows.gather(-2, now.unsqueeze(-1).expand_as(rows))
         Q = Q.gather(-1, now.unsqueeze(-2).expand_as(Q))
-        E = rows @ Q
-        gaps = d.unsqueeze(-2) - d.unsqueeze(-1)  # d_j - d_i, at row i and column j
-        rounding = torch.finfo(K.dtype).eps * d.amax(dim=-1)[..., None, None]
-        X = (E * gaps / (gaps.square() + rounding.square() + torch.finfo(K.dtype).tiny)).triu(1)
-        X = X.clamp(-LARGEST_TURN, LARGEST_TURN)
-        Q = cholesky_qr(Q + Q @ (X - X.mT), passes=1)
+        Q = cholesky_qr(Q + Q @ first_order_rotation(rows @ Q, d), passes=1)
     return Q, order
+
+
+def first_order_rotation(E: Tensor, d: Tensor) -> Tensor:
+    """`first_order`'s antisymmetric X ``[..., d, d]``, for E ``[..., d, d]`` off and d ``[..., d]`` on the diagonal."""
+    gaps = d.unsqueeze(-2) - d.unsqueeze(-1)  # d_j - d_i, at row i and column j
+    rounding = torch.finfo(E.dtype).eps * d.amax(dim=-1)[..., None, None]
+    X = (E * gaps / (gaps.square() + rounding.square() + torch.finfo(E.dtype).tiny)).triu(1)
+    X = X.clamp(-LARGEST_TURN, LARGEST_TURN)
+    return X - X.mT
 
 
 def full(K: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:

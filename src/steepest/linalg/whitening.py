@@ -1,7 +1,8 @@
-"""Gradients in eigenbases, and covariances that take them in whitened there, as KL-Shampoo's do (arXiv:2509.03378)."""
+"""Gradients whitened in eigenbases, as KL-Shampoo's covariances take them in (arXiv:2509.03378)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -12,6 +13,36 @@ from steepest.linalg.symmetric import accumulate_gram
 
 Sides = Sequence[Tensor | None]
 """``[left, right]``; None is the identity."""
+
+
+def whitening_weights(quotients: Tensor, rms: Tensor, eps: float, exponent: float, relative_floor: float) -> Tensor:
+    """``s = λ^exponent``, with λ kept away from zero; ``[..., d]``.
+
+    Args:
+        quotients: λ, ``[..., d]``, the factor's Rayleigh quotients.
+        rms: ``[..., 1]``, the gradient's root mean square; see `root_mean_square`.
+        eps: an absolute floor under λ, if there is no relative one.
+        exponent: -1 whitens.
+        relative_floor: the least λ as a fraction of the largest; 0: ``eps`` holds.
+
+    Example:
+        >>> whitening_weights(torch.tensor([4.0, 1e-9]), torch.ones(1), eps=1e-8, exponent=-1.0, relative_floor=0.25)
+        tensor([0.2500, 1.0000])
+    """
+    if relative_floor == 0:
+        return quotients.clamp(min=eps) ** exponent
+    largest = quotients.amax(dim=-1, keepdim=True)
+    floored = torch.maximum(quotients, relative_floor * largest)
+    # A factor that is still zero whitens nothing; the gradient's scale stands in for its eigenvalues.
+    floored = torch.where(largest > 0, floored, rms.expand_as(floored))
+    return torch.where(floored > 0, floored, 1) ** exponent
+
+
+def root_mean_square(grad: Tensor) -> Tensor:
+    """Of matrices ``[..., m, n]``: ``[..., 1]``."""
+    flat = grad.flatten(-2)
+    norm: Tensor = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
+    return norm / math.sqrt(flat.shape[-1])
 
 
 class Projections:
@@ -48,13 +79,14 @@ def feed_by_quotients(
     factors: Sides,
     G: Tensor,
     beta: float | Tensor,
-    projected: Projections,
+    eigenbasis_list: Sides,
     options: tuple[float, float, float],
     quotients: Sides,
 ) -> None:
     """`steepest.kronecker.update_kronecker_factors_kl_shampoo` by λ that are kept: to whiten is to scale."""
-    eps, exponent, relative_floor = options
-    whitening = [None if λ is None else whitening_weights(λ, G, eps, exponent, relative_floor) for λ in quotients]
+    (eps, exponent, relative_floor), rms = options, root_mean_square(G)
+    projected = Projections(G, eigenbasis_list)
+    whitening = [None if λ is None else whitening_weights(λ, rms, eps, exponent, relative_floor) for λ in quotients]
     energy = projected.whole.square()  # [..., m, n]
     for side, (K, λ) in enumerate(zip(factors, quotients, strict=True)):
         if K is None or λ is None:
@@ -68,15 +100,3 @@ def feed_by_quotients(
             gained = (entries @ other.unsqueeze(-1)).squeeze(-1)
         accumulate_gram(K, half, beta, scale=1 / width)
         λ.lerp_(gained / width, (1 - beta).squeeze(-1) if isinstance(beta, Tensor) else 1 - beta)
-
-
-def whitening_weights(quotients: Tensor, grad: Tensor, eps: float, exponent: float, relative_floor: float) -> Tensor:
-    """``s = λ^exponent``, with λ kept away from zero; ``[..., d]``."""
-    if relative_floor == 0:
-        return quotients.clamp(min=eps) ** exponent
-    largest = quotients.amax(dim=-1, keepdim=True)
-    rms = grad.square().mean(dim=(-2, -1)).sqrt().unsqueeze(-1)  # [..., 1]
-    floored = torch.maximum(quotients, relative_floor * largest)
-    # A factor that is still zero whitens nothing; the gradient's scale stands in for its eigenvalues.
-    floored = torch.where(largest > 0, floored, rms.expand_as(floored))
-    return torch.where(floored > 0, floored, 1) ** exponent

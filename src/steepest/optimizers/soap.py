@@ -37,8 +37,8 @@ class SOAP(Optimizer):
             adds ``wd·W`` to the gradient that Adam sees, not to the covariances.
         nesterov: Nesterov momentum in Adam.
         precondition_frequency: steps from one refresh of the eigenvectors to the next, or a function from the step to
-            that number (see `steepest.schedules`). 1 is best per step, at nearly three times the cost of 5, the default;
-            10 saves little more, and loses more (docs/soap.md).
+            that number (see `steepest.schedules`). 1 is best per step, at nearly three times the cost of 5; 10 saves
+            little more, and loses more (docs/soap.md).
         adam_warmup_steps: plain AdamW for so many steps; the first basis comes exactly when they end.
         correct_bias: bias correction of Adam's moments (and of the covariances, see below).
         fp32_matmul_prec: precision of float32 products: "highest", "high" (TF32), "medium" (bfloat16). Lower ones let
@@ -170,8 +170,8 @@ REKLS_OPTIONS: dict[str, Any] = {"refresh": "eigh", "use_kl_shampoo": True, "pre
 class REKLS(Optimizer):
     """SOAP with KL-Shampoo's covariances and a full eigendecomposition every step ("realtime eigen KL SOAP").
 
-    "Realtime", because the current gradient is in the covariances before they are decomposed. It is
-    ``SOAP(use_eigh=True, use_kl_shampoo=True, precondition_frequency=1)``; see `SOAP` for the arguments, and for options beyond these use SOAP.
+    "Realtime", because the current gradient is in the covariances before they are decomposed. It is `SOAP` with
+    ``use_eigh=True, use_kl_shampoo=True, precondition_frequency=1``; see there for the arguments and further options.
 
     Args:
         params: tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.

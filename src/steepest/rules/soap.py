@@ -6,8 +6,12 @@ arXiv:2509.03378. Checked against the authors' numbers in tests/reference/test_s
   G                    [B, m, n]             gradients
   L, R                 [B, m, m], [B, n, n]  covariances of rows and columns, E[G Gᵀ] and E[Gᵀ G]
   Q_L, Q_R             likewise              their eigenvectors, by descending eigenvalue
-  lambda_L, lambda_R   [B, m], [B, n]        diag(Qᵀ L Q), diag(Qᵀ R Q), by which KL whitens; unless f = 1
   exp_avg, exp_avg_sq  [B, m, n]             Adam's moments of the projected gradient Q_Lᵀ G Q_R
+  in_basis             [B]                   with KL only: L and R stand in their bases' coordinates
+
+With KL what the state holds as L and R is Q_Lᵀ L Q_L and Q_Rᵀ R Q_R: the covariances are Q_L L Q_Lᵀ and Q_R R Q_Rᵀ.
+Their diagonals are the λ that KL whitens by, and the gradient that they take in is the projected one, which Adam needs
+as well. `steepest.factors_in_basis` does this, `steepest.factors` the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ import torch
 from torch import Tensor
 
 from steepest.factors import Factors
-from steepest.linalg.flops import Work, eigh, product, refresh, total
+from steepest.factors_in_basis import MARK, FactorsInBasis, next_turn
+from steepest.linalg.flops import Work, eigh, product, refresh, total, turning
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
 from steepest.linalg.solvers import SOLVERS, choose, next_basis
 from steepest.moments import adam
@@ -52,7 +57,6 @@ class Soap(Refreshing):
 
     name: ClassVar[str] = "soap"
     paper: ClassVar[str] = "Vyas et al., arXiv:2409.11321"
-    derived: ClassVar[frozenset[str]] = frozenset({"lambda_L", "lambda_R"})
 
     precondition_frequency: int | Callable[[int], int] = frequency(5)
     betas: tuple[float, float] = betas((0.9, 0.95))
@@ -88,13 +92,17 @@ class Soap(Refreshing):
 
     def init(self, G: Tensor) -> State:
         moments = {"exp_avg": torch.zeros_like(G), "exp_avg_sq": torch.zeros_like(G)}  # [B, m, n]
-        return moments | Factors.init(G, self.max_precond_dim, self.precondition_1d, quotients=self.keeps_quotients)
+        layout = FactorsInBasis if self.use_kl_shampoo else Factors
+        return moments | layout.init(G, self.max_precond_dim, self.precondition_1d)
 
-    def derive(self, state: State, slots: Slots) -> None:
-        Factors(state).measure(slots)
+    def factors(self, state: State, step: Step) -> Factors:
+        """The factors in a state, as they were laid out: KL may have been switched on or off since."""
+        if MARK in state:
+            return FactorsInBasis(state, step.failures, polish=self.basis_dtype != "float32")
+        return Factors(state, step.failures)
 
     def update(self, G: Tensor, state: State, step: Step) -> Tensor | None:
-        factors = Factors(state, step.failures)
+        factors = self.factors(state, step)
         with fp32_matmul_precision(self.fp32_matmul_prec):
             if self.basis_timing == "before":  # the basis knows the gradient that it projects
                 self.learn(G, factors, step)
@@ -121,7 +129,7 @@ class Soap(Refreshing):
 
     def finish(self, state: State, step: Step) -> None:
         with fp32_matmul_precision(self.fp32_matmul_prec):
-            if step.refresh is not None and not (factors := Factors(state, step.failures)).trivial:
+            if step.refresh is not None and not (factors := self.factors(state, step)).trivial:
                 self.follow(factors, step.refresh, first=False, solved=step.solved)
 
     def errands(self, m: int, n: int) -> dict[str, Errand]:
@@ -129,16 +137,24 @@ class Soap(Refreshing):
         if not self.refresh_async or self.use_adaptive_criteria or not self.match_columns:
             return {}
         state = self.init(torch.empty(1, m, n, device="meta"))
-        sides = {side: state[side].shape[-1] for side in ("L", "R") if side in state}
-        return {
-            side: Errand((side, f"Q_{side}"), d, refresh(d, self.solver, self.power_iter_steps).every(self.last_period))
-            for side, d in sides.items()
-        }
+        found: dict[str, Errand] = {}
+        for side in ("L", "R"):
+            if side in state:
+                d = state[side].shape[-1]
+                needs, gives = ((side,), 3) if MARK in state else ((side, f"Q_{side}"), 2)
+                work = refresh(d, self.solver, self.power_iter_steps).every(self.last_period)
+                found[side] = Errand(needs, gives, d, work)
+        return found
 
     def solve(self, *needs: Tensor) -> Solved:
-        K, Q = needs
+        """From a factor and its basis the next one; from a factor in its basis the turn."""
         with fp32_matmul_precision(self.qr_fp32_matmul_prec):
-            return next_basis(K, Q, self.power_iter_steps, self.refresh)
+            if len(needs) == 2:
+                K, Q = needs
+                return next_basis(K, Q, self.power_iter_steps, self.refresh)
+            U, order, K = next_turn(needs[0], self.power_iter_steps, self.refresh)
+            assert order is not None  # as where second moments follow their columns
+            return U, order, K
 
     def follow(self, factors: Factors, slots: Slots, first: bool, solved: Mapping[str, Solved] | None = None) -> None:
         """The bases of these slots follow their covariances, and Adam's moments follow the bases."""
@@ -149,7 +165,6 @@ class Soap(Refreshing):
                 if self.use_adaptive_criteria and not first:
                     slots = factors.outdated(slots, self.adaptive_update_tolerance)
                 factors.refresh(slots, False, self.power_iter_steps, self.match_columns, self.refresh, solved)
-        factors.measure()
 
     def act(self, G: Tensor, factors: Factors, step: Step, in_basis: bool) -> Tensor:
         """Adam's direction, taken in the eigenbases and brought back."""
@@ -170,34 +185,28 @@ class Soap(Refreshing):
         return clip_rms(factors.unproject(u), self.max_update_rms)
 
     def work(self, m: int, n: int) -> Work:
-        """6mn(m+n): feed, project, unproject; with KL on two sides 2mn·min(m, n) + 4mn more.
+        """6mn(m+n): feed, project, unproject.
 
-        At a refresh 4mn(m+n), to turn the momentum, and a solver on each side, "auto" as on a CPU. With KL a product
-        on each side more, 2d³, and where the basis comes before the projection 2mn(m+n), to project once more. With
-        one factor the other side's part of all this falls away. KL at every step is 2mn(m+n) and the product more.
+        At a refresh a solver on each side, "auto" as on a CPU, and 4mn(m+n), to turn the momentum. With KL that is
+        2mn(m+n), as much again to project once more where the basis comes before the projection, and the factors and
+        bases turn as well (`turning`). With one factor the other side's part of all this falls away.
         """
         sides = self.sides(m, n)
         along = total(product(d, m, n) for d in sides)  # 2mn(m+n): one product on each side
-        cubes = total(product(d, d, d) for d in sides)
-        every, again, turn = 3 * along, Work(), 2 * along
-        if self.keeps_quotients:
-            every += product(m, min(m, n) + 2, n) if len(sides) == 2 else Work()
-            again = cubes + (along if self.basis_timing == "before" else Work())
-        elif self.use_kl_shampoo:
-            every += cubes + (along if len(sides) == 2 else Work())
-        if self.solver == "eigh" and not self.match_columns:
-            turn += total(eigh(d) for d in sides)
+        if self.use_kl_shampoo:
+            polish = self.basis_dtype != "float32"
+            slow = along.at(self.qr_fp32_matmul_prec) + (along if self.basis_timing == "before" else Work())
+            slow += total(turning(d, self.solver, self.power_iter_steps, polish) for d in sides)
         else:
-            turn += total(refresh(d, self.solver, self.power_iter_steps) for d in sides)
-        if self.use_adaptive_criteria:
-            turn += cubes
-        slow = turn.at(self.qr_fp32_matmul_prec) + again
-        return (every + slow.every(self.last_period)).at(self.fp32_matmul_prec)
-
-    @property
-    def keeps_quotients(self) -> bool:
-        """Whether KL's eigenvalues are carried from step to step; where bases turn at each, nothing could be."""
-        return self.use_kl_shampoo and self.precondition_frequency != 1
+            slow = 2 * along
+            if self.solver == "eigh" and not self.match_columns:
+                slow += total(eigh(d) for d in sides)
+            else:
+                slow += total(refresh(d, self.solver, self.power_iter_steps) for d in sides)
+            if self.use_adaptive_criteria:
+                slow += total(product(d, d, d) for d in sides)
+            slow = slow.at(self.qr_fp32_matmul_prec)
+        return (3 * along + slow.every(self.last_period)).at(self.fp32_matmul_prec)
 
     @property
     def solver(self) -> str:
