@@ -42,7 +42,7 @@ def test_state_is_what_the_readme_says(name, square, wide) -> None:
 
 def test_work_is_what_the_formulas_say() -> None:
     """docs/which-optimizer.md: with s = l, SOAP 12 s³ and a refresh 10 s³ + 2 QR, Muon 30 s³; a product is 2 s³."""
-    assert cost("soap") == Cost((12 + 2 * 2 + 8) / 2, "2 QR")
+    assert cost("soap") == Cost((12 + (2 * 2 + 8) / 5) / 2, "2 QR / 5")
     assert cost("muon") == Cost(30 / 2, "")
     assert cost("moso") == Cost((10 + 2) / 2, "1 QR")
     assert cost("rekls").decompositions == "2 eigh"

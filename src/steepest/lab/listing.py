@@ -51,8 +51,8 @@ UNUSUAL = {
 """What those take that can't be measured by a step like the others'."""
 FOOTNOTE = (
     "m=n, n=4m: bytes of state per entry of a float32 matrix m × n. products: what one step multiplies, for a matrix "
-    f"of {SIDE}×{SIDE}, in units of one product of two such matrices; decompositions and solves come beside them. All "
-    "at default options. Through steepest.for_model, what is no hidden matrix goes to AdamW: 8 bytes per entry."
+    f"of {SIDE}×{SIDE}, in units of one product of two such matrices; decompositions and solves come beside them, / 5 "
+    "in every fifth step. On the average, at default options. Through steepest.for_model, what is no hidden matrix goes to AdamW: 8 bytes per entry."
 )
 
 
@@ -63,7 +63,7 @@ class Cost:
     products: float
     """Matrix products, in units of one of `SIDE` × `SIDE` matrices."""
     decompositions: str
-    """Such as "2 QR"."""
+    """Such as "2 QR", or "2 QR / 5" for as many in every fifth step."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def bytes_per_entry(name: str, m: int, n: int) -> float:
 
 
 def cost(name: str) -> Cost:
-    """What a step by one of ours costs, counted while it is taken.
+    """What a step by one of ours costs on the average, counted while all of a period are taken.
 
     >>> cost("lion")
     Cost(products=0.0, decompositions='')
@@ -156,14 +156,19 @@ def cost(name: str) -> Cost:
     generator = torch.Generator().manual_seed(0)
     W = nn.Parameter(torch.zeros(SIDE, SIDE))
     optimizer = steepest.create(name, [W], lr=1e-3)
-    for _ in range(WARM_STEPS):
-        W.grad = torch.randn(SIDE, SIDE, generator=generator)
-        optimizer.step()
-    W.grad = torch.randn(SIDE, SIDE, generator=generator)
+    period = int(optimizer.param_groups[0].get("precondition_frequency", 1))
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            W.grad = torch.randn(SIDE, SIDE, generator=generator)
+            optimizer.step()
+
+    steps(WARM_STEPS)
     in_place = {torch.ops.aten.baddbmm_: _product}  # torch counts only those that make a new tensor
     with FlopCounterMode(display=False, custom_mapping=in_place) as flops, _Decompositions() as seen:
-        optimizer.step()
-    return Cost(flops.get_total_flops() / (2 * SIDE**3), str(seen))
+        steps(period)
+    every = f" / {period}" if period > 1 and seen.count else ""
+    return Cost(flops.get_total_flops() / (2 * SIDE**3) / period, f"{seen}{every}")
 
 
 def _product(_: Any, a: torch.Size, b: torch.Size, **__: Any) -> int:
