@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "f=5": {"precondition_frequency": 5},
     "f=10": {"precondition_frequency": 10},
     "f=10, staggered": {"precondition_frequency": 10, "stagger": True},
+    "f from 1 to 10": {"precondition_frequency": steepest.LinearSchedule(1, 10, 100)},
 }
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from steepest import kernels
 
-BLOCK = 256
-"""Rows per block on a CPU, at least: smaller products lose more than symmetry saves. There are at most four blocks."""
+BLOCK = 64
+"""Rows per block on a CPU, at least. There are at most four blocks."""
+ENTRIES = 2**16
+"""Of a factor from which a product is done in blocks: smaller ones lose more than symmetry saves."""
 
 
 def accumulate_gram(
@@ -20,8 +22,8 @@ def accumulate_gram(
 ) -> None:
     """``K ← β K + (1-β) · scale · X diag(weights) Xᵀ``, in place.
 
-    On a CPU, from two blocks of 256 rows up, only the blocks on and below the diagonal are multiplied, and mirrored:
-    1.2 to 1.3 times as fast as the whole product at 768 and 1024 rows by 256 columns.
+    On a CPU, from 2¹⁶ entries of X up, only the blocks on and below the diagonal are multiplied, and mirrored: in 0.79
+    to 0.86 of the time of the whole product at 128 to 1024 rows by 256 to 1024 columns.
 
     Args:
         K: ``[..., d, d]``, symmetric.
@@ -55,7 +57,7 @@ def accumulate_gram(
         Y, old, new = X * (factor if weights is None else factor * weights), 1.0, 1.0
     else:
         Y, old, new = X if weights is None else X * weights, beta, (1 - beta) * scale
-    if not _in_blocks(K):
+    if not _in_blocks(X):
         K.baddbmm_(Y, X.mT, beta=old, alpha=new)
         return
     for start, stop in _blocks(K.shape[-1]):
@@ -79,7 +81,7 @@ def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, beta: float
     """``β C + α A B`` where ``A B``, B and C are symmetric, as products of polynomials of one symmetric matrix are.
 
     Blocks below the diagonal are mirrored as in `accumulate_gram`: five quintic steps of `steepest.linalg.polar` then
-    take 0.98 of the time at 512 rows, 0.81 at 768, 0.77 at 1024 (float32, square, one CPU thread; docs/kernels.md).
+    take 0.91 of the time at 512 rows, 0.76 at 768, 0.77 at 1024 (float32, square, one CPU thread; docs/kernels.md).
 
     Args:
         A: ``[d, d]`` or ``[N, d, d]``.
@@ -104,7 +106,7 @@ def triangle_product(R: Tensor, U: Tensor) -> Tensor:
 
     What is below R's diagonal is not read. What is computed is the half on and below the result's diagonal, where the
     fewest terms are: if R's rows fall off, as an eigenbasis makes them, small entries are not made of large ones. On a
-    CPU, from two blocks of 256 rows up, products with zeros are left out; with four blocks 5/16 of them all remain.
+    CPU, from 256 rows up, products with zeros are left out; with four blocks 5/16 of them all remain.
 
     Example:
         >>> U = torch.tensor([[0.6, 0.8], [0.8, -0.6]])
@@ -172,7 +174,8 @@ def plus_product(C: Tensor | None, A: Tensor, B: Tensor, beta: float = 1.0, alph
 
 def _in_blocks(A: Tensor) -> bool:
     """Whether a product of these rows, ``[..., d, n]``, is done in blocks."""
-    return A.device.type == "cpu" and A.shape[-2] >= 2 * BLOCK
+    d, n = A.shape[-2:]
+    return A.device.type == "cpu" and d >= 2 * BLOCK and d * n >= ENTRIES
 
 
 def _blocks(d: int) -> list[tuple[int, int]]:
