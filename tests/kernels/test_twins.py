@@ -6,7 +6,7 @@ import torch
 from steepest.kernels.measure import measure_blocks
 from steepest.linalg import symmetric
 from steepest.linalg.polar import polar_factor
-from steepest.linalg.symmetric import BLOCK, gram, symmetric_product
+from steepest.linalg.symmetric import BLOCK, ENTRIES, gram, symmetric_product
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -16,7 +16,8 @@ def normal(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("d", [1, 2 * BLOCK - 1, 2 * BLOCK, 3 * BLOCK + 5, 5 * BLOCK + 1])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_they_are_the_plain_products(d, transposed):
-    X = normal(2, 7, d, dtype=torch.float64).mT if transposed else normal(2, d, 7, dtype=torch.float64)
+    n = ENTRIES // (2 * BLOCK)
+    X = normal(2, n, d, dtype=torch.float64).mT if transposed else normal(2, d, n, dtype=torch.float64)
     A = gram(X)
     P = symmetric_product(A, A, A, beta=-2.0, alpha=0.5)
     square = symmetric_product(P, A)
@@ -24,11 +25,11 @@ def test_they_are_the_plain_products(d, transposed):
     torch.testing.assert_close(P, -2 * A + 0.5 * A @ A)
     torch.testing.assert_close(square, P @ A)
     if d >= 2 * BLOCK:
-        for K in (A, P, square):
+        for K in (A, P, square) if d * d >= ENTRIES else (A,):
             assert torch.equal(K[:, -1, :BLOCK], K[:, :BLOCK, -1]), "outside the diagonal blocks it is a mirror image"
 
 
-@pytest.mark.parametrize("shape", [(512, 520), (600, 512), (520, 1100)])
+@pytest.mark.parametrize("shape", [(256, 260), (512, 520), (600, 512), (520, 1100)])
 def test_bits_do_not_depend_on_the_batch(shape):
     G = normal(3, *shape)
     together = polar_factor(G)
