@@ -47,7 +47,7 @@ def perturbed(grads: list[Tensor], size: float = 1e-6) -> list[Tensor]:
 def updates(grads: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
     """What each gradient moves; a first one that only seeds the basis is left out."""
     W = torch.nn.Parameter(torch.zeros_like(grads[0]))
-    optimizer = steepest.SOAP([W], lr=1.0, weight_decay=0.0, **options)
+    optimizer = steepest.SOAP([W], lr=1.0, weight_decay=0.0, precondition_frequency=1, **options)
     moved = []
     for G in grads:
         before = W.detach().clone()

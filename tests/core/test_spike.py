@@ -15,7 +15,7 @@ def bases(use_eigh: bool, precision: str, **options):
     param = torch.zeros((M, N), requires_grad=True)
     opt = SOAP(
         [param], lr=1.0, betas=(0.9, 0.95), shampoo_beta=0.95, weight_decay=0.0, use_kl_shampoo=True,
-        use_eigh=use_eigh, fp32_matmul_prec=precision, **options,
+        precondition_frequency=1, use_eigh=use_eigh, fp32_matmul_prec=precision, **options,
     )  # fmt: skip
     trajectory, spectra = torch.empty(STEPS, M, M), []
     for i in range(STEPS):

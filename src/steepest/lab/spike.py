@@ -118,6 +118,7 @@ def follow(case: Case, precision: str, setup: Setup) -> Path:
         betas=(0.9, 0.95),
         shampoo_beta=0.95,
         weight_decay=0.0,
+        precondition_frequency=1,
         use_eigh=case.solver == "REKLS",
         kl_floor=case.kl_floor,
         fp32_matmul_prec=precision,
