@@ -166,7 +166,8 @@ def study(width: int, steps: int, seed: int) -> list[dict[str, Any]]:
     for name, (model, _, _, _, times) in crew.items():
         with torch.no_grad():
             loss = workload.validation(model.eval())
-        row = {"width": width, "frequency": name, "loss": loss, "ms_mean": statistics.mean(times), "ms_max": max(times)}
+        row = {"width": width, "steps": steps, "seed": seed, "frequency": name, "loss": loss}
+        row |= {"ms_mean": statistics.mean(times), "ms_max": max(times)}
         print(f"{width:6}  {name:18}{loss:8.4f}{row['ms_mean']:9.1f}{row['ms_max']:9.1f}")
         rows.append(row)
     return rows

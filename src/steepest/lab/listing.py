@@ -51,8 +51,9 @@ UNUSUAL = {
 """What those take that can't be measured by a step like the others'."""
 FOOTNOTE = (
     "m=n, n=4m: bytes of state per entry of a float32 matrix m × n. products: what one step multiplies, for a matrix "
-    f"of {SIDE}×{SIDE}, in units of one product of two such matrices; decompositions and solves come beside them, / 5 "
-    "in every fifth step. On the average, at default options. Through steepest.for_model, what is no hidden matrix goes to AdamW: 8 bytes per entry."
+    f"of {SIDE}×{SIDE}, in units of one product of two such matrices; decompositions and solves come beside them, "
+    "/ 5 in every fifth step. On the average, at default options. Through steepest.for_model, what is no hidden matrix "
+    "goes to AdamW: 8 bytes per entry."
 )
 
 
