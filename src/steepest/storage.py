@@ -141,22 +141,28 @@ def coded_squares(v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     scales = _blocks(v).amax(dim=-1)
     spread = _spread(scales, v.shape[-1])
     share = torch.where(spread > 0, v / spread, 0)
-    levels = _levels(v.dtype, v.device)
-    level = (torch.bucketize(share, levels, right=True) - 1).clamp(0, LEVELS - 1)
-    below, above = levels[level], levels[level + 1]
+    level = (LEVELS + share.log2() / PER_LEVEL).floor().clamp(0, LEVELS - 1)  # off by one where log2 rounds
+    level = level + (share >= _share(level + 1)).to(v.dtype) - (share < _share(level)).to(v.dtype)
+    level = level.clamp(0, LEVELS - 1)
+    below, above = _share(level), _share(level + 1)
     up = (share - below) / (above - below) > noise
-    return torch.where(share > 0, level + up + 1, 0).to(torch.uint8), scales
+    return torch.where(share > 0, level + up.to(v.dtype) + 1, 0).to(torch.uint8), scales
 
 
 def decoded_squares(codes: Tensor, scales: Tensor) -> Tensor:
     """What `coded_squares` was given, to a level, 7%."""
-    shares = _levels(scales.dtype, codes.device)[(codes.long() - 1).clamp(min=0)]
+    shares = _share((codes.to(scales.dtype) - 1).clamp(min=0))
     return torch.where(codes > 0, shares * _spread(scales, codes.shape[-1]), 0)
+
+
+def _share(level: Tensor) -> Tensor:
+    """What levels, whole numbers from 0 to `LEVELS`, stand for as shares of a block's largest."""
+    return _levels(level.dtype, level.device).index_select(0, level.flatten().int()).view(level.shape)
 
 
 @cache
 def _levels(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[LEVELS + 1]``: what codes from 1 up stand for, as shares of a block's largest; 1 is the last.
+    """``[LEVELS + 1]``: 24 binades, up to 1.
 
     A table and not a formula: torch's functions round otherwise where numbers don't fill a vector register, and then
     a matrix alone on its rank would not be what it is in a stack.
