@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,31 +72,30 @@ class Run:
 
 @dataclass(frozen=True)
 class PutOff:
-    """What a rule has left of a step for after it."""
+    """What a rule has left of a step for after it, of neighbouring slots that refresh, all of them."""
 
     slots: slice
     step: Step
+    """Of these slots alone."""
     finite: Tensor | None
     """``[b, 1, 1]``: of which matrices the step must leave no trace, as False; None: of none."""
-    due: Sequence[int]
-    """Of the stack's slots, those that refresh."""
 
     def of(self, seat: Seat, answers: Mapping[str, Solved]) -> PutOff | None:
-        """What of it concerns a seat, if anything, with what has been solved for all matrices of that seat."""
+        """What of it concerns a seat, if anything, with what has been solved for the matrices of that seat."""
         start, stop = max(self.slots.start, seat.start), min(self.slots.stop, seat.stop)
-        due = [slot for slot in self.due if start <= slot < stop]
-        if not due:
+        if start >= stop:
             return None
         mine = slice(start - self.slots.start, stop - self.slots.start)
-        t, device = self.step.t[mine], self.step.t.device
-        solved: dict[str, Solved] = {}
-        if answers:
-            which = _slots([slot in due for slot in seat.range], device)
-            solved = {name: tuple(x[which] for x in answer) for name, answer in answers.items()}
-        failures = None if self.step.failures is None else self.step.failures[mine]
-        refresh = _slots([slot in due for slot in range(start, stop)], device)
-        step = replace(self.step, t=t, refresh=refresh, failures=failures, solved=solved)
-        return PutOff(slice(start, stop), step, None if self.finite is None else self.finite[mine], due)
+        solved = {name: tuple(x[start - seat.start : stop - seat.start] for x in xs) for name, xs in answers.items()}
+        rest = put_off(self.step, mine, None if self.finite is None else self.finite[mine])
+        return replace(rest, slots=slice(start, stop), step=replace(rest.step, solved=solved))
+
+
+def put_off(step: Step, slots: slice, finite: Tensor | None) -> PutOff:
+    """Of a step, what it leaves for after it of some slots, which all refresh; ``finite`` is of these already."""
+    failures = None if step.failures is None else step.failures[slots]
+    everything = slice(0, slots.stop - slots.start)
+    return PutOff(slots, replace(step, t=step.t[slots], refresh=everything, penalty=None, failures=failures), finite)
 
 
 class Echo:
@@ -180,17 +180,19 @@ class Stack:
         return any(rest.of(seat, {}) is not None for rest in self.put_off)
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
-        """What a CUDA device is told inside the ``with`` block it does beside what comes after, until `settle`."""
+    def beside(self, held: Sequence[PutOff]) -> Iterator[None]:
+        """What a CUDA device is told inside the ``with`` block it does beside what comes after, until `settle`.
+
+        ``held`` is what it reads: memory that would else be given away before it has.
+        """
         if self.device.type != "cuda":
             yield
             return
         self._lane = self._lane or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._lane.wait_stream(torch.cuda.current_stream(self.device))
-        held = list(self.put_off)  # memory that this stream reads, and another would give away
         with torch.cuda.stream(self._lane):
             yield
-        self._finished = self._lane.record_event(), held
+        self._finished = self._lane.record_event(), list(held)
 
     def views(self, seat: Seat) -> dict[str, Tensor]:
         """A seat's state as views into the stack, under the names that `optimizer.state[p]` shows."""
@@ -268,6 +270,16 @@ def spread(costs: Sequence[float], period: int) -> list[int]:
         phases[job] = load.index(min(load))
         load[phases[job]] += costs[job]
     return phases
+
+
+def ranges(slots: Sequence[int]) -> list[slice]:
+    """Ascending numbers as slices of neighbours.
+
+    >>> ranges([0, 1, 2, 5])
+    [slice(0, 3, None), slice(5, 6, None)]
+    """
+    starts = [k for k, slot in enumerate(slots) if k == 0 or slots[k - 1] != slot - 1]
+    return [slice(slots[a], slots[b - 1] + 1) for a, b in pairwise([*starts, len(slots)])]
 
 
 def _slots(due: Sequence[bool], device: torch.device) -> Slots | None:

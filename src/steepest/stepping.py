@@ -13,7 +13,7 @@ from steepest.exchange.lot import Directions
 from steepest.graphs import Inputs, compiled
 from steepest.linalg import attempts
 from steepest.rule import LowRank, Rule, Step
-from steepest.stacks import Answers, Echo, PutOff, Run, Stack, Windows, to_device
+from steepest.stacks import Answers, Echo, Run, Stack, Windows, put_off, ranges, to_device
 
 
 def directions(
@@ -128,7 +128,8 @@ def _update(
     else:
         D = work(inputs)
     if rule.defers(step):
-        stack.put_off.append(PutOff(s, step, inputs.finite, run.due))
+        whole = Step(stack.t, run.stage, failures=stack.failures)
+        stack.put_off += [put_off(whole, due, None if finite is None else finite[due]) for due in ranges(run.due)]
     return D
 
 
@@ -143,7 +144,7 @@ def finish(rule: Rule, stack: Stack, answers: Answers) -> None:
     if any(seat.key in answers for seat in stack.seats):
         apart = [rest.of(seat, answers.get(seat.key, {})) for rest in left for seat in stack.seats]
         left = [rest for rest in apart if rest is not None]
-    with stack.beside():
+    with stack.beside(left):
         for rest in left:
             state = {name: x[rest.slots] for name, x in stack.state.items()}
             changes = [stack.failures[rest.slots], *state.values()]

@@ -110,6 +110,21 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace_on_an_accelerator(monkeyp
     assert all(torch.equal(x, before[name]) for name, x in optimizer.state[params[1]].items())
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_who_does_not_refresh_is_left_alone(settings: dict[str, Any]) -> None:
+    """A matrix whose neighbours refresh in other steps is, to the last bit, what it is by itself."""
+    settings = settings | {"stagger": False, "refresh_async": True}
+    (params, together), (alone, single) = built(**settings), built(**settings)
+    for step in range(8):
+        for k, (p, q) in enumerate(zip(params, alone, strict=True)):
+            p.grad = None if k > 0 and step == 1 else gradient(step, k)
+            q.grad = gradient(step, k) if k == 0 else None
+        together.step()
+        single.step()
+    assert torch.equal(params[0], alone[0])
+    assert all(torch.equal(x, single.state[alone[0]][name]) for name, x in together.state[params[0]].items())
+
+
 def test_what_a_broken_step_put_off_is_dropped(monkeypatch) -> None:
     params, optimizer = built(refresh_async=True, precondition_frequency=1)
     train(params, optimizer, 0, 2)

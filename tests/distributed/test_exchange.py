@@ -138,7 +138,8 @@ LENT = {
     "at times": LATER | {"precondition_frequency": 2},
     "staggered": LATER | {"precondition_frequency": 2, "stagger": True},
     "kl": LATER | {"precondition_frequency": 2, "use_kl_shampoo": True},
-    "in fewer bytes": LATER | {"basis_dtype": "bfloat16", "moment_dtype": "int8"},
+    "in fewer bytes": LATER
+    | {"basis_dtype": "bfloat16", "moment_dtype": "int8", "precondition_frequency": 2, "stagger": True},
 }
 
 

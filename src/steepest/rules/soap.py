@@ -163,7 +163,7 @@ class Soap(Refreshing):
                 factors.start(slots, in_float64=self.basis_timing == "before")
             else:
                 if self.use_adaptive_criteria and not first:
-                    slots = factors.outdated(slots, self.adaptive_update_tolerance)
+                    slots, solved = factors.outdated(slots, self.adaptive_update_tolerance), None
                 factors.refresh(slots, False, self.power_iter_steps, self.match_columns, self.refresh, solved)
 
     def act(self, G: Tensor, factors: Factors, step: Step, in_basis: bool) -> Tensor:
