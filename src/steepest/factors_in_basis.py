@@ -79,7 +79,8 @@ class FactorsInBasis(Factors):
         """KL-Shampoo's feed: ``L ← β L + (1-β) P diag(1/λ_R) Pᵀ / n`` with λ_R the diagonal of R, and R likewise."""
         P, factors = self.project(G), (self.L, self.R)
         quotients = [None if K is None else K.diagonal(dim1=-2, dim2=-1).clone() for K in factors]  # far apart in K
-        fed = attempts.at_hand(G) and all(bool((λ.amax(dim=-1) > 0).all()) for λ in quotients if λ is not None)
+        looks = attempts.at_hand(G) and not torch.compiler.is_compiling()
+        fed = looks and all(bool((λ.amax(dim=-1) > 0).all()) for λ in quotients if λ is not None)
         rms = G.new_ones(len(G), 1) if fed else root_mean_square(G)  # it only stands in for factors that are zero
         weights = [None if λ is None else whitening_weights(λ, rms, eps, -1.0, relative_floor) for λ in quotients]
         for K, X, other in zip(factors, (P, P.mT), reversed(weights), strict=True):
