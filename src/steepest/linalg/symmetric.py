@@ -181,8 +181,8 @@ def _in_blocks(A: Tensor) -> bool:
 def _blocks(d: int) -> list[tuple[int, int]]:
     """First row and end of each block.
 
-    >>> _blocks(600)
-    [(0, 300), (300, 600)]
+    >>> _blocks(130), _blocks(1024)[-1]
+    ([(0, 65), (65, 130)], (768, 1024))
     """
     size = -(-d // min(d // BLOCK, 4))
     return [(start, min(start + size, d)) for start in range(0, d, size)]

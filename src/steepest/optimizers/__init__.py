@@ -104,8 +104,8 @@ def group_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: for a name that is no rule; torch.optim's can't share an optimizer with ours, AdamW excepted.
 
-    >>> group_options("rekls", {"lr": 0.1})
-    {'rule': 'soap', 'lr': 0.1, 'refresh': 'eigh', 'use_kl_shampoo': True}
+    >>> group_options("kl-soap", {"lr": 0.1})
+    {'rule': 'soap', 'use_kl_shampoo': True, 'lr': 0.1}
     >>> group_options("lion/paper", {"weight_decay": 0.3})
     {'rule': 'lion', 'lr': 0.0001, 'betas': (0.9, 0.99), 'weight_decay': 0.3}
     """
