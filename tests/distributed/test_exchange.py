@@ -123,10 +123,14 @@ def test_bytes_are_as_planned(four: Ranks, layout: str) -> None:
 
 
 def test_low_rank_directions_travel_in_factors(four: Ranks) -> None:
-    whole, factors = ([seen["sent"] for seen in four.run(jobs.traffic, "ddp", rule)] for rule in ("dion2", "dion"))
-    assert sum(factors) < 0.6 * sum(whole)
-    assert [seen["planned"] for seen in four.run(jobs.traffic, "ddp", "dion")] == factors
+    whole, factors = (four.run(jobs.traffic, "ddp", rule) for rule in ("dion2", "dion"))
+    assert sum(seen["sent"] for seen in factors) < 0.6 * sum(seen["sent"] for seen in whole)
+    assert all(seen["sent"] == seen["planned"] for seen in factors)
     assert everywhere(four.run(jobs.same_as_one_process, "ddp", "dion", torch.float32, {})) == []
+
+
+@pytest.mark.slow
+def test_low_rank_directions_are_rounded_and_left_out_as_others_are(four: Ranks) -> None:
     rounded = {"stochastic_rounding": True}
     assert everywhere(four.run(jobs.same_as_one_process, "ddp", "dion", torch.bfloat16, rounded)) == []
     assert everywhere([differing for differing, *_ in four.run(jobs.poison, "ddp", "dion")]) == []
@@ -165,7 +169,7 @@ def test_what_is_lent_is_sent_as_planned(four: Ranks, layout: str) -> None:
     assert not any(one["lent"] for one in four.run(jobs.traffic, layout, "soap"))
 
 
-@pytest.mark.parametrize("kind", jobs.ERRANDS)
+@pytest.mark.parametrize("kind", [slowly(kind) if kind == "nothing done" else kind for kind in jobs.ERRANDS])
 def test_errands_done_wrong_are_seen(four: Ranks, kind: str) -> None:
     assert bool(everywhere(four.run(jobs.mutated_errands, kind))) == (kind != "none")
 
