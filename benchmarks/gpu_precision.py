@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steepest import kernels
+from steepest.factors_in_basis import MARK
 from steepest.linalg.precision import FACTORS, round_to_tf32
 from steepest.optimizer import Optimizer
 from steepest.phases import Timeline, listening
@@ -205,11 +206,17 @@ class _Run:
     def off_diagonal(self, other: _Run) -> float:
         """``‖offdiag(Qᵀ K Q)‖ / ‖K‖`` with its own bases and the other's covariances, on the average."""
         pairs = [
-            (other.optimizer.state[q][side], self.optimizer.state[p][f"Q_{side}"].double())
+            (_covariance(other.optimizer.state[q], side), self.optimizer.state[p][f"Q_{side}"].double())
             for p, q in zip(self.params, other.params, strict=True)
             for side in ("L", "R")
         ]
         return statistics.fmean(refresh.off_diagonal(K[None], Q[None]) for K, Q in pairs)
+
+
+def _covariance(state: Mapping[str, Tensor], side: str) -> Tensor:
+    """``[d, d]`` in the gradients' coordinates, in which KL does not keep it."""
+    K, Q = state[side], state[f"Q_{side}"]
+    return Q @ K @ Q.mT if MARK in state else K
 
 
 def angle(u: Tensor, v: Tensor) -> float:

@@ -100,7 +100,7 @@ class Factors:
             self.bases,
             eps,
             relative_floor=relative_floor,
-            quotient_list=None if kept == [None, None] else kept,
+            quotient_list=None if all(λ is None for λ in kept) else kept,
         )
 
     @phase("project")
@@ -128,16 +128,15 @@ class Factors:
     def refresh(
         self,
         slots: Slots,
-        use_eigh: bool = False,
+        solver: str = "qr",
         power_iter_steps: int = 1,
         match_columns: bool = True,
-        solver: str = "qr",
         solved: Mapping[str, Solved] | None = None,
     ) -> None:
         """The bases of these slots follow their factors; ``exp_avg`` turns along, ``exp_avg_sq`` is reordered.
 
-        By full decompositions, or else by a ``solver`` of `steepest.linalg.solvers`; see `kronecker.get_eigenbasis_qr`.
-        What is ``solved``, by side, is only taken in.
+        By a ``solver`` of `steepest.linalg.solvers`; see `kronecker.refresh_eigenbases`. What is ``solved``, by side,
+        is only taken in.
         """
         solved = solved or {}
         part = self._part(slots)
@@ -145,11 +144,10 @@ class Factors:
             [part.get("L"), part.get("R")],
             [part.get("Q_L"), part.get("Q_R")],
             part["exp_avg_sq"],
-            use_eigh,
-            power_iter_steps,
-            match_columns,
-            solver,
-            [solved.get("L"), solved.get("R")],
+            power_iter_steps=power_iter_steps,
+            match_columns=match_columns,
+            solver=solver,
+            solved=[solved.get("L"), solved.get("R")],
         )
         self._turn(slots, part, bases, reordered)
 

@@ -109,10 +109,9 @@ class FactorsInBasis(Factors):
     def refresh(
         self,
         slots: Slots,
-        use_eigh: bool = False,
+        solver: str = "qr",
         power_iter_steps: int = 1,
         match_columns: bool = True,
-        solver: str = "qr",
         solved: Mapping[str, Solved] | None = None,
     ) -> None:
         """The bases of these slots follow their factors, and with them turns what is in their coordinates.
@@ -120,7 +119,6 @@ class FactorsInBasis(Factors):
         See `Factors.refresh`; "qr", "cholesky", ... are here `steepest.linalg.turning.turn`'s.
         """
         part = self._part(slots)
-        solver = "eigh" if use_eigh else solver
         known = [Turn(*solved[side]) if solved and side in solved else None for side in ("L", "R")]
         self._follow(slots, part, turns(_factors(part), solver, power_iter_steps, match_columns, known))
 

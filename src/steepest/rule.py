@@ -231,7 +231,10 @@ class Rule(Options, ABC):
         return {}
 
     def solve(self, *needs: Tensor) -> Solved:
-        """Do an errand: from what it needs, ``[b, d, d]`` each, what `finish` would compute itself, to the last bit."""
+        """Do an errand: from what it needs, ``[b, d, d]`` each, what `finish` would compute itself, to the last bit.
+
+        A rule whose `errands` are none is never asked.
+        """
         raise NotImplementedError
 
     @property

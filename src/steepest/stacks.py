@@ -177,7 +177,7 @@ class Stack:
 
     def has_put_off(self, seat: Seat) -> bool:
         """Whether something of a seat's last step is left for after it."""
-        return any(rest.of(seat, {}) is not None for rest in self.put_off)
+        return any(rest.slots.start < seat.stop and seat.start < rest.slots.stop for rest in self.put_off)
 
     @contextmanager
     def beside(self, held: Sequence[PutOff]) -> Iterator[None]:

@@ -17,6 +17,7 @@ from steepest.exchange.domain import Domain
 from steepest.exchange.shipment import Shipment
 from steepest.rule import Errand, Rule, Solved
 from steepest.stacks import Answers, Seat, Stack
+from steepest.storage import Storage
 
 ORDER = 1
 """Where in a `Solved` the order of columns stands."""
@@ -61,7 +62,8 @@ class Lent:
     def needs(self, like: Tensor) -> list[Tensor]:
         """What the borrower gets, ``[b, d, d]`` each: on the owner as it is, elsewhere to be filled."""
         if self.stack is not None:
-            state = self.stack.storage.restored({name: x[self.seat.slots] for name, x in self.stack.state.items()})
+            kept = {name: self.stack.state[name][self.seat.slots] for name in self.errand.needs}
+            state = Storage(self.stack.storage.bases).restored(kept)  # moments aren't among them
             return [state[name] for name in self.errand.needs]
         return [like.new_empty(self._shape()) for _ in self.errand.needs]
 

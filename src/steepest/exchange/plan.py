@@ -345,9 +345,9 @@ def _lend(jobs: Sequence[Job], owners: Sequence[int], loads: Sequence[float]) ->
         errands.sort()
     bearable = UNEVEN * math.fsum(busy) / len(busy)
     idle = [(load, rank) for rank, load in enumerate(busy)]
-    heapq.heapify(idle)  # a rank's latest entry is its smallest that is true
+    heapq.heapify(idle)
     loans = []
-    # Whoever lends stays in the heap with what it had, which is too much for those who come after it to ask.
+    # Those who lend keep the entry of what they had: more than all have who lend after them, so these never ask them.
     for rank in sorted(range(len(busy)), key=lambda rank: (-busy[rank], rank)):
         while at_home[rank] and busy[rank] > bearable:
             cost, j, k = at_home[rank].pop()

@@ -144,14 +144,13 @@ def refresh(d: int, solver: str, steps: int = 1) -> Work:
     return steps * ({"cholesky": 1, "first_order": 3}[solver] * cube + cube.at("highest") + cholesky(d, d))
 
 
-def turning(d: int, solver: str, steps: int = 1, polish: bool = False) -> Work:
-    """A refresh of a factor that is kept in its eigenbasis, and of the basis, by `steepest.linalg.turning`.
+def turn(d: int, solver: str, steps: int = 1) -> Work:
+    """The turn of a factor that is kept in its eigenbasis, `steepest.linalg.turning.turn`.
 
-    The basis turns by one product, two more if it is polished. "qr": a QR decomposition, and a product for the factor.
-    "eigh": `eigh`, and two products. The others: three, one of them for `cholesky`. Of further iterations each takes a
-    product more. All in full float32. On a CPU a look at the basis, 2d², comes on top.
+    "qr": a QR decomposition, and a product for the factor. "eigh": `eigh`, and two products. The others: three, one of
+    them for `cholesky`. Of further iterations each takes a product more. All in full float32.
 
-    >>> turning(3, "qr").total == 4 * 3**3 + 8 / 3 * 3**3 + 2 * 3**2
+    >>> turn(3, "qr").total == 2 * 3**3 + 8 / 3 * 3**3
     True
     """
     cube = product(d, d, d)
@@ -160,7 +159,20 @@ def turning(d: int, solver: str, steps: int = 1, polish: bool = False) -> Work:
     else:
         once = qr(d, d) + cube if solver == "qr" else 3 * cube + cholesky(d, d)
         work = steps * once + (steps - 1) * cube
-    return (work + (3 if polish else 1) * cube + product(d, d, 1)).at("highest")
+    return work.at("highest")
+
+
+def turning(d: int, solver: str, steps: int = 1, polish: bool = False) -> Work:
+    """A refresh of a factor that is kept in its eigenbasis: its `turn`, and the basis'.
+
+    The basis turns by one product, two more if it is polished, in full float32. On a CPU a look at it, 2d², comes on
+    top.
+
+    >>> turning(3, "qr").total == 4 * 3**3 + 8 / 3 * 3**3 + 2 * 3**2
+    True
+    """
+    basis = (3 if polish else 1) * product(d, d, d) + product(d, d, 1)
+    return turn(d, solver, steps) + basis.at("highest")
 
 
 def polar(m: int, n: int, method: str, float32: bool = False) -> Work:

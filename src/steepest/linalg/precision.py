@@ -54,20 +54,20 @@ def fp32_matmul_precision(precision: str = "highest") -> Iterator[None]:
         overall: str | None = torch.get_float32_matmul_precision()
     except RuntimeError:  # somebody set the backends one by one: torch refuses to name one precision for all
         overall = None
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    changes = overall != precision
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if changes else ()  # type: ignore[attr-defined]
     per_backend = [backend.fp32_precision for backend in backends]
-    if overall != precision:
+    if changes:
         torch.set_float32_matmul_precision(precision)
     outer, _scope = _scope, precision
     try:
         yield
     finally:
         _scope = outer
-        if overall is not None and overall != precision:
+        if changes and overall is not None:
             torch.set_float32_matmul_precision(overall)
-        if overall != precision:
-            for backend, value in zip(backends, per_backend, strict=True):
-                backend.fp32_precision = value
+        for backend, value in zip(backends, per_backend, strict=True):
+            backend.fp32_precision = value
 
 
 def has_tf32(device: torch.device | str) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from steepest.factors import Factors
 from steepest.factors_in_basis import MARK, FactorsInBasis, next_turn
-from steepest.linalg.flops import Work, eigh, product, refresh, total, turning
+from steepest.linalg.flops import Work, eigh, product, refresh, total, turn, turning
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
 from steepest.linalg.solvers import SOLVERS, choose, next_basis
 from steepest.moments import adam
@@ -141,9 +141,10 @@ class Soap(Refreshing):
         for side in ("L", "R"):
             if side in state:
                 d = state[side].shape[-1]
-                needs, gives = ((side,), 3) if MARK in state else ((side, f"Q_{side}"), 2)
-                work = refresh(d, self.solver, self.power_iter_steps).every(self.last_period)
-                found[side] = Errand(needs, gives, d, work)
+                turns = MARK in state  # a factor in its basis tells the turn by itself
+                work = (turn if turns else refresh)(d, self.solver, self.power_iter_steps)
+                work = work.at(self.qr_fp32_matmul_prec).every(self.last_period)
+                found[side] = Errand((side,) if turns else (side, f"Q_{side}"), 3 if turns else 2, d, work)
         return found
 
     def solve(self, *needs: Tensor) -> Solved:
@@ -164,7 +165,7 @@ class Soap(Refreshing):
             else:
                 if self.use_adaptive_criteria and not first:
                     slots, solved = factors.outdated(slots, self.adaptive_update_tolerance), None
-                factors.refresh(slots, False, self.power_iter_steps, self.match_columns, self.refresh, solved)
+                factors.refresh(slots, self.refresh, self.power_iter_steps, self.match_columns, solved)
 
     def act(self, G: Tensor, factors: Factors, step: Step, in_basis: bool) -> Tensor:
         """Adam's direction, taken in the eigenbases and brought back."""
