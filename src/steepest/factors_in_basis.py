@@ -80,8 +80,8 @@ class FactorsInBasis(Factors):
         P, factors = self.project(G), (self.L, self.R)
         quotients = [None if K is None else K.diagonal(dim1=-2, dim2=-1).clone() for K in factors]  # far apart in K
         looks = attempts.at_hand(G) and not torch.compiler.is_compiling()
-        fed = looks and all(bool((λ.amax(dim=-1) > 0).all()) for λ in quotients if λ is not None)
-        rms = G.new_ones(len(G), 1) if fed else root_mean_square(G)  # it only stands in for factors that are zero
+        fed = looks and all(min(λ.amax(dim=-1).tolist()) > 0 for λ in quotients if λ is not None)
+        rms = None if fed else root_mean_square(G)  # it only stands in for factors that are zero
         weights = [None if λ is None else whitening_weights(λ, rms, eps, -1.0, relative_floor) for λ in quotients]
         for K, X, other in zip(factors, (P, P.mT), reversed(weights), strict=True):
             if K is not None:

@@ -62,10 +62,15 @@ def precondition(x: Tensor, eigenbasis_list: Sides | None = None, dims: list[lis
         return x
     left, right = _sides(eigenbasis_list, x, "eigenbasis_list")
     if left is not None:
-        x = (left if dims == OUT_OF else left.mT) @ x
+        x = _times(left if dims == OUT_OF else left.mT, x)
     if right is not None:
-        x = x @ (right.mT if dims == OUT_OF else right)
+        x = _times(x, right.mT if dims == OUT_OF else right)
     return x
+
+
+def _times(A: Tensor, B: Tensor) -> Tensor:
+    """``A B``. Of two stacks by the function for them, which looks at their shapes once, not six times."""
+    return torch.bmm(A, B) if A.dim() == B.dim() == 3 and len(A) == len(B) else A @ B
 
 
 def init_kronecker_factors(

@@ -80,13 +80,12 @@ def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
     """
     norms = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
     finite: Tensor = norms < safe_norm(G.dtype)  # False for NaN
-    alive = to_device(live, G.device).view(-1, 1, 1)
-    undone = (alive & ~finite).view(-1)
     if attempts.at_hand(G):
         present = sum(live)
-        live[:] = (alive & finite).view(-1).tolist()
+        live[:] = [alive and fine for alive, fine in zip(live, finite.view(-1).tolist(), strict=True)]
         stack.skipped += present - sum(live)
         return None
+    undone = to_device(live, G.device) & ~finite.view(-1)
     G.masked_fill_(~finite, 0)
     stack.undone = Echo(undone.long())
     return finite
@@ -103,11 +102,16 @@ def _update(
 ) -> Tensor | LowRank | None:
     """Advance the clocks of one run, and have the rule update it; where ``finite`` is False nothing happens."""
     s = run.slots
-    t, failures, state = stack.t[s], stack.failures[s], {name: x[s] for name, x in stack.state.items()}
-    inputs = Inputs(G[s], None if penalty is None else penalty[s], None if finite is None else finite[s])
+    whole = s == slice(0, stack.size)
+
+    def part(x: Tensor) -> Tensor:
+        return x if whole else x[s]
+
+    t, failures, state = part(stack.t), part(stack.failures), {name: part(x) for name, x in stack.state.items()}
+    inputs = Inputs(part(G), None if penalty is None else part(penalty), None if finite is None else part(finite))
     step = Step(t, run.stage, run.refresh, inputs.penalty, failures)
     steady = run.stage == "steady" and run.refresh is None
-    compiles = steady and bool(group.get("compile")) and s == slice(0, stack.size)
+    compiles = steady and bool(group.get("compile")) and whole
     update = compiled(rule, G) if compiles else rule.update
 
     def work(inputs: Inputs) -> Tensor | LowRank | None:
@@ -128,8 +132,8 @@ def _update(
     else:
         D = work(inputs)
     if rule.defers(step):
-        whole = Step(stack.t, run.stage, failures=stack.failures)
-        stack.put_off += [put_off(whole, due, None if finite is None else finite[due]) for due in ranges(run.due)]
+        of_all = Step(stack.t, run.stage, failures=stack.failures)
+        stack.put_off += [put_off(of_all, due, None if finite is None else finite[due]) for due in ranges(run.due)]
     return D
 
 

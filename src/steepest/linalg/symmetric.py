@@ -40,10 +40,10 @@ def accumulate_gram(
         tensor([[1.0000, 1.0000],
                 [1.0000, 2.5000]])
     """
-    K = K.view(-1, *K.shape[-2:])  # a view: the update must reach the caller's tensor
-    X = X.reshape(-1, *X.shape[-2:])
-    if isinstance(beta, Tensor):
-        beta = beta.reshape(-1, 1, 1)
+    if K.dim() != 3:
+        K = K.view(-1, *K.shape[-2:])  # a view: the update must reach the caller's tensor
+        X = X.reshape(-1, *X.shape[-2:])
+        beta = beta.reshape(-1, 1, 1) if isinstance(beta, Tensor) else beta
     if weights is not None:
         weights = weights.reshape(-1, 1, weights.shape[-1])
     if K.dtype == X.dtype and kernels.product_pays(X):

@@ -15,12 +15,15 @@ Sides = Sequence[Tensor | None]
 """``[left, right]``; None is the identity."""
 
 
-def whitening_weights(quotients: Tensor, rms: Tensor, eps: float, exponent: float, relative_floor: float) -> Tensor:
+def whitening_weights(
+    quotients: Tensor, rms: Tensor | None, eps: float, exponent: float, relative_floor: float
+) -> Tensor:
     """``s = λ^exponent``, with λ kept away from zero; ``[..., d]``.
 
     Args:
         quotients: λ, ``[..., d]``, the factor's Rayleigh quotients.
-        rms: ``[..., 1]``, the gradient's root mean square; see `root_mean_square`.
+        rms: ``[..., 1]``, the gradient's root mean square; see `root_mean_square`. Not needed where some quotient of
+            every factor is known to be positive.
         eps: an absolute floor under λ, if there is no relative one.
         exponent: -1 whitens.
         relative_floor: the least λ as a fraction of the largest; 0: ``eps`` holds.
@@ -33,6 +36,8 @@ def whitening_weights(quotients: Tensor, rms: Tensor, eps: float, exponent: floa
         return quotients.clamp(min=eps) ** exponent
     largest = quotients.amax(dim=-1, keepdim=True)
     floored = torch.maximum(quotients, relative_floor * largest)
+    if rms is None:
+        return floored**exponent
     # A factor that is still zero whitens nothing; the gradient's scale stands in for its eigenvalues.
     floored = torch.where(largest > 0, floored, rms.expand_as(floored))
     return torch.where(floored > 0, floored, 1) ** exponent
