@@ -13,6 +13,10 @@ from steepest.lab.contenders import Contender, preset
 from steepest.lab.race import Entry, Plan, Results
 from steepest.lab.trial import Record, Run, Trial
 
+# What test files share is imported by name, and so are the files of benchmarks/gpu.py, as by each other.
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
 QUICK_TASK = """
 import time
 import torch
