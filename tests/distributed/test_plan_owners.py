@@ -75,6 +75,16 @@ def test_idle_ranks_do_the_errands_of_busy_ones():
     assert sorted(three.loads()) == [12, 14, 14]
 
 
+def test_small_differences_are_not_worth_a_trip():
+    """Below a tenth more than the mean nothing is lent; beyond, no more than brings a rank below it."""
+    errands = tuple((f"e{k}", 4.0, 1) for k in range(5))
+    almost, uneven = (make_plan(with_costs([100 + by, 100 - by], 2, errands=errands), 2) for by in (5, 20))
+    assert almost.loans == ()
+    assert almost.loads() == (105, 95)
+    assert uneven.loads() == (108, 92)
+    assert [loan.rank for loan in uneven.loans] == [1, 1, 1]
+
+
 def test_restricted_jobs_go_first_and_the_others_around_them():
     few_choices = with_costs([4, 3], 2, among=(0,))
     free = [replace(j, name=f"free{k}") for k, j in enumerate(with_costs([5, 2], 2))]
