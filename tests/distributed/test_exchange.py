@@ -158,6 +158,13 @@ def test_refreshes_that_others_do_are_ones_own(four: Ranks, layout: str, variant
     assert everywhere([differing for differing, *_ in four.run(jobs.poison, layout, "soap", options)]) == []
 
 
+@pytest.mark.xfail(
+    reason="BLAS rounds otherwise: solvers lay bases out by columns, borrowed ones lie by rows", strict=True
+)
+def test_what_is_lent_is_ones_own_in_every_shape(two: Ranks) -> None:
+    assert everywhere(two.run(jobs.lent_by_shape, [(9, 7), (12, 8), (16, 7), (37, 12)])) == []
+
+
 @pytest.mark.parametrize("layout", ["ddp", slowly("fsdp"), slowly("hsdp"), slowly("fsdp+tp")])
 def test_what_is_lent_is_sent_as_planned(four: Ranks, layout: str) -> None:
     """Two matrices are dearer than all others together, so two of four ranks have time to help."""
