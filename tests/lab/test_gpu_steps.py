@@ -79,7 +79,7 @@ def test_who_runs_out_of_time_keeps_whole_periods():
     assert failed.error == "no memory"
 
 
-def test_time_that_is_up_ends_a_plan(tmp_path):
+def test_time_that_is_up_ends_a_plan(hasty):
     clock = Clock()
     job = gpu_job.Job(CPU, tiny=True, clock=clock)
     plan = gpu_steps.Plan("tiny", "soap-f2, adamw", 4, 2, peers=False)

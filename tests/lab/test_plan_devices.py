@@ -61,7 +61,7 @@ def test_an_unknown_gpu_is_told_what_there_is():
 
 
 @pytest.fixture
-def brief(monkeypatch):
+def brief(hasty, monkeypatch):
     monkeypatch.setattr(plan_here, "EVICTED", 10)
     monkeypatch.setattr(plan_here, "COLD_ROUNDS", 1)
 
