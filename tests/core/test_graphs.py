@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from training_in_graphs import RECORDED, VARIANTS, Backend, Training, expect_same
 
 import steepest
 from steepest import graphs
 from steepest.linalg import attempts
-from steepest.linalg.precision import fp32_matmul_precision
-from steepest.rule import Refreshing, Rule
-from steepest.rules import RULES
-
-STACKED = [name for name, rule in RULES.items() if issubclass(rule, Rule)]
-DECOMPOSING = ["dion", "moso"]
-"""Those that do it in each step."""
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {"precondition_frequency": 3} if issubclass(RULES[name], Refreshing) else {}) for name in STACKED},
-    "soap kl": ("soap", {"precondition_frequency": 3, "use_kl_shampoo": True, "fp32_matmul_prec": "high"}),
-    "soap after": ("soap", {"precondition_frequency": 4, "basis_timing": "after", "adam_warmup_steps": 3}),
-    "soap async": ("soap", {"precondition_frequency": 3, "refresh_async": True, "stagger": True}),
-    "soap short": ("soap", {"precondition_frequency": 3, "basis_dtype": "bfloat16", "moment_dtype": "int8"}),
-    "soap l2": ("soap", {"precondition_frequency": 3, "weight_decay_method": "l2"}),
-    "shampoo kl": ("shampoo", {"precondition_frequency": 3, "use_kl_shampoo": True}),
-    "normuon l2": ("normuon", {"weight_decay_method": "l2"}),
-}
-QUICK = ["soap", "normuon", "dion", "inverse_root"]
-"""Whose graphs are made in seconds; all others' are made in the long tests."""
-RECORDED = [name for name, (rule, _) in VARIANTS.items() if rule not in DECOMPOSING]
 
 
 class Tape:
@@ -65,65 +45,6 @@ def finding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """How gradients that are not finite are found: as on a CPU, or as on accelerators."""
     if request.param == "masks":
         monkeypatch.setattr(attempts, "at_hand", lambda x: False)
-
-
-class Training:
-    """Two stacks, and a third of a matrix that thaws; gradients are the same for all trainings."""
-
-    def __init__(self, name: str, device: str = "cpu", **options: Any) -> None:
-        rule, own = VARIANTS[name]
-        generator = torch.Generator().manual_seed(0)
-        shapes = [(6, 4), (6, 4), (6, 4), (3, 5), (2, 7)]
-        self.params = [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
-        self.params[-1].requires_grad_(False)
-        self.optimizer = steepest.Optimizer(self.params, rule, **{"lr": 0.1} | own | options)
-        self.number = 0
-
-    def step(self, bad: int | None = None, missing: int | None = None) -> None:
-        generator = torch.Generator().manual_seed(self.number)
-        for i, p in enumerate(self.params):
-            grad = torch.randn(p.shape, generator=generator).to(p.device)
-            p.grad = None if i == missing or not p.requires_grad else grad
-        if bad is not None:
-            self.params[bad].grad[0, 0] = math.nan
-        self.optimizer.step()
-        self.number += 1
-
-    def eventful(self, number: int) -> None:
-        """One of 30 steps in which all sorts of things happen."""
-        group = self.optimizer.param_groups[0]
-        momentum = "momentum" if "momentum" in group else "shampoo_beta"
-        if number == 9:
-            self.params[-1].requires_grad_(True)
-        if number == 14:
-            group[momentum] = 0.5
-        if number == 19:
-            group["weight_decay"] = 0.0  # with "l2", there is no penalty from here on
-        if number == 24:
-            group["weight_decay"] = 0.3
-        self.step(bad={5: 0, 12: 3, 17: 1}.get(number), missing={7: 1, 16: 3}.get(number))
-
-    def seen(self) -> list[Tensor]:
-        states = self.optimizer.state_dict()["state"]
-        kept = [x.clone() for i in sorted(states) for _, x in sorted(states[i].items())]
-        return [p.detach().clone() for p in self.params] + kept
-
-    def recordings(self) -> list[graphs.Recording]:
-        found = [stack.recorder.recording for stack in self.optimizer._stacks]
-        return [one for one in found if one is not None]
-
-    def spoil(self) -> None:
-        """Whoever reads what a replay has left behind, or was given last time, reads NaN."""
-        for one in self.recordings():
-            for x in one.inputs.tensors:
-                x.fill_(math.nan if x.is_floating_point() else 0)
-            for x in graphs._tensors(one.made):
-                x.fill_(math.nan)
-
-
-def expect_same(ours: Training, theirs: Training) -> None:
-    for x, y in zip(ours.seen(), theirs.seen(), strict=True):
-        assert torch.equal(x, y), f"otherwise after step {ours.number}"
 
 
 # Recorded.
@@ -264,98 +185,6 @@ def test_what_was_saved_without_them_goes_on() -> None:
     training.step()
 
 
-# Compiled.
-
-
-class Backend:
-    """Runs graphs operation by operation; notes how many are made and run, and at what precision products are."""
-
-    def __init__(self) -> None:
-        self.graphs = self.runs = 0
-        self.precisions: set[str] = set()
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        self.graphs += 1
-        multiplies = any(word in str(node.target) for node in graph.graph.nodes for word in ("matmul", "bmm"))
-
-        def run(*args: Any) -> Any:
-            self.runs += 1
-            if multiplies:
-                self.precisions.add(torch.get_float32_matmul_precision())
-            return graph.forward(*args)
-
-        return run
-
-
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
-    torch._dynamo.reset()
-    backend = Backend()
-    monkeypatch.setattr(graphs, "BACKEND", backend)
-    return backend
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
-)
-def test_a_graph_steps_as_its_rule_does(name: str, backend: Backend) -> None:
-    compiled, plain = Training(name, compile=True), Training(name)
-    for number in range(30):
-        compiled.eventful(number)
-        plain.eventful(number)
-    assert backend.graphs >= 3, "a graph for each stack"
-    for x, y in zip(compiled.seen(), plain.seen(), strict=True):
-        if x.is_floating_point() and x.dtype != torch.bfloat16:
-            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
-
-
-@pytest.mark.parametrize("name", ["soap", "soap kl", "inverse_root", "adamuon", "dion2"])
-def test_a_rule_is_one_graph_and_made_once(name: str, backend: Backend) -> None:
-    training = Training(name, compile=True)
-    for _ in range(9):
-        training.step()
-    assert backend.graphs == 2, "two shapes"
-    runs = backend.runs
-    training.step(missing=0)  # of one stack, some: operation by operation
-    assert (backend.graphs, backend.runs - runs) == (2, 0 if name.startswith("soap") or name == "inverse_root" else 1)
-    Training(name, compile=True).step()
-    assert backend.graphs == 2, "an equal rule has the same"
-    group = training.optimizer.param_groups[0]
-    group["momentum" if "momentum" in group else "ef_decay" if "ef_decay" in group else "shampoo_beta"] = 0.5
-    for _ in range(3):
-        training.step()
-    assert backend.graphs == 4, "another rule"
-
-
-@pytest.mark.parametrize("name", ["soap", "soap kl", "muon"])
-def test_a_graph_runs_at_its_rule_s_precision(name: str, backend: Backend) -> None:
-    training = Training(name, compile=True)
-    for around in ("highest", "medium", "highest"):
-        with fp32_matmul_precision(around):
-            for _ in range(3):
-                training.step()
-        assert torch.get_float32_matmul_precision() == "highest"
-    assert backend.precisions == {"high" if name == "soap kl" else "highest"}
-
-
-def test_any_number_of_shapes_is_compiled(backend: Backend) -> None:
-    """torch gives up on a function after eight graphs."""
-    params = [nn.Parameter(torch.ones(3, 2 + k)) for k in range(10)]
-    optimizer = steepest.Dion2(params, lr=0.1, compile=True)
-    for p in params:
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    assert backend.graphs == 10
-
-
-def test_lists_and_functions_among_the_options_compile_once(backend: Backend) -> None:
-    schedule = steepest.LinearSchedule(start=2, end=4, transition_steps=10)
-    training = Training("soap", compile=True, betas=[0.9, 0.95], precondition_frequency=schedule)
-    for _ in range(12):
-        training.step()
-    assert backend.graphs == 2
-
-
 @pytest.mark.usefixtures("finding")
 @pytest.mark.parametrize("name", ["soap", "adamuon"])
 def test_both_at_once(name: str, tape: Tape, backend: Backend) -> None:
@@ -366,26 +195,6 @@ def test_both_at_once(name: str, tape: Tape, backend: Backend) -> None:
         expect_same(both, compiled)
         both.spoil()
     assert tape.replays >= 10
-
-
-def inductor(name: str) -> None:
-    torch._dynamo.reset()
-    compiled, plain = Training(name, compile=True), Training(name)
-    for _ in range(5):
-        compiled.step()
-        plain.step()
-    for p, q in zip(compiled.params, plain.params, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-
-
-def test_inductor_agrees() -> None:
-    inductor("soap")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(VARIANTS))
-def test_inductor_agrees_on_every_rule(name: str) -> None:
-    inductor(name)
 
 
 # On a GPU.

@@ -9,10 +9,11 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from models import differing, grouped, inject, laid_out, optimizer, toy, weights
+from models import differing, gradient, grouped, inject, laid_out, optimizer, scattered, toy, weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from steepest import Optimizer
@@ -208,6 +209,28 @@ def traffic(layout: str, rule: str, options: dict[str, Any] | None = None) -> di
         "planned": planned,
         "lent": lent,
     }
+
+
+def lent_by_shape(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The shapes of which a lone matrix, whose owner lends a refresh, differs in any bit from one process's."""
+    everyone = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = []
+    for shape in shapes:
+        here = nn.Parameter(gradient("weights", torch.Size(shape), 0))
+        there = nn.Parameter(distribute_tensor(here.detach(), everyone, [Shard(0)], src_data_rank=None))
+        one, many = (
+            Optimizer([("w", p)], rule="soap", lr=0.02, precondition_frequency=1, refresh_async=True)
+            for p in (here, there)
+        )
+        assert any(lot.lent for lot in many._lots if isinstance(lot, mesh.Shared))
+        for step in range(4):
+            here.grad = gradient("w", here.shape, step)
+            there.grad = scattered(here.grad, there)
+            one.step()
+            many.step()
+        if not torch.equal(there.full_tensor(), here):
+            found.append(shape)
+    return found
 
 
 class Tower(nn.Module):

@@ -94,7 +94,11 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
             "gloo", init_method=f"file://{store}-{number}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
         )
         try:
-            answer = (True, getattr(importlib.import_module(module), name)(*args))
+            function = getattr(importlib.import_module(module), name)
+            # An optimizer looks for DDP's modules among all live objects. What was imported by now is kept out of its
+            # sight: hundreds of thousands of objects, of which that would take most of a test's time.
+            gc.freeze()
+            answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
         domain._among.cache_clear()

@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from steepest.lab import bench_speed
 from steepest.lab.contenders import Contender, preset
 from steepest.lab.race import Entry, Plan, Results
 from steepest.lab.trial import Record, Run, Trial
+
+# What test files share is imported by name, and so are the files of benchmarks/gpu.py, as by each other.
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 QUICK_TASK = """
 import time
@@ -103,6 +108,12 @@ def make_plan() -> Callable[..., Plan]:
 @pytest.fixture
 def make_results() -> Callable[..., Results]:
     return _results
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds are measured in a millisecond each: they are figures all the same, if rough ones."""
+    monkeypatch.setattr(bench_speed, "ENOUGH", 1e-3)
 
 
 FORK_SERVER = """

@@ -34,7 +34,7 @@ def measured(text: str, steps: int = 2, warmup: int = 1, shapes: ShapeSet = TINY
 
 
 @pytest.fixture
-def tiny(monkeypatch) -> None:
+def tiny(hasty, monkeypatch) -> None:
     monkeypatch.setitem(MODELS, "tiny", ("for tests", GPT2(width=8, layers=3)))
 
 
@@ -187,7 +187,7 @@ def test_newton_schulz_may_run_in_bfloat16_where_that_is_faster():
     assert floor(rule_of("muon", {}), shapes, SPEED).products == work / 1e9
 
 
-def test_a_machine_has_a_speed():
+def test_a_machine_has_a_speed(hasty):
     speed = measure_speed(TINY, CPU)
     assert min(speed.flops, speed.bandwidth) > 1e6
 

@@ -5,30 +5,20 @@ No time is judged here; benchmarks/predict.py does that.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import math
-import re
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
+from plans_made_up import DEVICE, FILES, FLAT, FREE, model_of, predict
 from torch import nn
-from typer.testing import CliRunner
 
 import steepest
-from steepest.cli import app
-from steepest.lab import plan_here
 from steepest.lab.bench_measure import state_bytes
-from steepest.lab.errors import BadInput
 from steepest.lab.plan import _turns, look, mesh
-from steepest.lab.plan_devices import GPUS, IDEAL, Assumed, Device, gpu, interpolated, key
-from steepest.lab.plan_here import here
+from steepest.lab.plan_devices import gpu, interpolated
 from steepest.lab.plan_models import Model, Weight, from_file, preset
-from steepest.lab.plan_report import in_ms
 from steepest.lab.plan_time import Load, forecast, settled
-from steepest.linalg.flops import Part, cholesky, eigh, polar, product, qr
+from steepest.linalg.flops import Part, cholesky, eigh, product, qr
 from steepest.rules.adamw import AdamW
 from steepest.rules.lion import Lion
 from steepest.rules.moso import Moso
@@ -36,39 +26,6 @@ from steepest.rules.muon import Muon
 from steepest.rules.soap import Soap
 from steepest.views import View
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/scaling.md").read_text()
-FLAT = {"highest": 2.0, "high": 3.0, "medium": 5.0, "bfloat16": 7.0}
-FLAT |= {"qr": 11.0, "cholesky": 13.0, "eigh": 17.0, "svd": 19.0}
-DEVICE = Device(
-    name="made up",
-    kind="cpu",
-    speeds={name: ((1, speed),) for name, speed in FLAT.items()},
-    bandwidth=23.0,
-    entrywise=29.0,
-    passes=31.0,
-    kept=0.0,
-    per_stack=1000.0,
-    per_matrix=100.0,
-    training=37.0,
-    memory=1e6,
-)
-FREE = replace(DEVICE, bandwidth=math.inf, entrywise=math.inf, passes=math.inf, per_stack=0.0, per_matrix=0.0)
-"""Where only products and decompositions take time."""
-FILES = {
-    "mixed": """
-from torch import nn
-def model():
-    return nn.Sequential(
-        nn.Embedding(300, 64), nn.Linear(64, 160), nn.Conv2d(8, 24, 3), nn.Linear(160, 100), nn.Linear(100, 10)
-    )
-""",
-    "gpt": """
-from steepest.lab.gpt import GPT
-def model():
-    return GPT(vocabulary=90, context=32, d=48, depth=2)
-""",
-}
 OPTIMIZERS = [
     ("soap", {}),
     ("soap", {"basis_dtype": "bfloat16"}),
@@ -83,22 +40,6 @@ OPTIMIZERS = [
     ("adamw", {}),
     ("lion", {}),
 ]
-
-
-def steepest_plan(*arguments: object):
-    return CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "80"})
-
-
-def model_of(rule, *shapes: tuple[int, int], vectors: int = 0) -> Model:
-    weights = [Weight(f"w{k}", shape, View(shape), 4) for k, shape in enumerate(shapes)]
-    weights += [Weight("b", (vectors,), None, 4)] * (vectors > 0)
-    return Model("made up", tuple(weights), "", rule, AdamW())
-
-
-def predict(rule, *shapes: tuple[int, int], vectors: int = 0, on: str = "fsdp", world: int = 1, device=DEVICE, mfu=0.5):
-    found = look(model_of(rule, *shapes, vectors=vectors), mesh(on, world), 10, device=device, mfu=mfu).forecast
-    assert found is not None
-    return found
 
 
 # Memory.
@@ -269,173 +210,3 @@ def test_no_rank_is_forgotten():
     seen = forecast((Muon(ns_dtype="float32"), AdamW()), loads, 1.0, DEVICE, 4)
     assert seen.step == predict(Muon(ns_dtype="float32"), (4, 2)).step
     assert seen.held == 2 * 4 * 800 + 7
-
-
-# Devices.
-
-
-def test_at_its_peak_a_gpu_takes_flops_by_peak_and_bytes_by_bandwidth():
-    model = preset("124m", "soap", {"precondition_frequency": 10, "refresh": "first_order"}, itemsize=4)
-    whole = look(model, mesh("fsdp", 1), 2**19, device=gpu("h200", IDEAL)).forecast
-    peaks = GPUS["h200"]
-    matrices = [(768, 768)] * 48 + [(3072, 768)] * 24
-    entries = sum(m * n for m, n in matrices)
-    along = sum(2 * m * n * (m + n) for m, n in matrices)
-    cubes = sum(m**3 + n**3 for m, n in matrices)
-    squares = sum(m * m + n * n for m, n in matrices)
-    full = 3 * along + (2 * cubes + 4 / 3 * cubes) / 10  # Cholesky-QR multiplies in full float32
-    bytes_moved = 40 * entries + 16 * squares + 28 * (model.parameters - entries)
-    expected = full / peaks.float32 + (2 * along + 6 * cubes) / 10 / peaks.tf32 + bytes_moved / peaks.bandwidth
-    assert whole.step == pytest.approx(expected, rel=1e-6)
-    assert whole.training == pytest.approx(6 * model.parameters * 2**19 / (peaks.bfloat16 * 0.4))
-
-
-@pytest.mark.parametrize("name", GPUS)
-def test_assumptions_never_beat_the_peak(name):
-    guessed, ideal = gpu(name), gpu(name, IDEAL)
-    for kind in ideal.speeds:
-        for size in (1, 100, 1000, 10**5):
-            assert 0 < guessed.speeds[kind][-1][1] <= ideal.speeds[kind][-1][1]
-            assert interpolated(guessed.speeds[kind], size) <= interpolated(ideal.speeds[kind], size)
-    for what in ("bandwidth", "entrywise", "passes"):
-        assert getattr(guessed, what) < getattr(ideal, what)
-    for optimizer in ("soap", "muon", "shampoo", "inverse_root", "dion", "adamw"):
-        found = [
-            look(preset("124m", optimizer, {}), mesh("fsdp", 4), 2**19, device=d).forecast for d in (guessed, ideal)
-        ]
-        assert 0 < found[1].step < found[0].step
-        assert found[0].training == found[1].training
-
-
-def test_curves_ascend():
-    for curve in (Assumed().products, *gpu("h200").speeds.values()):
-        assert [size for size, _ in curve] == sorted({size for size, _ in curve})
-        assert [value for _, value in curve] == sorted(value for _, value in curve)
-
-
-def test_an_unknown_gpu_is_told_what_there_is():
-    with pytest.raises(BadInput, match="--gpu h2000: there are h200, h100, a100, l40s, and here"):
-        gpu("h2000")
-
-
-@pytest.fixture
-def brief(monkeypatch):
-    monkeypatch.setattr(plan_here, "EVICTED", 10)
-    monkeypatch.setattr(plan_here, "COLD_ROUNDS", 1)
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "options", "speeds"),
-    [
-        ("soap", {"precondition_frequency": 10}, {"highest", "high", "qr"}),
-        ("soap", {"refresh": "cholesky"}, {"highest", "high", "cholesky"}),
-        ("shampoo", {"refresh": "eigh"}, {"highest", "eigh"}),
-        ("muon", {"ns": "exact"}, {"highest", "svd"}),
-        ("muon", {"ns_dtype": "bfloat16"}, {"bfloat16"}),
-        ("dion", {}, {"highest", "qr", "cholesky"}),
-        ("lion", {}, set()),
-    ],
-)
-def test_this_machine_is_measured_for_what_it_will_do(brief, tmp_path, optimizer, options, speeds):
-    path = tmp_path / "net.py"
-    path.write_text(FILES["mixed"])
-    model, threads = from_file(path, optimizer, options), torch.get_num_threads()
-    device = here(model, torch.device("cpu"))
-    assert set(device.speeds) == speeds
-    assert torch.get_num_threads() == threads
-    assert all(1e6 < speed < 1e14 for curve in device.speeds.values() for _, speed in curve)
-    assert all(1e6 < x < 1e13 for x in (device.bandwidth, device.entrywise, device.passes))
-    assert (device.per_stack > 1e-6) == (optimizer != "lion")
-    assert device.memory > 1e8
-    rule = settled(model.rule, "cpu")
-    if speeds:  # every part of the work, at its own size
-        sizes = {(key(part), part.size) for w in model.weights if w.view for _, m, n in w.view.pieces
-                 for part in rule.work(m, n).parts}  # fmt: skip
-        assert sizes == {(name, size) for name, curve in device.speeds.items() for size, _ in curve}
-    seen = look(model, mesh("fsdp", 1), 1, device=device).forecast
-    assert 0 < seen.step <= seen.worst * (1 + 1e-9)
-
-
-def test_what_is_timed_is_what_is_counted():
-    """Each task's FLOPs are those of one kind, that of its name."""
-    for name in ("qr", "cholesky", "eigh", "svd"):
-        _, work = plan_here._task(name, 6, torch.device("cpu"))
-        assert {part.kind for part in work.parts} == {name}
-    assert plan_here._task("svd", 6, torch.device("cpu"))[1].total == polar(6, 6, "exact").total - 2 * 6**3
-
-
-# What is printed.
-
-
-def test_the_table_and_the_figures():
-    arguments = ["--params", "124m,1b", "--block-size", 0, "--gpu", "H200", "--option", "precondition_frequency=10"]
-    done = steepest_plan(*arguments)
-    assert done.exit_code == 0, done.output
-    assert "Predicted for h200" in done.output
-    assert max(map(len, done.output.splitlines())) <= 80
-    found = json.loads(steepest_plan(*arguments, "--json").output)
-    direct = look(
-        preset("124m", "soap", {"precondition_frequency": 10}), mesh("fsdp", 8), 2**19, device=gpu("h200")
-    ).forecast
-    assert found[0]["forecast"] == asdict(direct) | {"share": direct.share, "fits": True}
-    assert f" {in_ms(direct.step)} " in done.output
-    assert f"{direct.share:.1%}" in done.output
-
-
-def test_a_model_is_trained_at_the_share_that_is_given():
-    slow, fast = (
-        json.loads(steepest_plan("--params", "124m", "--block-size", 0, "--gpu", "a100", "--json", *more).output)[0]
-        for more in ([], ["--mfu", 0.8])
-    )
-    assert fast["forecast"]["training"] == pytest.approx(slow["forecast"]["training"] / 2)
-    assert fast["forecast"]["step"] == slow["forecast"]["step"]
-
-
-def test_without_a_gpu_nothing_is_predicted():
-    done = steepest_plan("--params", "124m", "--block-size", 0)
-    assert "redicted" not in done.output
-    assert json.loads(steepest_plan("--params", "124m", "--block-size", 0, "--json").output)[0]["forecast"] is None
-
-
-def test_this_machine_by_name(brief, tmp_path):
-    path = tmp_path / "net.py"
-    path.write_text(FILES["mixed"])
-    done = steepest_plan(path, "--gpu", "here", "--world", 1, "--block-size", 0)
-    assert done.exit_code == 0, done.output
-    assert "the speed measured for it" in " ".join(done.output.split())
-
-
-def test_the_page_shows_what_was_predicted():
-    command, *lines = re.search(r"```text\n\$ steepest plan ([^`\n]*--gpu[^`]*)```", PAGE)[1].splitlines()
-    done = steepest_plan(*command.split())
-    assert [line.rstrip() for line in done.output.splitlines()] == lines
-
-
-def test_the_page_shows_what_was_measured():
-    spec = importlib.util.spec_from_file_location("predict", ROOT / "benchmarks/predict.py")
-    predict_script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(predict_script)
-    rows = json.loads((ROOT / "benchmarks/results/predict.json").read_text())["rows"]
-    assert predict_script.table(rows) in PAGE
-    assert [row | predict_script.summary(row) for row in rows] == rows
-    assert all(abs(row["ratio"] - 1) <= 0.3 and abs(row["state_ratio"] - 1) <= 0.05 for row in rows)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--gpu", "b3"], "--gpu b3: there are h200, h100, a100, l40s, and here"),
-        (["--gpu", "h200", "--mfu", "0"], "--mfu 0.0: must be in (0, 1]"),
-        (["--gpu", "h200", "--mfu", "1.5"], "--mfu 1.5: must be in (0, 1]"),
-    ],
-)
-def test_bad_input_gets_one_clear_line(arguments, complaint):
-    done = steepest_plan(*arguments)
-    assert done.exit_code == 2
-    (line,) = done.stderr.splitlines()
-    assert complaint in line
-
-
-def test_the_help_names_every_gpu():
-    text = " ".join(steepest_plan("--help").output.replace("│", " ").split())
-    assert all(name in text for name in (*GPUS, "here"))
