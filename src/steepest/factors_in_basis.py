@@ -19,7 +19,7 @@ from steepest.linalg import attempts
 from steepest.linalg.eigenbasis import eigenbasis_error
 from steepest.linalg.solvers import choose
 from steepest.linalg.symmetric import accumulate_gram
-from steepest.linalg.turning import Turn, decomposed, turn, turned
+from steepest.linalg.turning import Turn, by_columns, decomposed, turn, turned
 from steepest.linalg.whitening import root_mean_square, whitening_weights
 from steepest.phases import phase
 from steepest.rule import Slots, Solved, State
@@ -159,10 +159,11 @@ def turns(
     """
     if solver == "eigh" and not match_columns:
         return [None if K is None else decomposed(K) for K in factors]
-    return [
+    found = [
         None if K is None else given or next_turn(K, steps=power_iter_steps, solver=solver)
         for K, given in zip(factors, known, strict=True)
     ]
+    return [None if side is None else side._replace(U=by_columns(side.U)) for side in found]
 
 
 def next_turn(K: Tensor, steps: int = 1, solver: str = "auto") -> Turn:

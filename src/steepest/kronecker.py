@@ -24,7 +24,7 @@ from steepest.linalg.eigenbasis import (
 )
 from steepest.linalg.solvers import next_basis
 from steepest.linalg.symmetric import accumulate_gram
-from steepest.linalg.turning import reordered
+from steepest.linalg.turning import by_columns, reordered
 from steepest.linalg.whitening import feed_by_quotients, root_mean_square, whitening_weights
 
 Sides = Sequence[Tensor | None]
@@ -350,7 +350,7 @@ def get_eigenbasis_qr(
             orders.append(None)
             continue
         Q, order = done or next_basis(K, Q, power_iter_steps, solver)
-        bases.append(Q)
+        bases.append(by_columns(Q))
         orders.append(order)
     return bases, reorder(exp_avg_sq, orders)
 

@@ -211,7 +211,7 @@ def traffic(layout: str, rule: str, options: dict[str, Any] | None = None) -> di
     }
 
 
-def lent_by_shape(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def lent_by_shape(shapes: list[tuple[int, int]], options: dict[str, Any]) -> list[tuple[int, int]]:
     """The shapes of which a lone matrix, whose owner lends a refresh, differs in any bit from one process's."""
     everyone = init_device_mesh("cpu", (dist.get_world_size(),))
     found = []
@@ -219,7 +219,7 @@ def lent_by_shape(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
         here = nn.Parameter(gradient("weights", torch.Size(shape), 0))
         there = nn.Parameter(distribute_tensor(here.detach(), everyone, [Shard(0)], src_data_rank=None))
         one, many = (
-            Optimizer([("w", p)], rule="soap", lr=0.02, precondition_frequency=1, refresh_async=True)
+            Optimizer([("w", p)], rule="soap", lr=0.02, precondition_frequency=1, refresh_async=True, **options)
             for p in (here, there)
         )
         assert any(lot.lent for lot in many._lots if isinstance(lot, mesh.Shared))

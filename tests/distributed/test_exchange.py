@@ -11,6 +11,7 @@ import torch
 from models import LAYOUTS
 from ranks import Ranks
 
+from steepest.linalg.solvers import SOLVERS
 from steepest.rule import Rule
 from steepest.rules import RULES
 
@@ -158,11 +159,12 @@ def test_refreshes_that_others_do_are_ones_own(four: Ranks, layout: str, variant
     assert everywhere([differing for differing, *_ in four.run(jobs.poison, layout, "soap", options)]) == []
 
 
-@pytest.mark.xfail(
-    reason="BLAS rounds otherwise: solvers lay bases out by columns, borrowed ones lie by rows", strict=True
-)
-def test_what_is_lent_is_ones_own_in_every_shape(two: Ranks) -> None:
-    assert everywhere(two.run(jobs.lent_by_shape, [(9, 7), (12, 8), (16, 7), (37, 12)])) == []
+@pytest.mark.parametrize("kl", [False, True], ids=["plain", "kl"])
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_what_is_lent_is_ones_own_in_every_shape(two: Ranks, solver: str, kl: bool) -> None:
+    """Products would round otherwise if what comes from elsewhere lay in memory otherwise."""
+    shapes = [(9, 7), (12, 8), (10, 7), (16, 7), (37, 12), (70, 130)]
+    assert everywhere(two.run(jobs.lent_by_shape, shapes, {"refresh": solver, "use_kl_shampoo": kl})) == []
 
 
 @pytest.mark.parametrize("layout", ["ddp", slowly("fsdp"), slowly("hsdp"), slowly("fsdp+tp")])
