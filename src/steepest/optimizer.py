@@ -254,7 +254,7 @@ class Optimizer(torch.optim.Optimizer):
                 p = group["params"][i]
                 self.state[p] = rule.init(torch.empty_like(p, dtype=state_dtype(p), requires_grad=False))
             return
-        lots = share(rule, number, group, indices, self._lots)
+        lots = share(rule, number, group, indices, self._lots, self._domains)
         self._lots += lots
         for lot in lots:
             for i, state in lot.state():

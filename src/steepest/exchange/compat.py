@@ -53,6 +53,7 @@ def replicated() -> dict[Tensor, dist.ProcessGroup]:
 
     DDP leaves no mark on a parameter, so the modules themselves are looked up among all live objects. An optimizer that
     is made before its model is wrapped finds nothing, and then steps every matrix on every rank: slower, and as right.
+    So does one that is made after `gc.freeze`, which hides what there is from this search.
     """
     found: dict[Tensor, dist.ProcessGroup] = {}
     for thing in gc.get_objects():

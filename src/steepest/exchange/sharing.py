@@ -29,8 +29,17 @@ if TYPE_CHECKING:
     from steepest.exchange.domain import Domain
 
 
-def share(rule: Rule, number: int, group: Mapping[str, Any], indices: Sequence[int], lots: Sequence[Lot]) -> list[Lot]:
+def share(
+    rule: Rule,
+    number: int,
+    group: Mapping[str, Any],
+    indices: Sequence[int],
+    lots: Sequence[Lot],
+    homes: Mapping[Tensor, Domain],
+) -> list[Lot]:
     """Lots for the parameters at ``indices`` of group ``number``, beside the ``lots`` that there are already.
+
+    ``homes`` are the parameters' `domains`, where they have one.
 
     Raises:
         RuntimeError: if the ranks that hold a parameter plan differently, since their optimizers are not of the same
@@ -38,8 +47,9 @@ def share(rule: Rule, number: int, group: Mapping[str, Any], indices: Sequence[i
     """
     here: dict[tuple[Domain | None, int], list[tuple[Seat, Tensor]]] = {}  # by domain and the number of the replica
     apart: dict[Domain, list[tuple[int, Layout]]] = {}
-    params = [group["params"][index] for index in indices]
-    for index, p, domain in zip(indices, params, domains(params), strict=True):
+    for index in indices:
+        p = group["params"][index]
+        domain = homes.get(p)
         layout = None if domain is None else _layout(p, domain)
         if domain is None or layout is None:
             here.setdefault((None, 0), []).extend((seat, local(p)) for seat in loose(index, local(p), group))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -122,9 +123,10 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 
 def fastest(work: Callable[[], object], clock: Callable[[], float]) -> float:
     """Seconds of the fastest of some calls."""
-    times: list[float] = []
-    while len(times) < ROUNDS or sum(times) < ENOUGH:
+    rounds, spent, best = 0, 0.0, math.inf
+    while rounds < ROUNDS or spent < ENOUGH:
         start = clock()
         work()
-        times.append(clock() - start)
-    return min(time for time in times if time > 0)
+        took = clock() - start
+        rounds, spent, best = rounds + 1, spent + took, min(best, took or math.inf)
+    return best
