@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from steepest.linalg.eigenbasis import APART
+from steepest.linalg.eigenbasis import ALIGNED
 
 SIZES = (64, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1536, 2048, 2304, 3072)
 WORK = 4e9
@@ -51,7 +51,7 @@ def measure(d: int, dtype: torch.dtype) -> dict[str, float | str]:
     """A row."""
     A = torch.randn(d, d, dtype=dtype)
     calls = max(2, min(100, round(WORK / (16 / 3 * d**3))))
-    plain, apart = least(calls, lambda: decomposed(A), lambda: padded(A, APART))
+    plain, apart = least(calls, lambda: decomposed(A), lambda: padded(A, ALIGNED))
     found = {"d": d, "dtype": str(dtype).removeprefix("torch."), "plain_ms": 1e3 * plain, "padded_ms": 1e3 * apart}
     return found | {"ratio": apart / plain}
 
@@ -68,7 +68,7 @@ def main() -> None:
             rows.append(measure(d, dtype))
             print("{dtype} {d:5d} {plain_ms:9.3f} ms {padded_ms:9.3f} ms {ratio:5.2f}".format(**rows[-1]), flush=True)
     if args.out:
-        args.out.write_text(json.dumps({"padding_rows": APART, "torch": torch.__version__, "rows": rows}, indent=1))
+        args.out.write_text(json.dumps({"padding_rows": ALIGNED, "torch": torch.__version__, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from steepest.rule import Elementwise, LowRank, Rule, State, Step, whole
 from steepest.rules import RULES
 
 SHAPES = [(4, 4), (4, 6), (6, 4), (1, 5), (1, 1)]
+LARGER = [(48, 16), (16, 112), (37, 12), (17, 64)]
+"""Multiples of 16 and others: with some of these, factors of a stack don't begin where vector registers do."""
 STEPS = 4
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name, rule in RULES.items() if issubclass(rule, Rule)},
@@ -70,11 +72,13 @@ def test_only_its_own_state_changes(name: str, shape: tuple[int, int]) -> None:
             assert [x.shape[-1] for x in parts] == ([built.rank(*shape)] * 2 if len(parts) == 2 else [shape[1]])
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + LARGER, ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_matrix_is_alone(name: str, shape: tuple[int, int]) -> None:
     """A stack of three does what three stacks of one do, bit for bit."""
     built = rule(name)
+    if shape in LARGER and built.rank(*shape) % 16:
+        pytest.skip("BLAS rounds products with so few columns otherwise in a stack (docs/many-gpus.md)")
     together = built.init(torch.empty(3, *shape))
     alone = [built.init(torch.empty(1, *shape)) for _ in range(3)]
     for k in range(STEPS):

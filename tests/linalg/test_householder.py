@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from steepest.linalg import eigenbasis
-from steepest.linalg.eigenbasis import CONFLICT, householder, householder_qr
+from steepest.linalg.eigenbasis import CONFLICT, eigenvectors, householder, householder_qr
+from steepest.linalg.orthonormal import rcqr
+from steepest.linalg.solvers import cholesky_qr
 
 
-@pytest.mark.parametrize("d", [CONFLICT - 1, CONFLICT])
+@pytest.mark.parametrize("d", [37, 48, CONFLICT])
 def test_it_is_torchs_decomposition(d):
     A = torch.randn(2, d, d, generator=torch.Generator().manual_seed(d))
     Q, R = householder_qr(A)
@@ -18,27 +20,28 @@ def test_it_is_torchs_decomposition(d):
 
 
 def test_only_multiples_are_padded(monkeypatch):
-    """Elsewhere it would cost time."""
+    """Where columns are aligned and apart it would cost time."""
     seen = []
-    monkeypatch.setattr(eigenbasis, "CONFLICT", 8)
+    monkeypatch.setattr(eigenbasis, "CONFLICT", 32)
     geqrf = torch.geqrf
     monkeypatch.setattr(torch, "geqrf", lambda A: (seen.append(A.shape[-2]), geqrf(A))[1])
-    for d in (8, 12, 16):
+    for d in (9, 16, 32, 48, 64):
         householder(torch.eye(d))
-    assert seen == [8 + eigenbasis.APART, 12, 16 + eigenbasis.APART]
+    assert seen == [16, 16, 48, 48, 80]
 
 
-def test_padded_matrices_have_the_same_bits_alone(monkeypatch):
-    monkeypatch.setattr(eigenbasis, "CONFLICT", 8)
-    A = torch.randn(3, 24, 24, generator=torch.Generator().manual_seed(0))
-    together = householder(A)
-    for alone, one in zip(A, together, strict=True):
-        assert torch.equal(householder(alone), one)
+@pytest.mark.parametrize("d", [9, 17, 33, 37, 130])
+@pytest.mark.parametrize("decompose", [householder, eigenvectors, cholesky_qr, rcqr])
+def test_matrices_have_the_same_bits_alone(decompose, d):
+    """Wherever in a stack they lie, on whatever addresses."""
+    A = torch.randn(3, d, d, generator=torch.Generator().manual_seed(0))
+    A = A + A.mT
+    for alone, one in zip(A, decompose(A), strict=True):
+        assert torch.equal(decompose(alone.clone()), one)
 
 
-def test_a_padded_matrix_that_fails_leaves_the_others_alone(monkeypatch):
-    monkeypatch.setattr(eigenbasis, "CONFLICT", 8)
-    A = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+def test_a_padded_matrix_that_fails_leaves_the_others_alone():
+    A = torch.randn(3, 17, 17, generator=torch.Generator().manual_seed(0))
     spoilt = A.clone()
     spoilt[1, 0, 0] = torch.nan
     Q, expected = householder(spoilt), householder(A)

@@ -40,7 +40,7 @@ def attempt(solve: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
     calls += 1
     flat = A.reshape(-1, *A.shape[-2:])
     try:
-        X = solve(A)
+        X = each(solve, A)
         failed = [i for i, good in enumerate(succeeded(X).view(-1).tolist()) if not good] if at_hand(A) else []
         if not failed:
             return X
@@ -51,6 +51,21 @@ def attempt(solve: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
     for i in failed:
         X[i : i + 1].copy_(_alone(solve, flat[i : i + 1]))
     return X.reshape(A.shape)
+
+
+def each(solve: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
+    """``solve(A)``, from ``[..., m, n]`` to the same shape, by functions that take a stack matrix by matrix.
+
+    On a CPU such functions round otherwise where a matrix doesn't begin at a multiple of 64 bytes. Stacks in which not
+    all do are cut, so that each gets the bits that it would get alone.
+
+    >>> each(torch.linalg.cholesky, torch.full((2, 1, 1), 4.0)).flatten()
+    tensor([2., 2.])
+    """
+    flat = A.reshape(-1, *A.shape[-2:])
+    if not at_hand(A) or len(flat) < 2 or flat[0].nbytes % 64 == 0:
+        return solve(A)
+    return torch.cat([solve(one.clone()) for one in flat.unsqueeze(1)]).view(A.shape)
 
 
 def succeeded(X: Tensor) -> Tensor:

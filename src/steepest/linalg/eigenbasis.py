@@ -14,8 +14,8 @@ from torch._compile import _disable_dynamo  # as in `steepest.linalg.attempts`
 from steepest.linalg import attempts
 from steepest.linalg.attempts import attempt, succeeded
 
-CONFLICT, APART = 512, 16
-"""Entries from column to column, of which multiples are avoided, and by how many, on a CPU: `_reflected`."""
+ALIGNED, CONFLICT = 16, 512
+"""Entries from column to column, on a CPU: a multiple of the first, and none of the second; see `_reflected`."""
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -125,10 +125,12 @@ def _reflected(A: Tensor) -> tuple[Tensor, Tensor]:
 
     On a CPU, columns that begin a multiple of 512 entries apart meet in few lines of its caches. Rows of zeros below
     keep them apart and reflect nothing: that takes 0.65 of the time at 1024 rows, 0.75 at 512 (benchmarks/padding.py).
+    And columns that begin where vector registers do are rounded alike wherever in a stack their matrix lies.
     """
     d = A.shape[-1]
-    if A.device.type == "cpu" and d % CONFLICT == 0:
-        A = torch.cat([A.mT, A.new_zeros(*A.shape[:-1], APART)], dim=-1).mT  # columns lie contiguous
+    zeros = -d % ALIGNED or (ALIGNED if d % CONFLICT == 0 else 0)
+    if zeros and attempts.at_hand(A):
+        A = torch.cat([A.mT, A.new_zeros(*A.shape[:-1], zeros)], dim=-1).mT  # columns lie contiguous
     R, scales = torch.geqrf(A)
     Q = torch.linalg.householder_product(R, scales)
     return Q[..., :d, :].mT.contiguous().mT, R[..., :d, :]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # as in `steepest.linalg.attempts`
 
-from steepest.linalg.attempts import at_hand
+from steepest.linalg.attempts import at_hand, each
 from steepest.linalg.eigenbasis import by_rayleigh_quotient, eigenvectors, householder, ordered_iteration
 from steepest.linalg.precision import fp32_matmul_precision
 
@@ -140,19 +140,25 @@ def cholesky_qr(A: Tensor, passes: int = 3) -> Tensor:
     Returns:
         ``[..., d, d]``, NaN for a matrix where that fails.
     """
-    flat = A.reshape(-1, *A.shape[-2:])
     with fp32_matmul_precision("highest"):
-        if not at_hand(A):
-            for _ in range(passes - 1):
-                flat, _ = _cholesky_pass(flat, shift=8 * A.shape[-1] * torch.finfo(A.dtype).eps)
-            Q, pivot = _cholesky_pass(flat)
-            return torch.where((pivot > 0)[:, None, None], Q, torch.nan).reshape(A.shape)
+        if at_hand(A):
+            return each(_watched, A)
+        flat = A.reshape(-1, *A.shape[-2:])
+        for _ in range(passes - 1):
+            flat, _ = _cholesky_pass(flat, shift=8 * A.shape[-1] * torch.finfo(A.dtype).eps)
         Q, pivot = _cholesky_pass(flat)
-        for i in [i for i, p in enumerate(pivot.tolist()) if not p >= TRUSTED]:
-            one = slice(i, i + 1)
-            again, second = _cholesky_pass(Q[one])
-            good = pivot[i] >= HOPELESS and second >= TRUSTED
-            Q[one] = again if good else householder(flat[one])
+        return torch.where((pivot > 0)[:, None, None], Q, torch.nan).reshape(A.shape)
+
+
+def _watched(A: Tensor) -> Tensor:
+    """One pass, and whatever the pivots of each matrix ask for beyond it."""
+    flat = A.reshape(-1, *A.shape[-2:])
+    Q, pivot = _cholesky_pass(flat)
+    for i in [i for i, p in enumerate(pivot.tolist()) if not p >= TRUSTED]:
+        one = slice(i, i + 1)
+        again, second = _cholesky_pass(Q[one])
+        good = pivot[i] >= HOPELESS and second >= TRUSTED
+        Q[one] = again if good else householder(flat[one])
     return Q.reshape(A.shape)
 
 

@@ -107,7 +107,12 @@ def reordered(x: Tensor, order: Tensor | None, dim: int) -> Tensor:
     >>> reordered(torch.tensor([[1.0, 2.0]]), torch.tensor([1, 0]), -1)
     tensor([[2., 1.]])
     """
-    return x if order is None else x.gather(dim, order.unsqueeze(-1 if dim == -2 else -2).expand_as(x))
+    if order is None:
+        return x
+    if dim == -1:
+        return x.gather(-1, order.unsqueeze(-2).expand_as(x))
+    rows = torch.arange(0, order.numel(), x.shape[-2], device=x.device).view(*order.shape[:-1], 1) + order
+    return x.reshape(-1, x.shape[-1]).index_select(0, rows.view(-1)).view(x.shape)  # rows in one piece each
 
 
 def by_columns(Q: Tensor) -> Tensor:
@@ -128,8 +133,8 @@ def _polished(rows: Tensor) -> Tensor:
 
 def _skew(rows: Tensor) -> Tensor:
     """About three times the root mean square of ``Q Qᵀ - I``, ``[...]``, for rows Q: from its product with ones."""
-    off = rows @ rows.sum(dim=-2).unsqueeze(-1) - 1
-    return off.squeeze(-1).abs().amax(dim=-1) / math.sqrt(rows.shape[-1])
+    off = (rows * rows.sum(dim=-2, keepdim=True)).sum(dim=-1) - 1  # BLAS would round otherwise in other stacks
+    return off.abs().amax(dim=-1) / math.sqrt(rows.shape[-1])
 
 
 def _reflections(K: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,6 +102,6 @@ def feed_by_quotients(
             gained = entries.sum(dim=-1)
         else:
             half = half * other.sqrt().unsqueeze(-2)
-            gained = (entries @ other.unsqueeze(-1)).squeeze(-1)
+            gained = (entries * other.unsqueeze(-2)).sum(dim=-1)  # BLAS would round otherwise in other stacks
         accumulate_gram(K, half, beta, scale=1 / width)
         λ.lerp_(gained / width, (1 - beta).squeeze(-1) if isinstance(beta, Tensor) else 1 - beta)
