@@ -33,6 +33,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "soap-f5": ("lr=1e-2,2e-2,4e-2,8e-2", FACTOR_DECAY),
     "soap-f10": ("lr=1e-2,2e-2,4e-2,8e-2", FACTOR_DECAY),
     "kl-soap": ("lr=5e-3,1e-2,2e-2,4e-2", "kl_floor=1e-4,0.0"),
+    "kl-soap-f4": ("lr=1e-2,2e-2", "shampoo_beta=0.7,0.9", "betas=(0.8,0.95),(0.85,0.95)"),
     "rekls": ("lr=5e-3,1e-2,2e-2,4e-2", FACTOR_DECAY),
     "moso": ("lr=6e-4,1.25e-3,2.5e-3,5e-3", "inner='adam','rmsprop'"),
     "muon": ("lr=1e-2,2e-2,4e-2,8e-2", MOMENTUM),

@@ -16,7 +16,8 @@ from steepest.options import parameter_name
 from steepest.phases import phase
 from steepest.rule import Elementwise, State
 from steepest.stacks import beside
-from steepest.stepping import safe_norm, undo
+from steepest.stepping import safe_norm
+from steepest.undo import undoing
 
 if TYPE_CHECKING:
     from steepest.exchange.domain import Domain
@@ -83,8 +84,8 @@ def _apply(
     states = [state for *_, state in batch]
     # The weights themselves, unless their dtype is too coarse to step in.
     weights = [beside(state, local(p), local(p)) for p, state in zip(params, states, strict=True)]
-    everything = [[W, *state.values()] for W, state in zip(weights, states, strict=True)]
-    kept = None if finite is None else [[x.clone() for x in xs] for xs in everything]
+    everything = [[x[None] for x in (W, *state.values())] for W, state in zip(weights, states, strict=True)]
+    undos = [] if finite is None else [undoing(fine, xs) for fine, xs in zip(finite, everything, strict=True)]
     lanes = [_in_whole_lanes(W, grad, state) for W, grad, state in zip(weights, grads, states, strict=True)]
     rule.apply(
         [W for W, _, _ in lanes],
@@ -97,9 +98,8 @@ def _apply(
         if W is not own:
             for x, mine in [(W, own), *((state[name], own_state[name]) for name in state)]:
                 mine.copy_(x[: mine.numel()].view(mine.shape) if x.dim() else x)
-    if finite is not None and kept is not None:
-        for fine, xs, olds in zip(finite, everything, kept, strict=True):
-            undo(fine, xs, olds)
+    for undo in undos:
+        undo()
     for (i, *_), p, W, state in zip(batch, params, weights, states, strict=True):
         if W is not local(p):
             write(group, parameter_name(group, number, i), local(p), W, partial(place, p), state["step"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from steepest.graphs import Inputs, compiled
 from steepest.linalg import attempts
 from steepest.rule import LowRank, Rule, Step
 from steepest.stacks import Answers, Echo, Run, Stack, Windows, put_off, ranges, to_device
+from steepest.undo import undoing
 
 
 def directions(
@@ -116,14 +117,13 @@ def _update(
 
     def work(inputs: Inputs) -> Tensor | LowRank | None:
         changes = [t, failures, *state.values()]
-        kept = None if inputs.finite is None else [x.clone() for x in changes]
+        undo = undoing(inputs.finite, changes)
         t.add_(1)
         restored = stack.storage.restored(state)
         mine = step if inputs.penalty is step.penalty else replace(step, penalty=inputs.penalty)
         D = update(inputs.G, restored, mine)
         stack.storage.store(restored, state, t)
-        if inputs.finite is not None and kept is not None:
-            undo(inputs.finite, changes, kept)
+        undo()
         return D
 
     stack.clock[s] += 1
@@ -152,20 +152,12 @@ def finish(rule: Rule, stack: Stack, answers: Answers) -> None:
         for rest in left:
             state = {name: x[rest.slots] for name, x in stack.state.items()}
             changes = [stack.failures[rest.slots], *state.values()]
-            kept = None if rest.finite is None else [x.clone() for x in changes]
+            undo = undoing(rest.finite, changes)
             restored = stack.storage.restored(state)
             rule.finish(restored, rest.step)
             stack.storage.store(restored, state, rest.step.t)
-            if rest.finite is not None and kept is not None:
-                undo(rest.finite, changes, kept)
+            undo()
     stack.put_off.clear()
-
-
-def undo(finite: Tensor, tensors: Iterable[Tensor], kept: Iterable[Tensor]) -> None:
-    """Put back what was kept wherever ``finite`` (leading dimensions of the tensors) is False; no waiting."""
-    for x, old in zip(tensors, kept, strict=True):
-        mask = finite.view(finite.shape[:1] + (1,) * (x.dim() - 1)) if finite.dim() else finite
-        torch.where(mask, x, old, out=x)
 
 
 def safe_norm(dtype: torch.dtype) -> float:

@@ -13,7 +13,7 @@ FLOORS = [
     {"rule", "kronecker", "moments", "factors", "factors_in_basis", "scales", "schedules", "rounding", "storage"},
     {"rules", "views", "stacks", "options", "graphs"},
     {"exchange", "capture"},
-    {"apply", "checkpoint", "consolidation", "elementwise", "optimizer", "stepping"},
+    {"apply", "checkpoint", "consolidation", "elementwise", "optimizer", "stepping", "undo"},
     {"optimizers", "routing", "recipes"},
     {"probes", "testing", "lab"},
     {"cli"},

@@ -21,7 +21,7 @@ def device():
 @pytest.fixture
 def launched(device, monkeypatch):
     """How many calls have gone to a kernel: what is compared with the twin should not be the twin."""
-    from steepest.kernels import adam, symmetric
+    from steepest.kernels import adam, keeping, symmetric
 
     calls = []
 
@@ -31,6 +31,7 @@ def launched(device, monkeypatch):
 
     count(symmetric, "_launch")
     count(adam, "adam")
+    count(keeping, "put_back")
     return calls
 
 

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from steepest import kernels
-from steepest.kernels import Gates, adam_pays, available, product_pays, use
+from steepest.kernels import Gates, adam_pays, available, keeping_pays, product_pays, use
 from steepest.linalg.precision import fp32_matmul_precision
 from steepest.linalg.symmetric import accumulate_gram, gram, symmetric_product
 from steepest.moments import adam
@@ -179,3 +179,19 @@ def test_on_a_cpu_gates_leave_no_break_in_a_compiled_graph():
     accumulate_gram(K, X, 0.5)
     D = adam(X, state, torch.ones(1, 1, 1), (0.9, 0.99), 1e-8, noise_floor=0.1)
     torch.testing.assert_close(result, K @ K @ D + X @ X.mT @ D)
+
+
+def test_what_is_kept_has_a_gate_of_entries_and_layout(gpu):
+    assert keeping_pays(meta(1, 1024, 1024))
+    assert keeping_pays(meta(1, 1024, 1024, dtype=torch.int8).mT)
+    assert not keeping_pays(meta(1, 1024, 1023))
+    assert not keeping_pays(meta(1, 1024, 4096)[..., ::2])
+    with use("auto", Gates(entries=None)):
+        assert not keeping_pays(meta(1, 4096, 4096))
+    with use("always"):
+        assert keeping_pays(meta(3))
+        assert not keeping_pays(meta(1)[0])
+        assert not keeping_pays(meta(0, 4))
+        assert not keeping_pays(meta(1, 2**30))
+    with use("never"):
+        assert not keeping_pays(meta(1, 4096, 4096))

@@ -106,3 +106,17 @@ def test_adam(noise, tmp_path, monkeypatch):
         assert "atom" not in ptx, "sums have one order"
         assert "max.NaN.f32" in ptx, "NaN is no less than anything; the interpreter doesn't tell"
     assert "sqrt.rn" in ptx, "the kernel that writes the direction rounds as torch does"
+
+
+def test_keeping(tmp_path, monkeypatch):
+    from steepest.kernels import keeping
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {"source": "*fp32", "target": "*fp32", "finite": "*u8"}
+    constants = {"BLOCK": keeping.BLOCK}
+    ptx, _, registers, spilled = built(keeping._put_back_kernel, types, constants, (), tmp_path, keeping.WARPS)
+    assert not spilled
+    assert registers * keeping.WARPS * 32 <= REGISTERS // 4
+    assert "ld.global.v4" in ptx, "16 bytes a load"
+    mask, state = ptx.index("ld.global.b8"), ptx.index("ld.global.v4")
+    assert "bra" in ptx[mask:state], "state is read only once the mask has been looked at"

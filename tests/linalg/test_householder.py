@@ -37,7 +37,9 @@ def test_matrices_have_the_same_bits_alone(decompose, d):
     A = torch.randn(3, d, d, generator=torch.Generator().manual_seed(0))
     A = A + A.mT
     for alone, one in zip(A, decompose(A), strict=True):
-        assert torch.equal(decompose(alone.clone()), one)
+        found = decompose(alone.clone())
+        assert torch.equal(found, one)
+        assert found.stride() == one.stride()
 
 
 def test_a_padded_matrix_that_fails_leaves_the_others_alone():

@@ -49,7 +49,8 @@ class Gates:
     """Columns of X in X Xᵀ: with fewer, the time goes into reading and writing the result, of which the kernel saves at
     most a quarter."""
     entries: int | None = 2**20
-    """Entries of a stack of moments, None: never. With fewer, launches cost more than memory does."""
+    """Entries of a stack of moments, or of state that may be put back; None: never. With fewer, launches cost more than
+    memory does."""
 
 
 gates = Gates()
@@ -132,6 +133,20 @@ def adam_pays(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
         return False
     enough = gates.entries is not None and g.numel() >= gates.entries
     return (enough or _mode == "always") and available(g)
+
+
+def keeping_pays(x: Tensor) -> bool:
+    """Whether the kernel keeps slots of ``x [B, ...]`` and puts them back faster than torch.
+
+    Each must be one piece of memory. The gate is that of moments: where they are worth a kernel, so is what saves
+    touching them.
+    """
+    if not _candidate(x) or torch.compiler.is_compiling() or x.dim() == 0 or x.numel() == 0 or x[0].numel() >= 2**30:
+        return False
+    if not (x.is_contiguous() or (x.dim() > 2 and x.mT.is_contiguous())):
+        return False
+    enough = gates.entries is not None and x.numel() >= gates.entries
+    return (enough or _mode == "always") and available(x)
 
 
 @_disable_dynamo  # torch's switch is no constant of the traced code

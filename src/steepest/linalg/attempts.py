@@ -57,15 +57,18 @@ def each(solve: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
     """``solve(A)``, from ``[..., m, n]`` to the same shape, by functions that take a stack matrix by matrix.
 
     On a CPU such functions round otherwise where a matrix doesn't begin at a multiple of 64 bytes. Stacks in which not
-    all do are cut, so that each gets the bits that it would get alone.
+    all do are cut, so that each gets the bits that it would get alone, and in the same layout, by rows or by columns.
 
     >>> each(torch.linalg.cholesky, torch.full((2, 1, 1), 4.0)).flatten()
     tensor([2., 2.])
     """
     flat = A.reshape(-1, *A.shape[-2:])
-    if not at_hand(A) or len(flat) < 2 or flat[0].nbytes % 64 == 0:
+    if A.device.type != "cpu" or len(flat) < 2 or flat[0].nbytes % 64 == 0:
         return solve(A)
-    return torch.cat([solve(one.clone()) for one in flat.unsqueeze(1)]).view(A.shape)
+    found = [solve(one.clone()) for one in flat.unsqueeze(1)]
+    if found[0].is_contiguous():
+        return torch.cat(found).view(A.shape)
+    return torch.cat([x.mT for x in found]).view(*A.shape[:-2], A.shape[-1], A.shape[-2]).mT
 
 
 def succeeded(X: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def _reflected(A: Tensor) -> tuple[Tensor, Tensor]:
     """
     d = A.shape[-1]
     zeros = -d % ALIGNED or (ALIGNED if d % CONFLICT == 0 else 0)
-    if zeros and attempts.at_hand(A):
+    if zeros and A.device.type == "cpu":
         A = torch.cat([A.mT, A.new_zeros(*A.shape[:-1], zeros)], dim=-1).mT  # columns lie contiguous
     R, scales = torch.geqrf(A)
     Q = torch.linalg.householder_product(R, scales)
