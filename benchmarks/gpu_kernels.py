@@ -13,10 +13,11 @@ from torch import Tensor
 
 from steepest import kernels
 from steepest.kernels import use
-from steepest.kernels.measure import Figure, measure_blocks, measure_gates, suggest
+from steepest.kernels.measure import Figure, in_turn, measure_blocks, measure_gates, suggest
 from steepest.linalg.precision import fp32_matmul_precision, has_tf32
 from steepest.linalg.symmetric import accumulate_gram, gram, symmetric_product
 from steepest.moments import adam
+from steepest.undo import undoing
 
 ROUNDING = {"float32": 2.0**-23, "tf32": 2.0**-11, "bfloat16": 2.0**-8}
 WORSE = 3.0
@@ -52,6 +53,8 @@ def check(job: Job) -> None:
         job.checked(name, lambda case=(job, name, precision, d, runs): _polynomial(*case))  # type: ignore[misc]
     for shape in MOMENTS:
         shape = small(shape) if job.tiny else shape
+        name = f"undoing {' × '.join(map(str, shape))}"
+        job.checked(name, lambda case=(job, name, shape, runs): _undoing(*case))  # type: ignore[misc]
         for nesterov in (False, True):
             name = f"adam of {' × '.join(map(str, shape))}{', nesterov' if nesterov else ''}"
             job.checked(name, lambda case=(job, name, shape, nesterov, runs): _adam(*case))  # type: ignore[misc]
@@ -66,6 +69,7 @@ def gates(job: Job) -> None:
         return
     if not _run_here(job.device):
         raise Unavailable("kernels don't run on this device: is Triton installed, and STEEPEST_KERNELS not 'never'?")
+    job.figures["undoing"] = _time_of_undoing(job, (2, 40, 40) if job.tiny else (12, 3072, 768))
     found: list[Figure] = []
     spent: dict[int, float] = {}
     for size in (64,) if job.tiny else (512, 1024, 2048, 4096, 8192):
@@ -131,6 +135,30 @@ def _adam(job: Job, name: str, shape: tuple[int, ...], nesterov: bool, runs: boo
     _compare(job, name, "float32", work, work(dtype=torch.float64), runs, symmetric=False)
 
 
+def _undoing(job: Job, name: str, shape: tuple[int, ...], runs: bool) -> None:
+    x, finite = _normal(job, *shape), torch.arange(shape[0], device=job.device) % 2 == 0
+    expected = torch.where(finite.view(-1, 1, 1), x + 1, x)
+    if not runs:
+        return job.check(name, None, 0.0, "needs CUDA and Triton")
+    with use("always"), launches() as launched:
+        _undone(x, finite)
+    job.check(f"{name}: as it should be", float(not torch.equal(x, expected)), 0.0)
+    job.check(f"{name}: launched", float(launched == []), 0.0)
+
+
+def _undone(x: Tensor, finite: Tensor) -> None:
+    undo = undoing(finite, [x])
+    x.add_(1)
+    undo()
+
+
+def _time_of_undoing(job: Job, shape: tuple[int, ...]) -> dict[str, float]:
+    """Milliseconds of a pass over a tensor that nothing is undone of, by the kernel and by torch."""
+    x, finite = _normal(job, *shape), torch.ones(shape[0], dtype=torch.bool, device=job.device)
+    kernel, twin = in_turn(lambda: _undone(x, finite), job.device, repeats=5)
+    return {"kernel_ms": kernel, "twin_ms": twin}
+
+
 def _compare(
     job: Job,
     name: str,
@@ -167,10 +195,10 @@ def _compare(
 def launches() -> Iterator[list[str]]:
     """Which kernels are called inside the ``with`` block: a check of a kernel should not be one of its twin."""
     from steepest.kernels import adam as moments
-    from steepest.kernels import symmetric
+    from steepest.kernels import keeping, symmetric
 
     called: list[str] = []
-    places = ((symmetric, "_launch"), (moments, "adam"))
+    places = ((symmetric, "_launch"), (moments, "adam"), (keeping, "put_back"))
     before = [getattr(module, name) for module, name in places]
 
     def counted(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -55,6 +55,9 @@ def _gates(found: Figures) -> Iterator[str]:
         yield f"  {row['what']:20} {row['precision']:9} {size:>9}: kernel over twin {row['ratio']:.2f}"
     for shape, ratio in found.get("blocks", {}).items():
         yield f"  blocks over whole products on a CPU, {shape}: {ratio:.2f}"
+    if "undoing" in found:
+        kernel, twin = found["undoing"]["kernel_ms"], found["undoing"]["twin_ms"]
+        yield f"  a pass that could be undone: {_number(kernel)} ms by the kernel, {_number(twin)} ms by torch"
     if "suggested" in found:
         yield f"  suggested: {found['suggested']}"
 

@@ -23,7 +23,6 @@ DEVICE = Device(
     bandwidth=23.0,
     entrywise=29.0,
     passes=31.0,
-    kept=0.0,
     per_stack=1000.0,
     per_matrix=100.0,
     training=37.0,

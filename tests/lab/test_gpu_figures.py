@@ -73,6 +73,8 @@ def test_kernels_pass_in_the_interpreter(tmp_path, monkeypatch):
     assert all(row["ok"] is True for row in checks if "waits for the device" not in row["check"])
     assert {"gram", "polynomial", "adam"} <= {row["what"] for row in found["gates"]["figures"]["figures"]}
     assert "suggested" in found["gates"]["figures"]
+    assert found["gates"]["figures"]["undoing"].keys() == {"kernel_ms", "twin_ms"}
+    assert any(row["check"].startswith("undoing") and row["ok"] for row in found["kernels"]["figures"]["checks"])
 
 
 @pytest.mark.parametrize("name", ["soap", "kl", "muon", "adamw"])
@@ -108,6 +110,13 @@ def test_coarser_products_turn_updates_further():
     fine, tf32, bfloat16 = (rows[name]["one_step_degrees"] for name in names)
     assert fine < 1e-3 < 10 * tf32
     assert fine < tf32 < bfloat16 < 5
+
+
+def test_what_kl_leaves_off_the_diagonal_is_of_covariances():
+    """Its state keeps them in their own basis; taken as they stand there they would seem to be turned by 0.8."""
+    job = gpu_job.Job(CPU, tiny=True)
+    fine = next(gpu_precision.variants())
+    assert gpu_precision.compare(fine, {"use_kl_shampoo": True}, job)["off_diagonal"] < 0.5
 
 
 def test_suggestions_follow_from_angles_and_bases():

@@ -199,11 +199,6 @@ def test_bases_in_fewer_bytes_are_moved_in_fewer():
     assert fine - coarse == pytest.approx(2 * 2 * (16 + 4) / 23)
 
 
-def test_copies_to_undo_a_step_take_time():
-    kept = predict(Soap(), (4, 2), device=replace(DEVICE, kept=7.0)).step - predict(Soap(), (4, 2)).step
-    assert kept == pytest.approx(7 * 4 * (2 * 4 * 2 + 2 * (16 + 4)) / 23)
-
-
 def test_no_rank_is_forgotten():
     """The mean's busiest rank need not be the one that holds most."""
     loads = [Load({(4, 2, 0): 1.0}, 1, 0.0, 8.0, 1.0), Load({}, 0, 1.0, 800.0, 7.0)]

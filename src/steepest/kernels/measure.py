@@ -82,7 +82,7 @@ def measure_gates(
         for batch in batches:
             for what, precision, work in _works(device, size, batch, adam):
                 with fp32_matmul_precision("high" if precision == "tf32" else "highest"):
-                    kernel, twin = _in_turn(work, device, repeats)
+                    kernel, twin = in_turn(work, device, repeats)
                 figures.append(Figure(what, precision, size, batch, kernel, twin))
     return figures
 
@@ -154,7 +154,7 @@ def _works(device: torch.device, size: int, batch: int, adam: Adam | None) -> It
         yield "adam", "float32", lambda: adam(X, state, t, (0.9, 0.95), 1e-8, **options)
 
 
-def _in_turn(work: Work, device: torch.device, repeats: int) -> tuple[float, float]:
+def in_turn(work: Work, device: torch.device, repeats: int) -> tuple[float, float]:
     """Medians of kernel and twin, in milliseconds per call."""
     calls = 1
     for mode in ("always", "never"):  # the first call compiles

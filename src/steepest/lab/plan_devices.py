@@ -33,8 +33,6 @@ class Device:
     """Bytes per second of an elementwise rule's step, each counted once."""
     passes: float
     """Bytes per second of a stack's step outside products, each counted once however often it is read."""
-    kept: float
-    """How many times a matrix's state is moved so that the step can be undone, should its gradient not be finite."""
     per_stack: float
     """Seconds of a step that one matrix costs whatever its size."""
     per_matrix: float
@@ -104,14 +102,10 @@ class Assumed:
     """FLOPs per second by kind, no faster than float32's peak; None: `DECOMPOSITIONS`."""
     bandwidth: float = 0.8
     """Share of the peak, of one kernel that streams."""
-    entrywise: float = 0.2
-    """Share of the peak, of an elementwise rule's step: a fused kernel's, were it not for copies, as of ``kept``, of
-    weights and state, which are three times the bytes."""
+    entrywise: float = 0.5
+    """Share of the peak, of an elementwise rule's step: a fused kernel's, but norms have gradients read once more."""
     passes: float = 0.5
     """Share of the peak, of a stack's pass: some bytes are read more than once (norms, floors, views)."""
-    kept: float = 7.0
-    """On a GPU nobody waits to see whether a gradient is finite: state is copied (read, written), chosen (two reads, a
-    write) and put back (read, written)."""
     per_stack: float = 0.3e-3
     """About 60 launches of 5 µs, which the host makes one after the other."""
     per_matrix: float = 20e-6
@@ -136,7 +130,6 @@ IDEAL = Assumed(
     bandwidth=1.0,
     entrywise=1.0,
     passes=1.0,
-    kept=0.0,
     per_stack=0.0,
     per_matrix=0.0,
 )
@@ -169,7 +162,6 @@ def gpu(name: str, assumed: Assumed | None = None) -> Device:
         bandwidth=guess.bandwidth * peaks.bandwidth,
         entrywise=guess.entrywise * peaks.bandwidth,
         passes=guess.passes * peaks.bandwidth,
-        kept=guess.kept,
         per_stack=guess.per_stack,
         per_matrix=guess.per_matrix,
         training=peaks.bfloat16,

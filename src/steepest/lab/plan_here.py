@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steepest.lab.bench_speed import FLOAT, LONGEST, clock_of, fastest
-from steepest.lab.plan_devices import Assumed, Curve, Device, interpolated, key
+from steepest.lab.plan_devices import Curve, Device, interpolated, key
 from steepest.lab.plan_models import Model
 from steepest.lab.plan_time import entry_bytes, period_of, settled
 from steepest.linalg.eigenbasis import householder
@@ -56,7 +56,6 @@ def here(model: Model, device: torch.device | None = None) -> Device:
             bandwidth=bandwidth,
             entrywise=entrywise,
             passes=passes,
-            kept=Assumed.kept if device.type == "cuda" else 0.0,
             per_stack=alone,
             per_matrix=other,
             training=_training(device, clock),

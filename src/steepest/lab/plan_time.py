@@ -2,10 +2,10 @@
 
 A matrix takes the time of its products and decompositions (`steepest.rule.Rule.work`), each at the device's speed for
 its kind and size, and that of moving bytes, once each: state read and written, the gradient read and gathered, the
-direction written and read, the weight read and written. On a GPU the state is copied besides, so that a step can be
-undone. A stack takes the time of its launches. One thing comes after the other. Left out: what travels between ranks,
-and waiting for it; Cholesky-QR's second and third pass where ``refresh="cholesky"``; what converting state kept in
-fewer bytes takes; the first step, whose full decompositions are computed in float64.
+direction written and read, the weight read and written. A stack takes the time of its launches. One thing comes after
+the other. Left out: what travels between ranks, and waiting for it; Cholesky-QR's second and third pass where
+``refresh="cholesky"``; what converting state kept in fewer bytes takes; copies of state on a GPU without Triton, by
+which a step can be undone; the first step, whose full decompositions are computed in float64.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _times(
     for (m, n, phase), count in load.matrices.items():
         work, moments, factors = _cost(rule, m, n)
         passed = (2 * moments + (3 * itemsize + 3 * FLOAT) * m * n) / device.passes
-        passed += (2 * factors + device.kept * (moments + factors)) / device.bandwidth
+        passed += 2 * factors / device.bandwidth
         always, now = device.seconds(work.always()), device.seconds(work.now())
         mean += count * (passed + device.seconds(work))
         steady += count * (passed + always)

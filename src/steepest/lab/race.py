@@ -18,7 +18,7 @@ from steepest.lab.presets import BASELINE
 from steepest.lab.store import Store
 from steepest.lab.trial import Run, Trial
 
-SHARES = (0.5, 0.5667, 0.6667, 0.8)  # of the distance, for the shorter runs: 150, 170, 200 and 240 of 300 steps
+SHARES = (0.45, 0.5, 0.5667, 0.6667, 0.8)  # of the distance, for the shorter runs: from 135 to 240 of 300 steps
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def shorter_distances(steps: int) -> tuple[int, ...]:
     """The distances besides the whole one.
 
     >>> shorter_distances(300)
-    (150, 170, 200, 240)
+    (135, 150, 170, 200, 240)
     """
     return tuple(sorted({max(1, round(steps * share)) for share in SHARES} - {steps}))
 
