@@ -124,7 +124,7 @@ def _reflected(A: Tensor) -> tuple[Tensor, Tensor]:
     """`householder_qr`, or LAPACK's exception.
 
     On a CPU, columns that begin a multiple of 512 entries apart meet in few lines of its caches. Rows of zeros below
-    keep them apart and reflect nothing: that takes 0.65 of the time at 1024 rows, 0.75 at 512 (benchmarks/padding.py).
+    keep them apart and reflect nothing: that takes 0.70 of the time at 1024 rows, 0.79 at 512 (benchmarks/padding.py).
     And columns that begin where vector registers do are rounded alike wherever in a stack their matrix lies.
     """
     d = A.shape[-1]
