@@ -77,8 +77,8 @@ def test_only_its_own_state_changes(name: str, shape: tuple[int, int]) -> None:
 def test_each_matrix_is_alone(name: str, shape: tuple[int, int]) -> None:
     """A stack of three does what three stacks of one do, bit for bit."""
     built = rule(name)
-    if shape in LARGER and built.rank(*shape) % 16:
-        pytest.skip("BLAS rounds products with so few columns otherwise in a stack (docs/many-gpus.md)")
+    if shape in LARGER and name.startswith("dion"):
+        pytest.skip("of these it takes parts whose sides are no multiples of 16 (docs/many-gpus.md)")
     together = built.init(torch.empty(3, *shape))
     alone = [built.init(torch.empty(1, *shape)) for _ in range(3)]
     for k in range(STEPS):

@@ -25,12 +25,12 @@ def test_only_multiples_are_padded(monkeypatch):
     monkeypatch.setattr(eigenbasis, "CONFLICT", 32)
     geqrf = torch.geqrf
     monkeypatch.setattr(torch, "geqrf", lambda A: (seen.append(A.shape[-2]), geqrf(A))[1])
-    for d in (9, 16, 32, 48, 64):
+    for d in (9, 16, 20, 32, 48, 64):
         householder(torch.eye(d))
-    assert seen == [16, 16, 48, 48, 80]
+    assert seen == [16, 16, 20, 48, 48, 80]
 
 
-@pytest.mark.parametrize("d", [9, 17, 33, 37, 130])
+@pytest.mark.parametrize("d", [9, 12, 17, 20, 33, 37, 130])
 @pytest.mark.parametrize("decompose", [householder, eigenvectors, cholesky_qr, rcqr])
 def test_matrices_have_the_same_bits_alone(decompose, d):
     """Wherever in a stack they lie, on whatever addresses."""

@@ -15,7 +15,8 @@ from steepest.linalg import attempts
 from steepest.linalg.attempts import attempt, succeeded
 
 ALIGNED, CONFLICT = 16, 512
-"""Entries from column to column, on a CPU: a multiple of the first, and none of the second; see `_reflected`."""
+"""Entries from column to column, on a CPU, where they are made a multiple of the first and none of the second; see
+`_reflected`."""
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -125,10 +126,12 @@ def _reflected(A: Tensor) -> tuple[Tensor, Tensor]:
 
     On a CPU, columns that begin a multiple of 512 entries apart meet in few lines of its caches. Rows of zeros below
     keep them apart and reflect nothing: that takes 0.70 of the time at 1024 rows, 0.79 at 512 (benchmarks/padding.py).
-    And columns that begin where vector registers do are rounded alike wherever in a stack their matrix lies.
+    And where matrices of a stack would not begin at multiples of 64 bytes, and be rounded otherwise than alone, they do
+    with their columns filled up.
     """
     d = A.shape[-1]
-    zeros = -d % ALIGNED or (ALIGNED if d % CONFLICT == 0 else 0)
+    misaligned = d * d * A.itemsize % 64 != 0
+    zeros = -d % ALIGNED if misaligned else ALIGNED * (d % CONFLICT == 0)
     if zeros and A.device.type == "cpu":
         A = torch.cat([A.mT, A.new_zeros(*A.shape[:-1], zeros)], dim=-1).mT  # columns lie contiguous
     R, scales = torch.geqrf(A)

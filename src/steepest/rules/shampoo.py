@@ -113,7 +113,7 @@ class Shampoo(Refreshing):
             state[f"lambda_{side}"][slots] = conjugate(K, Q, diag=True)
 
     def work(self, m: int, n: int) -> Work:
-        """8mn(m+n): feed, project gradient and momentum, unproject. With KL on two sides 2mn·min(m, n) + 4mn more.
+        """8mn(m+n): feed, project gradient and momentum, unproject. With KL on two sides 2mn·min(m, n) more.
 
         At a refresh on each side two products and a QR decomposition, 4d³ + 8d³/3, or a product and a full
         decomposition, 2d³ + 9d³.
@@ -123,7 +123,7 @@ class Shampoo(Refreshing):
         cubes = total(product(d, d, d) for d in sides)
         every = 4 * along
         if self.use_kl_shampoo and len(sides) == 2:
-            every += product(m, min(m, n) + 2, n)
+            every += product(m, min(m, n), n)
         solve = total(eigh(d) if self.refresh == "eigh" else iteration(d, self.power_iter_steps) for d in sides)
         return (every + (solve + cubes).every(self.last_period)).at(self.fp32_matmul_prec)
 
