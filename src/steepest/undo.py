@@ -31,23 +31,21 @@ def undoing(finite: Tensor | None, tensors: Sequence[Tensor]) -> Callable[[], No
     """
     if finite is None:
         return lambda: None
-    mask = finite
-    each = [kernels.keeping_pays(x) for x in tensors]
-    kept = [torch.empty_like(x) if pays else x.clone() for x, pays in zip(tensors, each, strict=True)]
-    _put([(x, old) for x, old, pays in zip(tensors, kept, each, strict=True) if pays], mask)
+    each = [_undoing(finite, x) for x in tensors]
 
     def undo() -> None:
-        _put([(old, x) for x, old, pays in zip(tensors, kept, each, strict=True) if pays], mask)
-        for x, old, pays in zip(tensors, kept, each, strict=True):
-            if not pays:
-                torch.where(mask.view(-1, *[1] * (x.dim() - 1)), x, old, out=x)
+        for put_back in each:
+            put_back()
 
     return undo
 
 
-def _put(pairs: Sequence[tuple[Tensor, Tensor]], finite: Tensor) -> None:
-    if pairs:
+def _undoing(finite: Tensor, x: Tensor) -> Callable[[], object]:
+    if kernels.keeping_pays(x):  # on a GPU: nothing is moved but what is put back
         from steepest.kernels.keeping import put_back
 
-        for source, target in pairs:
-            put_back(source, target, finite)
+        kept = torch.empty_like(x)
+        put_back(x, kept, finite)
+        return lambda: put_back(kept, x, finite)
+    mask, old = finite.view(-1, *[1] * (x.dim() - 1)), x.clone()
+    return lambda: torch.where(mask, x, old, out=x)

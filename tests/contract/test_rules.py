@@ -12,7 +12,7 @@ from steepest.rule import Elementwise, LowRank, Rule, State, Step, whole
 from steepest.rules import RULES
 
 SHAPES = [(4, 4), (4, 6), (6, 4), (1, 5), (1, 1)]
-LARGER = [(48, 16), (16, 112), (37, 12), (17, 64)]
+LARGER = [(48, 16), (16, 112), (37, 12), (17, 64), (64, 128)]
 """Multiples of 16 and others: with some of these, factors of a stack don't begin where vector registers do."""
 STEPS = 4
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -77,8 +77,8 @@ def test_only_its_own_state_changes(name: str, shape: tuple[int, int]) -> None:
 def test_each_matrix_is_alone(name: str, shape: tuple[int, int]) -> None:
     """A stack of three does what three stacks of one do, bit for bit."""
     built = rule(name)
-    if shape in LARGER and name.startswith("dion"):
-        pytest.skip("of these it takes parts whose sides are no multiples of 16 (docs/many-gpus.md)")
+    if shape in LARGER and name.startswith("dion") and min(shape) % 64:
+        pytest.skip("it steps along a quarter of these, which is no multiple of 16 (docs/many-gpus.md)")
     together = built.init(torch.empty(3, *shape))
     alone = [built.init(torch.empty(1, *shape)) for _ in range(3)]
     for k in range(STEPS):

@@ -127,7 +127,7 @@ def _reflected(A: Tensor) -> tuple[Tensor, Tensor]:
     On a CPU, columns that begin a multiple of 512 entries apart meet in few lines of its caches. Rows of zeros below
     keep them apart and reflect nothing: that takes 0.70 of the time at 1024 rows, 0.79 at 512 (benchmarks/padding.py).
     And where matrices of a stack would not begin at multiples of 64 bytes, and be rounded otherwise than alone, they do
-    with their columns filled up.
+    with their columns filled up. (`attempts.each` would take them one by one for that, and has no place for R.)
     """
     d = A.shape[-1]
     misaligned = d * d * A.itemsize % 64 != 0
