@@ -63,6 +63,7 @@ def train(rank: int, folder: Path, how: str) -> None:
     if rank == 0:
         torch.save(end, folder / "end.pt")
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads, which FSDP keeps, may abort Python while it shuts down (pytorch#190489)
 
 
 def die(folder: Path) -> Callable[..., None]:

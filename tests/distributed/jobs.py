@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from typing import Any
@@ -19,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from steepest import Optimizer
 from steepest.exchange import layout as layouts
 from steepest.exchange import mesh
+from steepest.exchange.domain import Domain
 from steepest.rules import newton_schulz
 from steepest.rules.soap import Soap
 
@@ -329,3 +332,21 @@ ERRANDS = {
     "order lost": _order_lost,
 }
 MUTATIONS = {"state": _swapped_owners, "rectangle": _shifted_rectangle, "dropped": _dropped_state}
+
+
+def outlives(layout: str) -> list[str]:
+    """What of an optimizer's groups is still there after they have been destroyed, and the optimizer is gone."""
+    model = laid_out(toy(), layout)
+    opt = optimizer(model, "soap")
+    inject(model, 0)
+    opt.step()
+    part = Domain.among([dist.get_rank()])
+    unlike = Domain.over(dist.new_group(backend="cuda:gloo"))  # one that takes no tensors of the host
+    assert unlike.host_group is unlike.host_group is not unlike.group
+    assert part is Domain.among([dist.get_rank()])
+    groups = {"all": dist.group.WORLD, "some": part.group, "the host's": unlike.host_group}
+    seen = {name: weakref.ref(group) for name, group in groups.items()}
+    del model, opt, part, unlike, groups
+    dist.destroy_process_group()
+    gc.collect()
+    return [name for name, group in seen.items() if group() is not None]

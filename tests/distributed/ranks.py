@@ -17,8 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from steepest.exchange import domain
-
 
 class Ranks:
     """``world`` processes. After a failure, or a hang, they are started anew.
@@ -101,8 +99,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
             answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
-        domain._among.cache_clear()
-        domain._host_group.cache_clear()
         gc.collect()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         pipe.send(answer)

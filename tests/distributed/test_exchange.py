@@ -111,6 +111,10 @@ def test_ranks_of_unlike_machines_compute_alike(two: Ranks) -> None:
     assert two.run(jobs.measured_by_one, None) == ["bfloat16", "bfloat16"]
 
 
+def test_nothing_outlives_a_destroyed_group(two: Ranks) -> None:
+    assert two.run(jobs.outlives, "ddp") == [[], []]
+
+
 def test_ranks_that_plan_differently_are_told(two: Ranks) -> None:
     assert all("differs between the ranks" in said for said in two.run(jobs.disagreement))
 

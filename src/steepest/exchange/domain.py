@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# What is made for a process group, or found for it, is kept as long as the group lives, and doesn't keep it alive: when
+# it has been destroyed, gloo's threads must end, or may abort the process when Python ends.
+_parts: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], Domain]] = WeakKeyDictionary()
+_hosts: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,13 @@ class Domain:
     @classmethod
     def among(cls, ranks: Sequence[int]) -> Domain:
         """The domain of some ranks; those of the whole world share its group, others get one of their own."""
-        return _among(tuple(sorted(ranks)), world())
+        everyone, ranks = world(), tuple(sorted(ranks))
+        if ranks == everyone.ranks:
+            return everyone
+        parts = _parts.setdefault(everyone.group, {})
+        if ranks not in parts:
+            parts[ranks] = cls.over(dist.new_group(ranks, use_local_synchronization=True))
+        return parts[ranks]
 
     @property
     def me(self) -> int:
@@ -41,7 +52,11 @@ class Domain:
     @property
     def host_group(self) -> dist.ProcessGroup:
         """A process group of the same ranks that takes tensors of the host."""
-        return _host_group(self)
+        if "cpu:" in dist.get_backend_config(self.group):
+            return self.group
+        if self.group not in _hosts:
+            _hosts[self.group] = dist.new_group(self.ranks, backend="gloo", use_local_synchronization=True)
+        return _hosts[self.group]
 
     def agree(self, flags: Sequence[bool], count: int) -> tuple[list[bool], int]:
         """Which flags any rank raises, and the sum of all ranks' counts.
@@ -77,18 +92,3 @@ def world() -> Domain:
     group = dist.group.WORLD
     assert group is not None
     return Domain.over(group)
-
-
-@cache
-def _among(ranks: tuple[int, ...], everyone: Domain) -> Domain:
-    if ranks == everyone.ranks:
-        return everyone
-    return Domain.over(dist.new_group(ranks, use_local_synchronization=True))
-
-
-@cache
-def _host_group(domain: Domain) -> dist.ProcessGroup:
-    if "cpu:" in dist.get_backend_config(domain.group):
-        return domain.group
-    group: dist.ProcessGroup = dist.new_group(domain.ranks, backend="gloo", use_local_synchronization=True)
-    return group
