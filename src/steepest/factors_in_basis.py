@@ -16,10 +16,10 @@ from steepest import kronecker
 from steepest.factors import Factors
 from steepest.kronecker import INTO, Sides
 from steepest.linalg import attempts
-from steepest.linalg.eigenbasis import eigenbasis_error
+from steepest.linalg.eigenbasis import by_columns, eigenbasis_error
 from steepest.linalg.solvers import choose
 from steepest.linalg.symmetric import accumulate_gram
-from steepest.linalg.turning import Turn, by_columns, decomposed, turn, turned
+from steepest.linalg.turning import Turn, decomposed, turn, turned
 from steepest.linalg.whitening import root_mean_square, whitening_weights
 from steepest.phases import phase
 from steepest.rule import Slots, Solved, State

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from steepest.linalg.attempts import succeeded
 from steepest.linalg.eigenbasis import (
+    by_columns,
     conjugate,
     eigenbasis_error,
     eigenvectors,
@@ -24,7 +25,7 @@ from steepest.linalg.eigenbasis import (
 )
 from steepest.linalg.solvers import next_basis
 from steepest.linalg.symmetric import accumulate_gram
-from steepest.linalg.turning import by_columns, reordered
+from steepest.linalg.turning import reordered
 from steepest.linalg.whitening import feed_by_quotients, root_mean_square, whitening_weights
 
 Sides = Sequence[Tensor | None]

@@ -136,7 +136,18 @@ def _reflected(A: Tensor) -> tuple[Tensor, Tensor]:
         A = torch.cat([A.mT, A.new_zeros(*A.shape[:-1], zeros)], dim=-1).mT  # columns lie contiguous
     R, scales = torch.geqrf(A)
     Q = torch.linalg.householder_product(R, scales)
-    return Q[..., :d, :].mT.contiguous().mT, R[..., :d, :]
+    return by_columns(Q[..., :d, :]), R[..., :d, :]
+
+
+def by_columns(Q: Tensor) -> Tensor:
+    """``Q [..., d, d]`` with each column in one piece of memory, as LAPACK lays it out.
+
+    Products round otherwise where a factor lies otherwise, and what another rank has sent lies by rows.
+
+    >>> by_columns(torch.eye(2)).stride()
+    (1, 2)
+    """
+    return Q.mT.contiguous().mT
 
 
 def ordered_iteration(

@@ -115,17 +115,6 @@ def reordered(x: Tensor, order: Tensor | None, dim: int) -> Tensor:
     return x.reshape(-1, x.shape[-1]).index_select(0, rows.view(-1)).view(x.shape)  # rows in one piece each
 
 
-def by_columns(Q: Tensor) -> Tensor:
-    """``Q [..., d, d]`` with each column in one piece of memory, as LAPACK lays it out.
-
-    Products round otherwise where a factor lies otherwise, and what another rank has sent lies by rows.
-
-    >>> by_columns(torch.eye(2)).stride()
-    (1, 2)
-    """
-    return Q.mT.contiguous().mT
-
-
 def _polished(rows: Tensor) -> Tensor:
     """One step of the iteration of Newton and Schulz towards orthonormal rows: what they lack is squared."""
     return 1.5 * rows - 0.5 * (rows @ rows.mT) @ rows
