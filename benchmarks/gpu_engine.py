@@ -13,7 +13,7 @@ from gpu_job import Job, Unavailable, milliseconds
 from torch import Tensor, nn
 
 from steepest import kernels
-from steepest.optimizer import Optimizer
+from steepest.engine.optimizer import Optimizer
 
 CREW: Mapping[str, dict[str, Any]] = {
     "soap": {"rule": "soap", "lr": 3e-3, "precondition_frequency": 4},

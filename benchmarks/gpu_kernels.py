@@ -13,11 +13,11 @@ from torch import Tensor
 
 from steepest import kernels
 from steepest.kernels import use
-from steepest.kernels.measure import Figure, in_turn, measure_blocks, measure_gates, suggest
+from steepest.lab.bench.gates import Figure, in_turn, measure_blocks, measure_gates, suggest
 from steepest.linalg.precision import fp32_matmul_precision, has_tf32
 from steepest.linalg.symmetric import accumulate_gram, gram, symmetric_product
-from steepest.moments import adam
-from steepest.undo import undoing
+from steepest.rules.parts.moments import adam
+from steepest.stack.undo import undoing
 
 ROUNDING = {"float32": 2.0**-23, "tf32": 2.0**-11, "bfloat16": 2.0**-8}
 WORSE = 3.0

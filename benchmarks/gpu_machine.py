@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from gpu_job import Job, milliseconds
 
-from steepest.lab.fingerprints import machine
+from steepest.lab.shared.fingerprints import machine
 from steepest.linalg.precision import fp32_matmul_precision
 
 PACKAGES = ("torch", "triton", "numpy", "heavyball", "pytorch_optimizer", "rich")

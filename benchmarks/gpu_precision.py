@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steepest import kernels
-from steepest.factors_in_basis import MARK
+from steepest.engine.optimizer import Optimizer
+from steepest.linalg.phases import Timeline, listening
 from steepest.linalg.precision import FACTORS, round_to_tf32
-from steepest.optimizer import Optimizer
-from steepest.phases import Timeline, listening
+from steepest.rules.parts.kl_factors import MARK
 
 PERIOD, SPIKE = 5, 100.0
 PHASES = ("project", "feed", "refresh")

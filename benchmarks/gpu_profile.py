@@ -21,7 +21,7 @@ CREW = (f"soap-f10({HIGH})", "soap-f10", "muon", "adamw")
 
 def measure(job: Job) -> None:
     """A steady step of each, and one with a refresh of those that have any."""
-    from steepest.lab.bench_crew import entrants
+    from steepest.lab.bench.entrants import entrants
 
     shapes = shapes_of("tiny") if job.tiny else shapes_of("gpt2-124m", None if job.cuda else 1)
     job.figures["shapes"] = str(shapes)

@@ -20,9 +20,9 @@ from steepest import kernels
 from steepest.linalg.precision import fp32_matmul_precision
 
 if TYPE_CHECKING:
-    from steepest.lab.bench_crew import Entrant
-    from steepest.lab.bench_measure import Measured
-    from steepest.lab.bench_shapes import ShapeSet
+    from steepest.lab.bench.entrants import Entrant
+    from steepest.lab.bench.measure import Measured
+    from steepest.lab.bench.shapes import ShapeSet
 
 HIGH, MEDIUM = "fp32_matmul_prec='high'", "fp32_matmul_prec='medium'"
 
@@ -33,7 +33,7 @@ class Plan:
 
     shapes: str
     ours: str
-    """As `steepest.lab.bench_crew.entrants` reads it."""
+    """As `steepest.lab.bench.entrants.entrants` reads it."""
     steps: int
     warmup: int
     depth: int | None = None
@@ -85,9 +85,9 @@ def measure(job: Job) -> None:
 
 def run(plan: Plan, job: Job, until: float) -> dict[str, Any]:
     """One plan, as JSON has it. Who isn't through by then keeps its whole periods."""
-    from steepest.lab.bench_measure import measure as step
-    from steepest.lab.bench_speed import measure_speed
-    from steepest.lab.bench_words import rows
+    from steepest.lab.bench.measure import measure as step
+    from steepest.lab.bench.speed import measure_speed
+    from steepest.lab.bench.text import rows
 
     shapes = shapes_of(plan.shapes, plan.depth)
     everybody, missing = crew(plan, job, max(max(pair) for pair in shapes.matrices))
@@ -118,7 +118,7 @@ def run(plan: Plan, job: Job, until: float) -> dict[str, Any]:
 
 def shapes_of(name: str, depth: int | None = None) -> ShapeSet:
     """Those of ``steepest bench``; "tiny" has two small ones, for tests."""
-    from steepest.lab.bench_shapes import Shape, ShapeSet, shape_set
+    from steepest.lab.bench.shapes import Shape, ShapeSet, shape_set
 
     if name == "tiny":
         return ShapeSet("tiny", "for tests", (Shape("a", 24, 16, 2), Shape("b", 16, 16, 1)), 1, 1)
@@ -135,8 +135,8 @@ def first_bases(shapes: ShapeSet, timed: Sequence[Mapping[str, Any]]) -> float |
 
 def crew(plan: Plan, job: Job, longest: int) -> tuple[list[Entrant], list[str]]:
     """Ours and their variants, and peers, as they come and in TF32; and packages that are missing."""
-    from steepest.lab.bench_crew import entrants
-    from steepest.lab.bench_peers import peers_of
+    from steepest.lab.bench.entrants import entrants
+    from steepest.lab.bench.peers import peers_of
 
     ours = entrants(plan.ours, longest)
     everybody = list(ours)

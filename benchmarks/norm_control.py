@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steepest.lab.contenders import Contender, hidden_matrices, preset
-from steepest.lab.training import train
-from steepest.lab.trial import Trial
-from steepest.lab.workload import load_workload
+from steepest.engine.optimizer import Optimizer
+from steepest.lab.race.training import train
+from steepest.lab.race.trial import Trial
+from steepest.lab.shared.contenders import Contender, hidden_matrices, preset
+from steepest.lab.workloads.workload import load_workload
 from steepest.linalg.polar import polar_factor
-from steepest.optimizer import Optimizer
-from steepest.scales import SCALES
+from steepest.rules.parts.scales import SCALES
 
 RESULTS = Path(__file__).parent / "results" / "norm_control.json"
 STEPS, SEEDS = 300, (0, 1, 2)

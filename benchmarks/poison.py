@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from steepest.lab.contenders import Contender, preset
-from steepest.lab.fingerprints import machine, versions
-from steepest.lab.presets import PRESETS
-from steepest.lab.training import train
-from steepest.lab.trial import Record, Trial
-from steepest.lab.workload import load_workload
+from steepest.lab.race.training import train
+from steepest.lab.race.trial import Record, Trial
+from steepest.lab.shared.contenders import Contender, preset
+from steepest.lab.shared.fingerprints import machine, versions
+from steepest.lab.shared.presets import PRESETS
+from steepest.lab.workloads.workload import load_workload
 
 RESULTS = Path(__file__).parent / "results" / "race_poisoned.json"
 STEPS = 300

@@ -21,16 +21,16 @@ from typing import Any
 
 import torch
 
-from steepest.lab.bench_crew import Entrant, entrants
-from steepest.lab.bench_measure import measure
-from steepest.lab.bench_shapes import ShapeSet, shape_set
-from steepest.lab.plan import look, mesh
-from steepest.lab.plan_here import here
-from steepest.lab.plan_models import Model, Weight
-from steepest.lab.plan_time import period_of
+from steepest.lab.bench.entrants import Entrant, entrants
+from steepest.lab.bench.measure import measure
+from steepest.lab.bench.shapes import ShapeSet, shape_set
+from steepest.lab.plan.here import here
+from steepest.lab.plan.models import Model, Weight
+from steepest.lab.plan.plan import look, mesh
+from steepest.lab.plan.time import period_of
 from steepest.rule import Rule
 from steepest.rules.adamw import AdamW
-from steepest.views import View
+from steepest.view import View
 
 OPTIMIZERS = "soap-f1, soap-f10, soap-f10(stagger=True), kl-soap-f10, moso, muon, adamw"
 CPU = torch.device("cpu")

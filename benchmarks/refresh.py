@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 import steepest
-from steepest.lab import gpt, text
-from steepest.lab.stdlib import CONTEXT, StandardLibrary
+from steepest.lab.workloads import gpt, text
+from steepest.lab.workloads.stdlib import CONTEXT, StandardLibrary
 from steepest.linalg.eigenbasis import eigenvectors
 from steepest.linalg.solvers import SOLVERS
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from steepest.exchange.plan import Job, Plan, make_plan
-from steepest.lab.plan import Mesh, jobs, look, mesh
-from steepest.lab.plan_models import Model, preset
+from steepest.lab.plan.models import Model, preset
+from steepest.lab.plan.plan import Mesh, jobs, look, mesh
 from steepest.linalg.flops import PRODUCT, Work
 from steepest.rule import Rule
 

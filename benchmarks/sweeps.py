@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from steepest.lab.contenders import parse_sweep
+from steepest.lab.shared.contenders import parse_sweep
 
 RESULTS = Path(__file__).parent / "results"
 FACTOR_DECAY = "shampoo_beta=0.9,0.95"

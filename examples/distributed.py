@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import steepest
-from steepest.lab.stdlib import StandardLibrary
+from steepest.lab.workloads.stdlib import StandardLibrary
 
 
 def main() -> None:

@@ -70,8 +70,8 @@ def race(
     Runs are kept as they end: the same command continues a race that was broken off, and Ctrl-C leaves a report.
     """
     try:
-        from steepest.lab import session
-        from steepest.lab.errors import BadInput
+        from steepest.lab.race import command as session
+        from steepest.lab.shared.errors import BadInput
     except ModuleNotFoundError as missing:
         _fail(f'the race needs {missing.name}; install it with: pip install "steepest[lab]"')
     request = session.Request(
@@ -110,8 +110,8 @@ def check(
 ) -> None:
     """Put an optimizer to the contract of PyTorch's optimizers, clause by clause. Exits with 1 if it breaks one."""
     try:
-        from steepest.lab import check as checking
-        from steepest.lab.errors import BadInput
+        from steepest.lab.listing import check as checking
+        from steepest.lab.shared.errors import BadInput
     except ModuleNotFoundError as missing:
         _fail(f'the check needs {missing.name}; install it with: pip install "steepest[lab]"')
     try:
@@ -126,7 +126,7 @@ def check(
 def optimizers() -> None:
     """List every optimizer: state per entry, work per step, what it is for, its paper; and every recipe."""
     try:
-        from steepest.lab import listing
+        from steepest.lab.listing import command as listing
     except ModuleNotFoundError as missing:
         _fail(f'the list needs {missing.name}; install it with: pip install "steepest[lab]"')
     listing.print_optimizers(Console())
@@ -139,8 +139,8 @@ def routes(
 ) -> None:
     """Print which rule steps which parameter of a model, seen as which matrices, and why."""
     try:
-        from steepest.lab import listing
-        from steepest.lab.errors import BadInput
+        from steepest.lab.listing import command as listing
+        from steepest.lab.shared.errors import BadInput
     except ModuleNotFoundError as missing:
         _fail(f'the table needs {missing.name}; install it with: pip install "steepest[lab]"')
     try:
@@ -182,9 +182,9 @@ def plan(
 ) -> None:
     """Simulate how an optimizer's step is shared out among ranks: state, bytes sent, FLOPs, their balance, and time."""
     try:
-        from steepest.lab import plan_report
-        from steepest.lab.check import parse_options
-        from steepest.lab.errors import BadInput
+        from steepest.lab.listing.check import parse_options
+        from steepest.lab.plan import command as plan_report
+        from steepest.lab.shared.errors import BadInput
     except ModuleNotFoundError as missing:
         _fail(f'the plan needs {missing.name}; install it with: pip install "steepest[lab]"')
     try:
@@ -205,8 +205,8 @@ def spike(
 ) -> None:
     """Show what a gradient a thousand times too large does to KL-Shampoo's eigenbases, by precision and floor."""
     try:
-        from steepest.lab import spike_session
-        from steepest.lab.errors import BadInput
+        from steepest.lab.shared.errors import BadInput
+        from steepest.lab.spike import command as spike_session
     except ModuleNotFoundError as missing:
         _fail(f'the study needs {missing.name}; install it with: pip install "steepest[lab]"')
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -241,8 +241,8 @@ def bench(
 ) -> None:
     """Time optimizers' steps on a model's shapes, by phase, in turn, against peers and against the least they take."""
     try:
-        from steepest.lab import bench_session
-        from steepest.lab.errors import BadInput
+        from steepest.lab.bench import command as bench_session
+        from steepest.lab.shared.errors import BadInput
     except ModuleNotFoundError as missing:
         _fail(f'the bench needs {missing.name}; install it with: pip install "steepest[lab]"')
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from steepest.options import nearest
+from steepest.rule import nearest
 
 
 @dataclass(frozen=True)

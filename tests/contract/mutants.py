@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steepest.optimizer import Optimizer
+from steepest.engine.optimizer import Optimizer
 from steepest.testing.subject import Factory
 
 

@@ -10,7 +10,7 @@ import torch
 from mutants import Habit, Mutants, parameters
 from torch import Tensor
 
-from steepest.optimizer import Optimizer
+from steepest.engine.optimizer import Optimizer
 
 MUTANTS = Mutants()
 breaks = MUTANTS.breaks

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import steepest
 from steepest.linalg import attempts
 from steepest.rules import RULES
-from steepest.stacks import Echo
+from steepest.stack.stack import Echo
 from steepest.testing import check_optimizer
 from steepest.testing.evidence import Snapshot, expect_same, snapshot
 from steepest.testing.subject import Run, Subject

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from steepest import optimizer as engine
-from steepest import stacks
-from steepest.optimizer import Optimizer
+from steepest.engine import optimizer as engine
+from steepest.engine.optimizer import Optimizer
+from steepest.stack import stack as stacks
 from steepest.testing import CLAUSES, Verdict, check_clause
 from steepest.testing.subject import Subject
 

@@ -181,7 +181,7 @@ def test_a_later_failure_keeps_basis_and_moments(name: str, how: str, solvers: S
 
 def test_moments_are_kept_to_the_last_bit(solvers: Solvers) -> None:
     """Turning them out of a basis and back into it would cost their last bits."""
-    from steepest.factors import Factors
+    from steepest.rules.parts.factors import Factors
 
     G = torch.stack([gradient(0, i) for i in range(3)])
     state = Factors.init(G, max_precond_dim=8) | {"exp_avg": torch.randn_like(G), "exp_avg_sq": torch.rand_like(G)}

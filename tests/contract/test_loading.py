@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import steepest
-from steepest.checkpoint import FORMAT
+from steepest.engine.checkpoint import FORMAT
 from steepest.testing.evidence import Snapshot, expect_same, snapshot
 
 MAKE = runpy.run_path(str(Path(__file__).parent / "states/make.py"))

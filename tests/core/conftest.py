@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from steepest import graphs
+from steepest.stack import graphs
 
 sys.path.insert(0, str(Path(__file__).parent))  # what test files share is imported by name
 

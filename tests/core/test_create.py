@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import steepest
-from steepest.lab.contenders import preset
+from steepest.lab.shared.contenders import preset
 from steepest.optimizers import ALIASES, NAMES, canonical, group_options
 from steepest.optimizers.torch_optim import PAPERS, TORCH
 from steepest.rules import RULES

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import steepest
+from steepest.engine.group import STACK_OPTIONS
 from steepest.optimizers import NAMES
-from steepest.options import STACK_OPTIONS
-from steepest.views import OPTIONS as VIEW_OPTIONS
+from steepest.view import OPTIONS as VIEW_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import steepest
-from steepest.optimizer import Optimizer
+from steepest.engine.optimizer import Optimizer
 from steepest.rule import Rule, Step, whole
 from steepest.rules import RULES
 

@@ -13,8 +13,8 @@ from torch import nn
 from training_in_graphs import RECORDED, VARIANTS, Backend, Training, expect_same
 
 import steepest
-from steepest import graphs
 from steepest.linalg import attempts
+from steepest.stack import graphs
 
 
 class Tape:

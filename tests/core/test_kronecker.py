@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import steepest
-from steepest import kronecker
 from steepest.linalg.eigenbasis import by_rayleigh_quotient, eigenbasis_error
+from steepest.rules.parts import kronecker
 
 
 def spd(*shape, seed=0):

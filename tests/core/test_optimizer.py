@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import steepest
-from steepest.optimizer import Optimizer
-from steepest.stacks import spread
+from steepest.engine.optimizer import Optimizer
+from steepest.stack.stack import spread
 
 
 def randn(*shape, seed=0, dtype=torch.float32):

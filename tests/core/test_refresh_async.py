@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import steepest
-from steepest.factors import Factors
 from steepest.linalg import attempts
+from steepest.rules.parts.factors import Factors
 from steepest.rules.soap import Soap
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from torch import nn
 
 import steepest
 from steepest.linalg import attempts
-from steepest.rounding import mixed, positions, round_stochastically, rounding_key
+from steepest.linalg.rounding import mixed, positions, round_stochastically, rounding_key
 
 BFLOAT16 = torch.finfo(torch.bfloat16)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steepest.routing import route
-from steepest.views import View
+from steepest.view import View
 
 
 def seen(model: nn.Module, **arguments: Any) -> dict[str, str]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import steepest
-from steepest.kronecker import precondition
+from steepest.rules.parts.kronecker import precondition
 
 
 def steps(optimizer, params, grads):

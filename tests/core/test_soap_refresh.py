@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import steepest
-from steepest import factors_in_basis
-from steepest.factors_in_basis import FactorsInBasis
 from steepest.linalg import solvers
 from steepest.linalg.eigenbasis import conjugate
 from steepest.linalg.turning import Turn, decomposed
 from steepest.rule import State, Step
+from steepest.rules.parts import kl_factors as factors_in_basis
+from steepest.rules.parts.kl_factors import FactorsInBasis
 from steepest.rules.shampoo import Shampoo
 from steepest.rules.soap import Soap
 

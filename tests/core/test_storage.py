@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import steepest
-from steepest.storage import PLAIN, Storage, coded, coded_squares, decoded, decoded_squares
+from steepest.stack.storage import PLAIN, Storage, coded, coded_squares, decoded, decoded_squares
 
 SHORT = {"basis_dtype": "bfloat16", "moment_dtype": "int8"}
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steepest.views import View
+from steepest.view import View
 
 CASES = [
     (View(()), [(1, 1, 1)]),

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import steepest
-from steepest import graphs
 from steepest.rule import Refreshing, Rule
 from steepest.rules import RULES
+from steepest.stack import graphs
 
 STACKED = [name for name, rule in RULES.items() if issubclass(rule, Rule)]
 DECOMPOSING = ["dion", "moso"]

@@ -22,7 +22,7 @@ from steepest import Optimizer
 from steepest.exchange import layout as layouts
 from steepest.exchange import mesh
 from steepest.exchange.domain import Domain
-from steepest.rules import newton_schulz
+from steepest.rules.parts import newton_schulz
 from steepest.rules.soap import Soap
 
 

@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from steepest.cli import app
-from steepest.lab.plan import jobs, look, mesh
-from steepest.lab.plan_models import PRESETS, Model, Weight, from_file, preset
+from steepest.lab.plan.models import PRESETS, Model, Weight, from_file, preset
+from steepest.lab.plan.plan import jobs, look, mesh
 from steepest.rules.adamw import AdamW
 from steepest.rules.soap import Soap
-from steepest.views import View
+from steepest.view import View
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/scaling.md").read_text()

@@ -7,7 +7,7 @@ import torch
 
 import steepest
 from steepest.kernels import use
-from steepest.moments import adam
+from steepest.rules.parts.moments import adam
 
 SWITCHES = ("correct_bias", "nesterov", "momentum_floor")
 QUIET = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, of the interpreter

@@ -12,7 +12,7 @@ from steepest import kernels
 from steepest.kernels import Gates, adam_pays, available, keeping_pays, product_pays, use
 from steepest.linalg.precision import fp32_matmul_precision
 from steepest.linalg.symmetric import accumulate_gram, gram, symmetric_product
-from steepest.moments import adam
+from steepest.rules.parts.moments import adam
 
 
 class OnGPU(torch.Tensor):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from steepest.kernels import use
-from steepest.undo import undoing
+from steepest.stack.undo import undoing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.uint8]
 

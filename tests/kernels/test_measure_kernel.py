@@ -3,8 +3,8 @@
 import pytest
 
 from steepest import kernels
-from steepest.kernels.measure import Figure, measure_gates, suggest
-from steepest.moments import adam
+from steepest.lab.bench.gates import Figure, measure_gates, suggest
+from steepest.rules.parts.moments import adam
 
 
 def test_each_kernel_is_timed_against_its_twin(launched, device):

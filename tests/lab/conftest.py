@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from steepest.lab import bench_speed
-from steepest.lab.contenders import Contender, preset
-from steepest.lab.race import Entry, Plan, Results
-from steepest.lab.trial import Record, Run, Trial
+from steepest.lab.bench import speed as bench_speed
+from steepest.lab.race.race import Entry, Plan, Results
+from steepest.lab.race.trial import Record, Run, Trial
+from steepest.lab.shared.contenders import Contender, preset
 
 # What test files share is imported by name, and so are the files of benchmarks/gpu.py, as by each other.
 sys.path.insert(0, str(Path(__file__).parent))

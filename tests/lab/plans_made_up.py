@@ -8,11 +8,11 @@ from dataclasses import replace
 from typer.testing import CliRunner
 
 from steepest.cli import app
-from steepest.lab.plan import look, mesh
-from steepest.lab.plan_devices import Device
-from steepest.lab.plan_models import Model, Weight
+from steepest.lab.plan.devices import Device
+from steepest.lab.plan.models import Model, Weight
+from steepest.lab.plan.plan import look, mesh
 from steepest.rules.adamw import AdamW
-from steepest.views import View
+from steepest.view import View
 
 FLAT = {"highest": 2.0, "high": 3.0, "medium": 5.0, "bfloat16": 7.0}
 FLAT |= {"qr": 11.0, "cholesky": 13.0, "eigh": 17.0, "svd": 19.0}
@@ -39,7 +39,7 @@ def model():
     )
 """,
     "gpt": """
-from steepest.lab.gpt import GPT
+from steepest.lab.workloads.gpt import GPT
 def model():
     return GPT(vocabulary=90, context=32, d=48, depth=2)
 """,

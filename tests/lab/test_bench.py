@@ -12,17 +12,18 @@ import torch
 from typer.testing import CliRunner
 
 from steepest.cli import app
-from steepest.lab import bench_peers, bench_session
-from steepest.lab.bench_crew import Entrant, Family, entrants
-from steepest.lab.bench_measure import Measured, measure, state_bytes
-from steepest.lab.bench_peers import PEERS, float32_for_bfloat16, peers_of
-from steepest.lab.bench_shapes import MODELS, Shape, ShapeSet, shape_set
-from steepest.lab.bench_speed import Speed, floor, measure_speed
-from steepest.lab.bench_words import rows, times, yardstick
-from steepest.lab.errors import BadInput
-from steepest.lab.plan_models import GPT2, rule_of
+from steepest.lab.bench import command as bench_session
+from steepest.lab.bench import peers as bench_peers
+from steepest.lab.bench.entrants import Entrant, Family, entrants
+from steepest.lab.bench.measure import Measured, measure, state_bytes
+from steepest.lab.bench.peers import PEERS, float32_for_bfloat16, peers_of
+from steepest.lab.bench.shapes import MODELS, Shape, ShapeSet, shape_set
+from steepest.lab.bench.speed import Speed, floor, measure_speed
+from steepest.lab.bench.text import rows, times, yardstick
+from steepest.lab.plan.models import GPT2, rule_of
+from steepest.lab.shared.errors import BadInput
 from steepest.linalg.flops import polar
-from steepest.phases import PHASES, REST
+from steepest.linalg.phases import PHASES, REST
 
 CPU = torch.device("cpu")
 TINY = ShapeSet("tiny", "for tests", (Shape("a", 12, 8, 2), Shape("b", 6, 6, 1)), 1, 1)

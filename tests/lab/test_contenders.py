@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from steepest.lab.contenders import grid, parse_contenders, parse_sweep, preset
-from steepest.lab.errors import BadInput
-from steepest.lab.presets import BASELINE, PRESETS, QUICK
+from steepest.lab.shared.contenders import grid, parse_contenders, parse_sweep, preset
+from steepest.lab.shared.errors import BadInput
+from steepest.lab.shared.presets import BASELINE, PRESETS, QUICK
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from steepest.cli import app
-from steepest.lab import crew
+from steepest.lab.race import pool as crew
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and limits")
 
@@ -27,8 +27,12 @@ import json, os, resource, signal
 import torch
 import steepest
 from steepest import cli
-from steepest.lab import crew, fingerprints, session, training, workload
-from steepest.lab.trial import Record
+from steepest.lab.race import pool as crew
+from steepest.lab.shared import fingerprints
+from steepest.lab.race import command as session
+from steepest.lab.race import training
+from steepest.lab.workloads import workload
+from steepest.lab.race.trial import Record
 
 torch.set_num_threads(1)
 DIGITS = workload.load_workload("digits")

@@ -15,8 +15,8 @@ import pytest
 import torch
 from gpu_script import CPU, Clock
 
-from steepest.lab import bench_peers
-from steepest.lab.bench_crew import Family
+from steepest.lab.bench import peers as bench_peers
+from steepest.lab.bench.entrants import Family
 
 
 def test_plans_name_what_the_goals_ask_for(monkeypatch):
@@ -67,7 +67,7 @@ def test_a_goal_is_about_the_fastest_peer():
 
 
 def test_who_runs_out_of_time_keeps_whole_periods():
-    from steepest.lab.bench_measure import Measured
+    from steepest.lab.bench.measure import Measured
 
     entrant = SimpleNamespace(family=Family("soap", 4))
     over = f"{gpu_steps.OutOfTime.__name__}: the time"

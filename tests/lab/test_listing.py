@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from steepest.cli import app
-from steepest.lab.errors import BadInput
-from steepest.lab.listing import Cost, build_model, bytes_per_entry, cost, ours, torchs
+from steepest.lab.listing.command import Cost, build_model, bytes_per_entry, cost, ours, torchs
+from steepest.lab.shared.errors import BadInput
 from steepest.linalg import symmetric
 from steepest.optimizers import NAMES
 from steepest.optimizers.torch_optim import TORCH

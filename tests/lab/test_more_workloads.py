@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 import steepest
 from steepest.cli import app
-from steepest.lab.contenders import hidden_matrices, parse_contenders
-from steepest.lab.errors import BadInput
-from steepest.lab.photo import FREQUENCY
-from steepest.lab.workload import load_workload
+from steepest.lab.shared.contenders import hidden_matrices, parse_contenders
+from steepest.lab.shared.errors import BadInput
+from steepest.lab.workloads.photo import FREQUENCY
+from steepest.lab.workloads.workload import load_workload
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from plans_made_up import FILES, steepest_plan
 
-from steepest.lab import plan_here
-from steepest.lab.errors import BadInput
-from steepest.lab.plan import look, mesh
-from steepest.lab.plan_devices import GPUS, IDEAL, Assumed, gpu, interpolated, key
-from steepest.lab.plan_here import here
-from steepest.lab.plan_models import from_file, preset
-from steepest.lab.plan_time import settled
+from steepest.lab.plan import here as plan_here
+from steepest.lab.plan.devices import GPUS, IDEAL, Assumed, gpu, interpolated, key
+from steepest.lab.plan.here import here
+from steepest.lab.plan.models import from_file, preset
+from steepest.lab.plan.plan import look, mesh
+from steepest.lab.plan.time import settled
+from steepest.lab.shared.errors import BadInput
 from steepest.linalg.flops import polar
 
 

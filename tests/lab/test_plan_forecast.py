@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from plans_made_up import steepest_plan
 
-from steepest.lab.plan import look, mesh
-from steepest.lab.plan_devices import GPUS, gpu
-from steepest.lab.plan_models import preset
-from steepest.lab.plan_report import in_ms
+from steepest.lab.plan.command import in_ms
+from steepest.lab.plan.devices import GPUS, gpu
+from steepest.lab.plan.models import preset
+from steepest.lab.plan.plan import look, mesh
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/scaling.md").read_text()

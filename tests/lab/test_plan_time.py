@@ -13,18 +13,18 @@ from plans_made_up import DEVICE, FILES, FLAT, FREE, model_of, predict
 from torch import nn
 
 import steepest
-from steepest.lab.bench_measure import state_bytes
-from steepest.lab.plan import _turns, look, mesh
-from steepest.lab.plan_devices import gpu, interpolated
-from steepest.lab.plan_models import Model, Weight, from_file, preset
-from steepest.lab.plan_time import Load, forecast, settled
+from steepest.lab.bench.measure import state_bytes
+from steepest.lab.plan.devices import gpu, interpolated
+from steepest.lab.plan.models import Model, Weight, from_file, preset
+from steepest.lab.plan.plan import _turns, look, mesh
+from steepest.lab.plan.time import Load, forecast, settled
 from steepest.linalg.flops import Part, cholesky, eigh, product, qr
 from steepest.rules.adamw import AdamW
 from steepest.rules.lion import Lion
 from steepest.rules.moso import Moso
 from steepest.rules.muon import Muon
 from steepest.rules.soap import Soap
-from steepest.views import View
+from steepest.view import View
 
 OPTIMIZERS = [
     ("soap", {}),

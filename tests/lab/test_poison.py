@@ -14,14 +14,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 from steepest.cli import app
-from steepest.lab.contenders import Contender, parse_contenders, preset
-from steepest.lab.findings import find
-from steepest.lab.poison import KINDS, MOST, Poison
-from steepest.lab.presets import PRESETS
-from steepest.lab.training import train
-from steepest.lab.trial import Record, Trial
-from steepest.lab.words import headline, notes
-from steepest.lab.workload import Workload, load_workload
+from steepest.lab.race.poison import KINDS, MOST, Poison
+from steepest.lab.race.results import find
+from steepest.lab.race.text import headline, notes
+from steepest.lab.race.training import train
+from steepest.lab.race.trial import Record, Trial
+from steepest.lab.shared.contenders import Contender, parse_contenders, preset
+from steepest.lab.shared.presets import PRESETS
+from steepest.lab.workloads.workload import Workload, load_workload
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,13 @@ import math
 
 import pytest
 
-from steepest.lab.contenders import preset
-from steepest.lab.crew import TrialFailed
-from steepest.lab.findings import Reach, find
-from steepest.lab.race import Entry, Plan, Results, race, shorter_distances
-from steepest.lab.store import Store
-from steepest.lab.trial import Run
-from steepest.lab.words import as_json, headline, notes
+from steepest.lab.race.pool import TrialFailed
+from steepest.lab.race.race import Entry, Plan, Results, race, shorter_distances
+from steepest.lab.race.results import Reach, find
+from steepest.lab.race.store import Store
+from steepest.lab.race.text import as_json, headline, notes
+from steepest.lab.race.trial import Run
+from steepest.lab.shared.contenders import preset
 
 
 class Audience:

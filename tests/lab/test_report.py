@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from steepest.lab.findings import find
-from steepest.lab.report import page
-from steepest.lab.workload import load_workload
+from steepest.lab.race.report import page
+from steepest.lab.race.results import find
+from steepest.lab.workloads.workload import load_workload
 
 
 class Loads(HTMLParser):

@@ -12,11 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from steepest import kronecker
 from steepest.cli import app
-from steepest.lab import spike_session
-from steepest.lab.spike import EPS, FLOOR, GRADIENTS, GUARDS, SOLVERS, Case, Setup, draw, follow, quotients_at
-from steepest.lab.spike_measures import (
+from steepest.lab.spike import command as spike_session
+from steepest.lab.spike.measures import (
     ALL_BUT_QUOTIENTS,
     BOTH,
     ONLY_QUOTIENTS,
@@ -26,10 +24,12 @@ from steepest.lab.spike_measures import (
     largest_angle,
     study,
 )
-from steepest.lab.spike_report import page
-from steepest.lab.spike_words import angles, apart, as_json, eigenvalues, findings, headline
+from steepest.lab.spike.report import page
+from steepest.lab.spike.study import EPS, FLOOR, GRADIENTS, GUARDS, SOLVERS, Case, Setup, draw, follow, quotients_at
+from steepest.lab.spike.text import angles, apart, as_json, eigenvalues, findings, headline
 from steepest.linalg.eigenbasis import conjugate
 from steepest.linalg.precision import round_to_tf32
+from steepest.rules.parts import kronecker
 
 SMALL = Setup(shape=(32, 16), steps=32, spike_at=12, top=4)
 
@@ -157,7 +157,7 @@ def test_quotients_get_a_precision_of_their_own_and_give_it_back():
         return conjugate(a, p, diag)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("steepest.lab.spike.conjugate", spy)
+        patch.setattr("steepest.lab.spike.study.conjugate", spy)
         with quotients_at("high"):
             follow(Case("REKLS", "relative"), "highest", replace(SMALL, steps=2, spike_at=1))
     # Two of the feed, at their own; two of the study's own, at the path's.
@@ -308,7 +308,7 @@ def test_progress_names_each_case(monkeypatch):
         raise Stop
 
     told: list[str] = []
-    monkeypatch.setattr("steepest.lab.spike_measures.compare", stop)
+    monkeypatch.setattr("steepest.lab.spike.measures.compare", stop)
     with pytest.raises(Stop):
         study(SMALL, told.append)
     assert told == ["isotropic, absolute eps, SOAP-KL"]

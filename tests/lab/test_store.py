@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from steepest.lab.contenders import parse_contenders, preset
-from steepest.lab.errors import BadInput
-from steepest.lab.store import Store
-from steepest.lab.trial import Run, Trial
+from steepest.lab.race.store import Store
+from steepest.lab.race.trial import Run, Trial
+from steepest.lab.shared.contenders import parse_contenders, preset
+from steepest.lab.shared.errors import BadInput
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from steepest.lab import text
+from steepest.lab.workloads import text
 
 
 def test_the_text_is_the_same_each_time_it_is_read() -> None:

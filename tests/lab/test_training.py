@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from steepest.lab import meters
-from steepest.lab.contenders import parse_contenders, preset
-from steepest.lab.training import Schedule, train
-from steepest.lab.trial import Record, Trial
-from steepest.lab.workload import load_workload
+from steepest.lab.race import meters
+from steepest.lab.race.training import Schedule, train
+from steepest.lab.race.trial import Record, Trial
+from steepest.lab.shared.contenders import parse_contenders, preset
+from steepest.lab.workloads.workload import load_workload
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from steepest.lab.contenders import hidden_matrices
-from steepest.lab.errors import BadInput
-from steepest.lab.workload import BUILT_IN, load_workload
+from steepest.lab.shared.contenders import hidden_matrices
+from steepest.lab.shared.errors import BadInput
+from steepest.lab.workloads.workload import BUILT_IN, load_workload
 
 
 @pytest.fixture(scope="module", params=BUILT_IN)

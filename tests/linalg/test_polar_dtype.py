@@ -9,7 +9,7 @@ import steepest
 from steepest.linalg import stopwatch
 from steepest.linalg.polar import iteration_dtype, polar_factor
 from steepest.linalg.stopwatch import bfloat16_pays
-from steepest.rules import newton_schulz
+from steepest.rules.parts import newton_schulz
 
 CPU = torch.device("cpu")
 NAMES = ["muon", "normuon", "adamuon", "dion2"]

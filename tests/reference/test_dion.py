@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from steepest.engine.optimizer import Optimizer
 from steepest.linalg.orthonormal import qr, rcqr
 from steepest.linalg.polar import polar_factor
-from steepest.optimizer import Optimizer
 from steepest.rule import Step, whole
 from steepest.rules.dion import Dion
 

@@ -1,6 +1,6 @@
 import torch
 
-from steepest.optimizer import Optimizer
+from steepest.engine.optimizer import Optimizer
 from steepest.rules.lion import Lion
 
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
+from steepest.engine.optimizer import Optimizer
 from steepest.linalg.polar import TABLES, polar_factor
-from steepest.optimizer import Optimizer
 from steepest.rule import Step
 from steepest.rules.adamuon import AdaMuon
 from steepest.rules.muon import Muon
-from steepest.scales import SCALES
+from steepest.rules.parts.scales import SCALES
 
 SHAPES = {"4x6": (4, 6), "6x4": (6, 4)}
 # In the golden file's words: arithmetic, Muon's options, and how near bfloat16 leaves the trajectories.

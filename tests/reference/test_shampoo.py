@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from steepest.engine.optimizer import Optimizer
 from steepest.linalg.polar import polar_factor
 from steepest.linalg.roots import matrix_power
-from steepest.optimizer import Optimizer
 from steepest.rule import Step
 from steepest.rules.muon import Muon
 from steepest.rules.shampoo import Shampoo

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import steepest
-from steepest.kronecker import precondition
+from steepest.rules.parts.kronecker import precondition
 
 # Guards and floors of ours, off for parity.
 PARITY = {"momentum_floor": False, "noise_floor": 0.0, "kl_floor": 0.0, "match_columns": False}

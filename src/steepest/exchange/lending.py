@@ -16,8 +16,8 @@ from torch import Tensor
 from steepest.exchange.domain import Domain
 from steepest.exchange.shipment import Shipment
 from steepest.rule import Errand, Rule, Solved
-from steepest.stacks import Answers, Seat, Stack
-from steepest.storage import Storage
+from steepest.stack.stack import Answers, Seat, Stack
+from steepest.stack.storage import Storage
 
 ORDER = 1
 """Where in a `Solved` the order of columns stands."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from steepest.exchange.lot import Directions, Lot, Move, Tensors
 from steepest.exchange.placement import local, place, shard_like
-from steepest.phases import phase
-from steepest.stacks import Seat, Stack, Windows
+from steepest.linalg.phases import phase
+from steepest.stack.stack import Seat, Stack, Windows
 
 if TYPE_CHECKING:
     from steepest.exchange.domain import Domain

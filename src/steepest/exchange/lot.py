@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steepest.rule import LowRank, Rule
-from steepest.stacks import Answers, Seat, Stack, Windows, to_device
+from steepest.stack.stack import Answers, Seat, Stack, Windows, to_device
 
 if TYPE_CHECKING:
     from steepest.exchange.domain import Domain

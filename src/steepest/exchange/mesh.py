@@ -24,7 +24,7 @@ from steepest.exchange.placement import local
 from steepest.exchange.plan import Plan, Transfer
 from steepest.exchange.shipment import Shipment
 from steepest.rule import LowRank, Rule
-from steepest.stacks import Answers, Seat, Stack, Windows, lay_out, state_dtype
+from steepest.stack.stack import Answers, Seat, Stack, Windows, lay_out, state_dtype
 
 
 class Shared(Lot):

@@ -21,9 +21,9 @@ from steepest.exchange.local import Here
 from steepest.exchange.lot import Lot
 from steepest.exchange.placement import is_shared, local
 from steepest.exchange.plan import Job, make_plan
-from steepest.options import parameter_name
 from steepest.rule import Rule
-from steepest.stacks import Seat, Stack, lay_out, loose, state_dtype
+from steepest.stack.names import parameter_name
+from steepest.stack.stack import Seat, Stack, lay_out, loose, state_dtype
 
 if TYPE_CHECKING:
     from steepest.exchange.domain import Domain

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it imports no compiler until there is one
 
+from steepest.kernels.precision import INTERPRETED, product_precision
+
 MODES = ("auto", "never", "always")
 HAS_TRITON = find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-"""Triton reads the same when a kernel is defined. Its interpreter runs kernels on the CPU, entry by entry in NumPy."""
 
 
 @dataclass(frozen=True)
 class Gates:
-    """From which sizes on a kernel is used. `steepest.kernels.measure.measure_gates` measures what they should be.
+    """From which sizes on a kernel is used. `steepest.lab.bench.gates.measure_gates` measures what they should be.
 
     None of the defaults was measured here. A symmetric product in Triton is reported to pay from about 2048 rows up and
     to lose below. The others are arithmetic: see `steepest.kernels.symmetric` and `steepest.kernels.adam`.
@@ -147,18 +147,6 @@ def keeping_pays(x: Tensor) -> bool:
         return False
     enough = gates.entries is not None and x.numel() >= gates.entries
     return (enough or _mode == "always") and available(x)
-
-
-@_disable_dynamo  # torch's switch is no constant of the traced code
-def product_precision(X: Tensor) -> str:
-    """What products of X are computed in, in the words of `Gates`: "bfloat16", "tf32" or "float32".
-
-    >>> product_precision(torch.zeros(1, dtype=torch.bfloat16))
-    'bfloat16'
-    """
-    if X.dtype == torch.bfloat16:
-        return "bfloat16"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
 
 
 def _candidate(x: Tensor) -> bool:

@@ -4,7 +4,7 @@
     m̂ = M / (1-β₁ᵗ), or β₁ M / (1-β₁ᵗ⁺¹) + (1-β₁) g / (1-β₁ᵗ) looking ahead;   v̂ = V / (1-β₂ᵗ), and at least m̂²
     D = m̂ / (√v̂ + ε), or m̂ √v̂ / (√v̂ (√v̂ + ε) + τ² mean(v̂))
 
-`steepest.moments.adam` says what these are and is the twin.
+`steepest.rules.parts.moments.adam` says what these are and is the twin.
 
 Tiling: a matrix of N = m n entries is cut into blocks of BLOCK entries, and these are dealt out to at most PARTS
 programs. Without a noise floor a program writes moments and direction. With one, D needs the mean over the whole
@@ -179,7 +179,7 @@ def adam(
     momentum_floor: bool,
     noise_floor: float,
 ) -> Tensor:
-    """What `steepest.moments.adam` does, for contiguous float32 moments ``[B, m, n]``; ``t [B, 1, 1]``."""
+    """What `steepest.rules.parts.moments.adam` does, for contiguous float32 moments ``[B, m, n]``; ``t [B, 1, 1]``."""
     g = g.contiguous()
     direction = torch.empty_like(g)  # [B, m, n]
     batch, size = len(g), g[0].numel()

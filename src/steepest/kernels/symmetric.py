@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from steepest.kernels import INTERPRETED, product_precision
+from steepest.kernels.precision import INTERPRETED, product_precision
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,6 @@ Five nouns, each in a file of its own:
 * `findings` are what the records say, in numbers and words; the console and the report only show them.
 """
 
-from steepest.lab.workload import Workload
+from steepest.lab.workloads.workload import Workload
 
 __all__ = ["Workload"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it imports no compiler until there is one
 
 calls = 0
-"""How often `attempt` was called: a step that calls it can't be recorded for replays (`steepest.graphs`)."""
+"""How often `attempt` was called: a step that calls it can't be recorded for replays (`steepest.stack.graphs`)."""
 
 
 @_disable_dynamo  # solvers don't compile, and what surrounds them would be compiled anew for each shape

@@ -88,7 +88,7 @@ def feed_by_quotients(
     options: tuple[float, float, float],
     quotients: Sides,
 ) -> None:
-    """`steepest.kronecker.update_kronecker_factors_kl_shampoo` by λ that are kept: to whiten is to scale."""
+    """`kronecker.update_kronecker_factors_kl_shampoo` by λ that are kept: to whiten is to scale."""
     (eps, exponent, relative_floor), rms = options, root_mean_square(G)
     projected = Projections(G, eigenbasis_list)
     whitening = [None if λ is None else whitening_weights(λ, rms, eps, exponent, relative_floor) for λ in quotients]

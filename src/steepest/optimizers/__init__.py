@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from steepest.optimizer import Optimizer
+from steepest.engine.optimizer import Optimizer
 from steepest.optimizers.dion import Dion, Dion2
 from steepest.optimizers.lion import Lion
 from steepest.optimizers.moso import MOSO
@@ -18,8 +18,8 @@ from steepest.optimizers.shampoo import KL_SHAMPOO_OPTIONS, KLShampoo, Shampoo
 from steepest.optimizers.soap import REKLS, REKLS_OPTIONS, SOAP, soap_options
 from steepest.optimizers.spelling import Params, spelled
 from steepest.optimizers.torch_optim import TORCH
-from steepest.options import nearest
 from steepest.recipes import unfold
+from steepest.rule import nearest
 from steepest.rules import RULES
 
 

@@ -6,7 +6,7 @@ from typing import final
 
 from torch import Tensor
 
-from steepest.optimizer import Optimizer
+from steepest.engine.optimizer import Optimizer
 from steepest.optimizers.spelling import Params, given
 
 

@@ -7,7 +7,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from steepest.optimizer import Optimizer
+from steepest.engine.optimizer import Optimizer
 from steepest.optimizers.spelling import Params, given
 
 

@@ -7,9 +7,9 @@ from typing import Any, final
 
 from torch import Tensor
 
-from steepest.optimizer import Optimizer
+from steepest.engine.group import option_defaults
+from steepest.engine.optimizer import Optimizer
 from steepest.optimizers.spelling import Params, given
-from steepest.options import option_defaults
 from steepest.rule import check_choice
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steepest.optimizer import Optimizer
+from steepest.engine.optimizer import Optimizer
 from steepest.optimizers import group_options
 from steepest.recipes import unfold_elementwise
 from steepest.routing import audit
@@ -55,7 +55,7 @@ def route(
         rule: The rule for hidden matrices, or the name of an optimizer or a recipe.
         elementwise: The rule for the rest.
         overrides: By glob pattern over parameter names, or by type of a module around the parameter: the name of
-            another rule, or a dict of options, among them ``rule``, ``lr`` and the view's (`steepest.views`). Later
+            another rule, or a dict of options, among them ``rule``, ``lr`` and the view's (`steepest.view`). Later
             ones change what earlier ones say or, naming a rule, replace it. What is about matrices spares vectors.
         state_bytes: What a rule keeps for matrices of given shapes; default: what its ``init`` would allocate.
 

@@ -16,7 +16,8 @@ from steepest.routing.survey import Leaf
 from steepest.routing.table import Row
 from steepest.rule import Rule
 from steepest.rules import RULES
-from steepest.views import OPTIONS, View
+from steepest.stack.storage import laid_out
+from steepest.view import OPTIONS, View
 
 Pieces = Sequence[tuple[int, int, int]]
 """Shapes ``(b, m, n)`` of the batches of matrices that a parameter is seen as."""
@@ -37,7 +38,7 @@ def state_bytes(rule: str, pieces: Pieces) -> int:
 def _piece_bytes(name: str, piece: tuple[int, int, int]) -> int:
     rule = RULES[name]()
     ghost = torch.empty(piece, device="meta")
-    state = rule.lay_out(ghost) if isinstance(rule, Rule) else rule.init(ghost)
+    state = laid_out(rule, ghost) if isinstance(rule, Rule) else rule.init(ghost)
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 

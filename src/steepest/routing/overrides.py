@@ -14,7 +14,7 @@ from steepest.routing.reasons import is_vector
 from steepest.routing.survey import Leaf
 from steepest.rule import Rule
 from steepest.rules import RULES
-from steepest.views import OPTIONS
+from steepest.view import OPTIONS
 
 Key = str | type[nn.Module]
 Overrides = Mapping[Key, str | Mapping[str, Any]]

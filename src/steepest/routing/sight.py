@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from steepest.routing.survey import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Place, stores_inputs_first
-from steepest.views import View
+from steepest.view import View
 
 GATES: dict[type[nn.Module], str] = {
     nn.LSTM: "i, f, g, o",

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from steepest.options import OPTIONS as SHARED
-from steepest.options import nearest, option_defaults
-from steepest.views import OPTIONS, View
+from steepest.engine.group import OPTIONS as SHARED
+from steepest.engine.group import option_defaults
+from steepest.rule import nearest
+from steepest.view import OPTIONS, View
 
 TITLES = ("parameter", "shape", "view", "rule", "why", "state")
 INDEX = re.compile(r"(?<![^._])\d+(?![^.])")

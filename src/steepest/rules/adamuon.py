@@ -22,7 +22,7 @@ from torch import Tensor
 
 from steepest.rule import State, Step
 from steepest.rules.muon import Orthogonalized
-from steepest.scales import with_norm
+from steepest.rules.parts.scales import with_norm
 
 TINY = 1e-8
 """Added to sqrt(v), which is about 1 / sqrt(max(m, n)) wherever there is a gradient at all."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from steepest.linalg import flops
 from steepest.linalg.orthonormal import ORTHONORMALIZERS, gaussian
 from steepest.rule import LowRank, Rule, State, Step, beta, checked, one_of
-from steepest.scales import SCALES
+from steepest.rules.parts.scales import SCALES
 
 
 @dataclass(frozen=True, kw_only=True)

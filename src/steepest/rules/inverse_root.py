@@ -21,14 +21,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.factors import Factors
-from steepest.kronecker import precondition
 from steepest.linalg.flops import Work, eigh, product, total
+from steepest.linalg.phases import phase
 from steepest.linalg.roots import matrix_power
-from steepest.moments import adam
-from steepest.phases import phase
-from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, betas, clip_rms, corrected_beta, one_of
-from steepest.scales import frobenius, with_norm
+from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, betas, one_of
+from steepest.rules.parts.factors import Factors
+from steepest.rules.parts.kronecker import precondition
+from steepest.rules.parts.moments import adam, corrected_beta
+from steepest.rules.parts.scales import clip_rms, frobenius, with_norm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.factors import Factors
 from steepest.linalg.flops import Work, iteration, product, total
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
-from steepest.moments import adam
-from steepest.rule import Rule, State, Step, at_least, beta, betas, clip_rms, corrected_beta, one_of
+from steepest.rule import Rule, State, Step, at_least, beta, betas, one_of
+from steepest.rules.parts.factors import Factors
+from steepest.rules.parts.moments import adam, corrected_beta
+from steepest.rules.parts.scales import clip_rms
 
 
 @dataclass(frozen=True, kw_only=True)

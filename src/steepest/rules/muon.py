@@ -22,8 +22,8 @@ from torch import Tensor
 
 from steepest.linalg import flops
 from steepest.rule import State, Step, beta, one_of
-from steepest.rules.newton_schulz import NewtonSchulz
-from steepest.scales import SCALES
+from steepest.rules.parts.newton_schulz import NewtonSchulz
+from steepest.rules.parts.scales import SCALES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,25 +24,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.factors import Factors
 from steepest.linalg.eigenbasis import conjugate, eigenvectors, orthogonal_iteration
 from steepest.linalg.flops import Work, eigh, iteration, product, total
+from steepest.linalg.phases import phase
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
 from steepest.linalg.roots import spectral_power
-from steepest.phases import phase
-from steepest.rule import (
-    Refreshing,
-    Slots,
-    State,
-    Step,
-    at_least,
-    betas,
-    checked,
-    corrected_beta,
-    correction,
-    one_of,
-)
-from steepest.scales import frobenius, with_norm
+from steepest.rule import Refreshing, Slots, State, Step, at_least, betas, checked, one_of
+from steepest.rules.parts.factors import Factors
+from steepest.rules.parts.moments import corrected_beta, correction
+from steepest.rules.parts.scales import frobenius, with_norm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ arXiv:2509.03378. Checked against the authors' numbers in tests/reference/test_s
 
 With KL what the state holds as L and R is Q_Lᵀ L Q_L and Q_Rᵀ R Q_R: the covariances are Q_L L Q_Lᵀ and Q_R R Q_Rᵀ.
 Their diagonals are the λ that KL whitens by, and the gradient that they take in is the projected one, which Adam needs
-as well. `steepest.factors_in_basis` does this, `steepest.factors` the rest.
+as well. `steepest.rules.parts.kl_factors` does this, `steepest.rules.parts.factors` the rest.
 """
 
 from __future__ import annotations
@@ -23,12 +23,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.factors import Factors
-from steepest.factors_in_basis import MARK, FactorsInBasis, next_turn
 from steepest.linalg.flops import Work, eigh, product, refresh, total, turn, turning
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
 from steepest.linalg.solvers import SOLVERS, choose, next_basis
-from steepest.moments import adam
 from steepest.rule import (
     Errand,
     Refreshing,
@@ -40,12 +37,13 @@ from steepest.rule import (
     beta,
     betas,
     checked,
-    clip_rms,
-    corrected_beta,
     frequency,
     one_of,
 )
-from steepest.storage import BASES, MOMENTS, Storage
+from steepest.rules.parts.factors import Factors
+from steepest.rules.parts.kl_factors import MARK, FactorsInBasis, next_turn
+from steepest.rules.parts.moments import adam, corrected_beta
+from steepest.rules.parts.scales import clip_rms
 
 NOISE_FLOOR = 1e-2  # "auto": costs nothing in training, and makes first steps reproducible
 REFRESHES = ("auto", *SOLVERS)
@@ -83,12 +81,8 @@ class Soap(Refreshing):
     momentum_floor: bool = True
     precondition_1d: bool = False
     refresh_async: bool = False
-    basis_dtype: str = one_of(BASES, "float32")
-    moment_dtype: str = one_of(MOMENTS, "float32")
-
-    @property
-    def storage(self) -> Storage:
-        return Storage(self.basis_dtype, self.moment_dtype)
+    basis_dtype: str = one_of(("float32", "bfloat16"), "float32")
+    moment_dtype: str = one_of(("float32", "int8"), "float32")
 
     def init(self, G: Tensor) -> State:
         moments = {"exp_avg": torch.zeros_like(G), "exp_avg_sq": torch.zeros_like(G)}  # [B, m, n]

@@ -1,0 +1,1 @@
+"""The engine: parameter groups in, moved weights out."""

@@ -1,0 +1,1 @@
+"""`steepest optimizers` and `steepest check`."""

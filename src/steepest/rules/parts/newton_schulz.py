@@ -1,0 +1,57 @@
+"""What rules share that orthogonalize by Newton-Schulz iterations: by which table, and computed in what."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from steepest.linalg.phases import phase
+from steepest.linalg.polar import METHODS, TABLES, iteration_dtype, polar_factor
+from steepest.linalg.stopwatch import bfloat16_pays
+from steepest.rule import Rule, Step, at_least, check, one_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewtonSchulz(Rule, ABC):
+    """The options of `steepest.linalg.polar.polar_factor`, and what a parameter group makes of them."""
+
+    ns: str = one_of(METHODS, "keller")
+    ns_dtype: str = one_of(("auto", "float32", "bfloat16"), "auto")
+    eps: float = at_least(0, 1e-7)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ns_dtype == "bfloat16":
+            check(survives_bfloat16(self.ns), "ns_dtype", self.ns_dtype, f"'float32' or 'auto' with ns={self.ns!r}")
+
+    @classmethod
+    def settled(cls, group: Mapping[str, Any], agreed: Callable[[bool], bool]) -> dict[str, Any]:
+        """``ns_dtype="auto"`` as one of the other words: what is measured goes into the group and every checkpoint.
+
+        So a run that is resumed, here or elsewhere, computes as it did before, and ranks on unlike machines compute
+        alike: in bfloat16 only if that pays on all.
+        """
+        devices = {p.device for p in group["params"]}
+        if group["ns_dtype"] != "auto" or any(device.type == "meta" for device in devices):
+            return {}
+        pays = survives_bfloat16(group["ns"]) and all(bfloat16_pays(device) for device in devices)
+        return {"ns_dtype": "bfloat16" if agreed(pays) else "float32"}
+
+    @phase("orthogonalize")
+    def polar(self, M: Tensor, step: Step) -> Tensor:
+        """The polar factor of ``M [B, m, n]`` by the table that the options name; zero where "exact" finds none."""
+        O = polar_factor(M, self.ns, eps=self.eps, dtype=iteration_dtype(M, self.ns_dtype))
+        return step.found(O, 0.0) if self.ns == "exact" else O
+
+
+def survives_bfloat16(method: str) -> bool:
+    """Whether ``method`` may run in bfloat16.
+
+    >>> survives_bfloat16("keller"), survives_bfloat16("cans"), survives_bfloat16("exact")
+    (True, False, False)
+    """
+    return method in TABLES and TABLES[method].bfloat16

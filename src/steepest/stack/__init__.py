@@ -1,0 +1,1 @@
+"""Stacks: matrices of one shape as one tensor, with their state."""
