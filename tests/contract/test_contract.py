@@ -28,7 +28,7 @@ SOAP_VARIANTS: dict[str, dict[str, Any]] = {
     "soap f=3": {"precondition_frequency": 3},
     "soap stagger": {"precondition_frequency": 3, "stagger": True},
     "soap kl": {"use_kl_shampoo": True},
-    "soap eigh": {"refresh": "eigh"},
+    "soap eigh": {"solver": "eigh"},
     "soap after": {"basis_timing": "after", "precondition_frequency": 2},
     "soap warmup": {"adam_warmup_steps": 3},
     "soap one-sided": {"max_precond_dim": 3},

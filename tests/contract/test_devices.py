@@ -25,7 +25,7 @@ from steepest.testing.subject import Run, Subject
 SOAP: dict[str, dict[str, Any]] = {
     "soap f=3": {"precondition_frequency": 3},
     "soap stagger": {"precondition_frequency": 3, "stagger": True},
-    "soap kl": {"use_kl_shampoo": True, "refresh": "eigh"},
+    "soap kl": {"use_kl_shampoo": True, "solver": "eigh"},
     "soap after": {"basis_timing": "after"},
     "soap warmup": {"adam_warmup_steps": 2},
     "soap l2": {"weight_decay_method": "l2", "nesterov": True},

@@ -27,9 +27,9 @@ LARGE = 1e6
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "soap": ("soap", {}),
     "soap f=2": ("soap", {"precondition_frequency": 2}),
-    "soap eigh": ("soap", {"refresh": "eigh"}),
-    "soap qr": ("soap", {"refresh": "qr"}),
-    "soap kl": ("soap", {"use_kl_shampoo": True, "refresh": "eigh"}),
+    "soap eigh": ("soap", {"solver": "eigh"}),
+    "soap qr": ("soap", {"solver": "qr"}),
+    "soap kl": ("soap", {"use_kl_shampoo": True, "solver": "eigh"}),
     "soap after": ("soap", {"basis_timing": "after"}),
     "soap adaptive": ("soap", {"use_adaptive_criteria": True}),
     "soap stagger": ("soap", {"precondition_frequency": 2, "stagger": True}),
@@ -37,7 +37,7 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "moso": ("moso", {}),
     "moso rmsprop": ("moso", {"inner": "rmsprop"}),
     "shampoo": ("shampoo", {}),
-    "shampoo eigh": ("shampoo", {"refresh": "eigh"}),
+    "shampoo eigh": ("shampoo", {"solver": "eigh"}),
     "kl-shampoo": ("shampoo", {"use_kl_shampoo": True, "exponent": -0.5}),
     "inverse_root": ("inverse_root", {"graft": "adam"}),
     "dion qr": ("dion", {"orthonormalize": "qr"}),
@@ -187,7 +187,7 @@ def test_moments_are_kept_to_the_last_bit(solvers: Solvers) -> None:
     state = Factors.init(G, max_precond_dim=8) | {"exp_avg": torch.randn_like(G), "exp_avg_sq": torch.rand_like(G)}
     failures = torch.zeros(3, dtype=torch.int64)
     factors = Factors(state, failures)
-    factors.feed(G, 0.5)
+    factors.accumulate(G, 0.5)
     factors.start(slice(None))
     before = snapshot(state)
     solvers.fail("nan")

@@ -17,19 +17,18 @@ LARGER = [(48, 16), (16, 112), (37, 12), (17, 64), (64, 128)]
 STEPS = 4
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name, rule in RULES.items() if issubclass(rule, Rule)},
-    "soap kl": ("soap", {"use_kl_shampoo": True}),
     "soap after": ("soap", {"basis_timing": "after", "precondition_frequency": 2}),
     "soap warmup": ("soap", {"adam_warmup_steps": 2}),
-    "soap eigh": ("soap", {"refresh": "eigh", "nesterov": True, "max_update_rms": 0.1}),
+    "soap eigh": ("soap", {"solver": "eigh", "nesterov": True, "max_update_rms": 0.1}),
     "soap adaptive": ("soap", {"use_adaptive_criteria": True, "adaptive_update_tolerance": 0.1}),
-    "shampoo kl": ("shampoo", {"use_kl_shampoo": True, "exponent": -0.5, "shampoo_beta": 1.0}),
+    "kl_shampoo sums": ("kl_shampoo", {"shampoo_beta": 1.0}),
     "moso rmsprop": ("moso", {"inner": "rmsprop"}),
 }
 
 
 def rule(name: str) -> Rule:
     of, options = VARIANTS[name]
-    at_each = {"precondition_frequency": 1} if of == "soap" else {}
+    at_each = {"precondition_frequency": 1} if of in ("soap", "kl_soap") else {}
     built = RULES[of](**at_each | options)
     assert isinstance(built, Rule)
     return built

@@ -75,12 +75,12 @@ class Matrix:
         self.K = [None if K is None else b * K + (1 - b) * new for K, new in zip(self.K, sides, strict=True)]
         due = t - 1 == first or (t - 1 > first and (t - 1) % o["precondition_frequency"] == 0)
         if due:
-            self.turn(first=t - 1 == first and o["refresh"] != "qr", full=o["refresh"] == "eigh")
+            self.turn(first=t - 1 == first and o["solver"] != "qr", full=o["solver"] == "eigh")
 
     def whitening(self, side: int, G: Tensor, o: Options) -> Tensor:
         """What stands between the gradients in the other side's covariance."""
         d, K, Q = G.shape[side], self.K[side], self.Q[side]
-        if not o["use_kl_shampoo"]:
+        if o["rule"] == "soap":
             return torch.eye(d, dtype=G.dtype)
         if K is None:
             return torch.eye(d, dtype=G.dtype) / d
@@ -123,7 +123,7 @@ class Matrix:
             v, m = self.v, β1 * self.m + (1 - β1) * g if o["nesterov"] else self.m
         if guarded and o["momentum_floor"]:
             v = torch.maximum(v, m**2)
-        τ = {"auto": 1e-2}.get(o["noise_floor"], o["noise_floor"]) if guarded else 0.0
+        τ = o["noise_floor"] if guarded else 0.0
         d = v.sqrt()
         u = d * m / (d * (d + o["eps"]) + τ**2 * v.mean()) if τ else m / (d + o["eps"])
         u = Q_L @ u @ Q_R.T

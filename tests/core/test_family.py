@@ -21,7 +21,7 @@ CASES = {
     "shampoo": {},
     "shampoo without eps": {"eps": 0.0, "graft": "none"},
     "shampoo of sums": {"shampoo_beta": 1.0, "graft": "sgd"},
-    "shampoo, kl": {"use_kl_shampoo": True, "exponent": -0.5, "graft": "rmsprop"},
+    "kl_shampoo": {"graft": "rmsprop"},
     "shampoo, one-sided": {"max_precond_dim": 10},
 }
 

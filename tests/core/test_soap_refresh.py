@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
@@ -14,10 +14,13 @@ from steepest.linalg import solvers
 from steepest.linalg.eigenbasis import conjugate
 from steepest.linalg.turning import Turn, decomposed
 from steepest.rule import State, Step
-from steepest.rules.parts import kl_factors as factors_in_basis
-from steepest.rules.parts.kl_factors import FactorsInBasis
-from steepest.rules.shampoo import Shampoo
-from steepest.rules.soap import Soap
+from steepest.rules.kl_shampoo import KLShampoo
+from steepest.rules.kl_soap import KLSoap
+from steepest.rules.parts import factors as plain_factors
+from steepest.rules.parts import kl_factors
+from steepest.rules.parts.factors import SIDES, Factors
+from steepest.rules.parts.kl_factors import KLFactors
+from steepest.rules.soap import AdamInBasis
 
 SHAPES = [(5, 5), (9, 4), (4, 9)]
 KL: dict[str, dict[str, Any]] = {
@@ -29,13 +32,13 @@ KL: dict[str, dict[str, Any]] = {
     "f3 warmup": {"precondition_frequency": 3, "adam_warmup_steps": 4},
     "f3 after warmup": {"precondition_frequency": 3, "adam_warmup_steps": 4, "basis_timing": "after"},
     "f3 one-sided": {"precondition_frequency": 3, "max_precond_dim": 8},
-    "f3 qr": {"precondition_frequency": 3, "refresh": "qr"},
+    "f3 qr": {"precondition_frequency": 3, "solver": "qr"},
     "f3 qr twice": {"precondition_frequency": 3, "power_iter_steps": 2},
-    "f3 cholesky": {"precondition_frequency": 3, "refresh": "cholesky"},
-    "f3 cholesky twice": {"precondition_frequency": 3, "refresh": "cholesky", "power_iter_steps": 2},
-    "f3 first order": {"precondition_frequency": 3, "refresh": "first_order"},
-    "f3 eigh": {"precondition_frequency": 3, "refresh": "eigh"},
-    "f3 eigh by rank": {"precondition_frequency": 3, "refresh": "eigh", "match_columns": False},
+    "f3 cholesky": {"precondition_frequency": 3, "solver": "cholesky"},
+    "f3 cholesky twice": {"precondition_frequency": 3, "solver": "cholesky", "power_iter_steps": 2},
+    "f3 first order": {"precondition_frequency": 3, "solver": "first_order"},
+    "f3 eigh": {"precondition_frequency": 3, "solver": "eigh"},
+    "f3 eigh by rank": {"precondition_frequency": 3, "solver": "eigh", "match_columns": False},
     "f3 adaptive": {
         "precondition_frequency": 3,
         "use_adaptive_criteria": True,
@@ -44,6 +47,29 @@ KL: dict[str, dict[str, Any]] = {
     "f3 uncorrected": {"precondition_frequency": 3, "correct_bias": False},
     "f3 nesterov": {"precondition_frequency": 3, "nesterov": True},
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Literal(AdamInBasis[Factors]):
+    """KL-SOAP by the formula as it stands: factors in the gradients' coordinates, whitened by explicit inverses."""
+
+    kl_floor: float = 1e-4
+
+    def factors(self, state: State, step: Step) -> Factors:
+        return Factors(state, step.failures)
+
+    def update_factors(self, G: Tensor, factors: Factors, step: Step) -> None:
+        whitened = {}
+        for side, _ in SIDES:
+            if side in factors.state:
+                Q, λ = factors.state[f"Q_{side}"], conjugate(factors.state[side], factors.state[f"Q_{side}"], diag=True)
+                λ = λ.clamp(min=self.eps) if self.kl_floor == 0 else torch.maximum(λ, self.kl_floor * λ.amax(-1, True))
+                whitened[side] = Q @ torch.diag_embed(1 / λ) @ Q.mT
+        beta = self.factor_beta(step.t)
+        for side, other, X in (("L", "R", G), ("R", "L", G.mT)):
+            if side in factors.state:
+                Y = X @ whitened[other] if other in whitened else X
+                factors.state[side].mul_(beta).add_((1 - beta) * Y @ X.mT / X.shape[-1])
 
 
 def stepped(rule: Any, state: State, k: int, G: Tensor, phases: tuple[int, ...], penalty: bool) -> Any:
@@ -61,15 +87,15 @@ def relative(x: Tensor, y: Tensor) -> float:
 
 
 def twins(
-    rule: Soap, shape: tuple[int, int], dtype: torch.dtype, phases: tuple[int, ...], penalty: bool = False
+    rule: KLSoap, shape: tuple[int, int], dtype: torch.dtype, phases: tuple[int, ...], penalty: bool = False
 ) -> tuple[float, float]:
     """How far directions and covariances are ever from those of the formula as it stands, relatively.
 
-    That is what KL does to a state that was laid out without it. Factors start at something of full rank: how a null
-    space is spanned, rounding decides.
+    Factors start at something of full rank: how a null space is spanned, rounding decides.
     """
     G = torch.empty(len(phases), *shape, dtype=dtype)
-    fast, literal = rule.init(G), replace(rule, use_kl_shampoo=False).init(G)
+    formula = Literal(**{f.name: getattr(rule, f.name) for f in fields(rule)})
+    fast, literal = rule.init(G), formula.init(G)
     assert fast.keys() - literal.keys() == {"in_basis"}
     apart = [0.0, 0.0]
     generator = torch.Generator().manual_seed(0)
@@ -80,13 +106,11 @@ def twins(
             state[side].copy_(A @ A.mT)
     for k in range(50):
         G = mixing @ torch.randn(len(phases), *shape, generator=generator, dtype=dtype)
-        ours, theirs = (stepped(rule, state, k, G, phases, penalty) for state in (fast, literal))
+        ours, theirs = (stepped(r, s, k, G, phases, penalty) for r, s in ((rule, fast), (formula, literal)))
         if ours is not None:
             apart[0] = max(apart[0], relative(ours, theirs))
-        for side, K in zip("LR", FactorsInBasis(fast).covariances(), strict=True):
-            assert (K is None) == (side not in literal)
-            if K is not None:
-                apart[1] = max(apart[1], relative(K, literal[side]))
+        for side in fast.keys() & {"L", "R"}:
+            apart[1] = max(apart[1], relative(KLFactors(fast).covariance(side), literal[side]))
     return apart[0], apart[1]
 
 
@@ -94,7 +118,7 @@ def twins(
 @pytest.mark.parametrize("name", KL)
 def test_kl_in_the_eigenbases_is_the_formula(name: str, shape: tuple[int, int]) -> None:
     """Two matrices that refresh at different steps; in float64, so that nothing but the formula is compared."""
-    directions, factors = twins(Soap(use_kl_shampoo=True, **KL[name]), shape, torch.float64, phases=(0, 1))
+    directions, factors = twins(KLSoap(**KL[name]), shape, torch.float64, phases=(0, 1))
     assert directions < 1e-7  # Adam divides by small numbers, and rounding with them
     assert factors < 1e-10
 
@@ -104,20 +128,20 @@ def test_kl_in_the_eigenbases_is_the_formula(name: str, shape: tuple[int, int]) 
 def test_so_it_is_with_weight_decay_as_a_gradient_and_refreshes_after_the_step(
     options: dict[str, Any], penalty: bool
 ) -> None:
-    directions, factors = twins(Soap(use_kl_shampoo=True, **options), (6, 4), torch.float64, (0, 0), penalty)
+    directions, factors = twins(KLSoap(**options), (6, 4), torch.float64, (0, 0), penalty)
     assert directions < 1e-7
     assert factors < 1e-10
 
 
 def test_so_it_is_for_vectors() -> None:
-    rule = Soap(use_kl_shampoo=True, precondition_frequency=3, precondition_1d=True)
+    rule = KLSoap(precondition_frequency=3, precondition_1d=True)
     directions, factors = twins(rule, (1, 6), torch.float64, (0, 1))
     assert directions < 1e-7
     assert factors < 1e-10
 
 
 def test_in_float32_it_is_but_for_rounding() -> None:
-    _, factors = twins(Soap(use_kl_shampoo=True, precondition_frequency=5), (6, 6), torch.float32, (0,))
+    _, factors = twins(KLSoap(precondition_frequency=5), (6, 6), torch.float32, (0,))
     assert 0 < factors < 1e-4
 
 
@@ -125,18 +149,18 @@ def test_a_factor_that_does_not_turn_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     def forgetful(K: Tensor, solver: str, steps: int) -> Turn:
         return turn(K, solver, steps)._replace(K=K)
 
-    turn = factors_in_basis.turn
-    monkeypatch.setattr(factors_in_basis, "turn", forgetful)
-    _, factors = twins(Soap(use_kl_shampoo=True, precondition_frequency=3), (5, 5), torch.float64, (0,))
+    turn = kl_factors.turn
+    monkeypatch.setattr(kl_factors, "turn", forgetful)
+    _, factors = twins(KLSoap(precondition_frequency=3), (5, 5), torch.float64, (0,))
     assert factors > 1e-3
 
 
 @pytest.mark.parametrize("basis_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("refresh", ["qr", "first_order"])
-def test_bases_and_factors_stay_what_they_are_over_2000_turns(refresh: str, basis_dtype: str) -> None:
+@pytest.mark.parametrize("solver", ["qr", "first_order"])
+def test_bases_and_factors_stay_what_they_are_over_2000_turns(solver: str, basis_dtype: str) -> None:
     """Every turn is a product, with its rounding. Bases in bfloat16 lose 8 bits each time, and are made orthogonal."""
     W = torch.nn.Parameter(torch.zeros(24, 16))
-    optimizer = steepest.SOAP([W], lr=0.0, use_kl_shampoo=True, refresh=refresh, basis_dtype=basis_dtype)
+    optimizer = steepest.SOAP([W], lr=0.0, use_kl_shampoo=True, solver=solver, basis_dtype=basis_dtype)
     mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(1))
     for k in range(2000):
         W.grad = mixing @ torch.randn(24, 16, generator=torch.Generator().manual_seed(k))
@@ -155,11 +179,11 @@ def test_a_failed_decomposition_leaves_everything_of_its_matrix(monkeypatch: pyt
         lost = torch.tensor([True, False]).view(2, 1, 1)
         return Turn(U.masked_fill(lost, torch.nan), order, K.masked_fill(lost, torch.nan))
 
-    monkeypatch.setattr(factors_in_basis, "turn", failing)
-    rule = Soap(use_kl_shampoo=True)
+    monkeypatch.setattr(kl_factors, "turn", failing)
+    rule = KLSoap()
     state = rule.init(torch.empty(2, 4, 3))
-    factors = FactorsInBasis(state, torch.zeros(2, dtype=torch.int64))
-    factors.feed(torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)), 0.5)
+    factors = KLFactors(state, torch.zeros(2, dtype=torch.int64))
+    factors.accumulate(torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)), 0.5)
     state["exp_avg"] += torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1))
     before = {name: x.clone() for name, x in state.items()}
     factors.refresh(slice(None))
@@ -171,7 +195,7 @@ def test_a_failed_decomposition_leaves_everything_of_its_matrix(monkeypatch: pyt
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kl_shampoo_keeps_its_eigenvalues_by_the_feed(shape: tuple[int, int]) -> None:
-    rule = Shampoo(use_kl_shampoo=True, exponent=-0.5, precondition_frequency=3)
+    rule = KLShampoo(precondition_frequency=3)
     state = rule.init(torch.empty(1, *shape, dtype=torch.float64))
     for k in range(20):
         G = torch.randn(1, *shape, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
@@ -181,62 +205,47 @@ def test_kl_shampoo_keeps_its_eigenvalues_by_the_feed(shape: tuple[int, int]) ->
             torch.testing.assert_close(state[f"lambda_{side}"], exact, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_kl_may_be_switched_in_training(before: bool) -> None:
-    """The state stays laid out as it was, and either feed goes into either layout."""
-    weights = []
-    for first in (before, not before):
-        W = torch.nn.Parameter(torch.zeros(4, 4))
-        opt = steepest.SOAP([W], lr=0.1, use_kl_shampoo=first)
-        for k in range(6):
-            opt.param_groups[0]["use_kl_shampoo"] = before if k < 3 else not before
-            W.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(k))
-            opt.step()
-        weights.append(W.detach())
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("refresh", ["cholesky", "first_order"])
+@pytest.mark.parametrize("solver", ["cholesky", "first_order"])
 @pytest.mark.parametrize("every", [1, 3])
-def test_training_is_that_of_householder(refresh: str, every: int) -> None:
+def test_training_is_that_of_householder(solver: str, every: int) -> None:
     """A least squares problem: "cholesky" trains as "qr" does but for rounding, "first_order" as well."""
     losses = {}
     A = torch.randn(40, 24, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 2, 24)
     target = torch.randn(24, 12, generator=torch.Generator().manual_seed(2))
-    for name in ("qr", refresh):
+    for name in ("qr", solver):
         W = torch.nn.Parameter(torch.zeros(24, 12))
-        opt = steepest.SOAP([W], lr=0.03, weight_decay=0.0, refresh=name, precondition_frequency=every)
+        opt = steepest.SOAP([W], lr=0.03, weight_decay=0.0, solver=name, precondition_frequency=every)
         for _ in range(60):
             opt.zero_grad()
             loss = (A @ (W - target)).square().mean()
             loss.backward()
             opt.step()
         losses[name] = loss.item()
-    assert losses[refresh] == pytest.approx(losses["qr"], rel=0.3)
+    assert losses[solver] == pytest.approx(losses["qr"], rel=0.3)
 
 
-@pytest.mark.parametrize("refresh", ["auto", *solvers.SOLVERS])
+@pytest.mark.parametrize("solver", ["auto", *solvers.SOLVERS])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("kl", [False, True])
 def test_the_solver_is_the_one_that_was_asked_for(
-    kl: bool, refresh: str, device: str, monkeypatch: pytest.MonkeyPatch
+    kl: bool, solver: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[str] = []
-    for name, solver in list(solvers.SOLVERS.items()):
-        spy = lambda *args, name=name, solver=solver: called.append(name) or solver(*args)  # noqa: E731
+    for name, solve in list(solvers.SOLVERS.items()):
+        spy = lambda *args, name=name, solve=solve: called.append(name) or solve(*args)  # noqa: E731
         monkeypatch.setitem(solvers.SOLVERS, name, spy)
     choice = solvers.choose(device)
-    monkeypatch.setattr(solvers, "choose", lambda here: choice)
-    monkeypatch.setattr(factors_in_basis, "choose", lambda here: choice)
-    turn = factors_in_basis.turn
-    monkeypatch.setattr(factors_in_basis, "turn", lambda K, name, steps: called.append(name) or turn(K, name, steps))
+    monkeypatch.setattr(plain_factors, "choose", lambda here: choice)
+    monkeypatch.setattr(kl_factors, "choose", lambda here: choice)
+    turn = kl_factors.turn
+    monkeypatch.setattr(kl_factors, "turn", lambda K, name, steps: called.append(name) or turn(K, name, steps))
     W = torch.nn.Parameter(torch.zeros(8, 4))
-    opt = steepest.SOAP([W], lr=0.1, precondition_frequency=1, refresh=refresh, use_kl_shampoo=kl)
+    opt = steepest.SOAP([W], lr=0.1, precondition_frequency=1, solver=solver, use_kl_shampoo=kl)
     for k in range(3):
         W.grad = torch.randn(8, 4, generator=torch.Generator().manual_seed(k))
         opt.step()
-    expected = {("auto", "cpu"): "qr", ("auto", "cuda"): "first_order"}.get((refresh, device), refresh)
-    assert called == [expected] * (6 if refresh == "qr" else 4)  # others start with a full decomposition
+    expected = {("auto", "cpu"): "qr", ("auto", "cuda"): "first_order"}.get((solver, device), solver)
+    assert called == [expected] * (6 if solver == "qr" else 4)  # others start with a full decomposition
 
 
 def kl(frequency: int, steps: int) -> tuple[torch.nn.Parameter, steepest.SOAP]:

@@ -5,10 +5,11 @@ from steepest.engine.optimizer import Optimizer
 from steepest.linalg.polar import polar_factor
 from steepest.linalg.roots import matrix_power
 from steepest.rule import Step
+from steepest.rules.kl_shampoo import KLShampoo
 from steepest.rules.muon import Muon
 from steepest.rules.shampoo import Shampoo
 
-ABSOLUTE = {"eps": 1e-6, "relative_eps": False, "refresh": "eigh", "weight_decay": 0.0, "graft": "none"}
+ABSOLUTE = {"eps": 1e-6, "relative_eps": False, "solver": "eigh", "weight_decay": 0.0, "graft": "none"}
 AVERAGED = ABSOLUTE | {"betas": (0.9, 0.95), "shampoo_beta": 0.95}
 CASES = {
     "adagrad_sum": ABSOLUTE | {"betas": (0.0, 0.95), "shampoo_beta": 1.0},
@@ -19,7 +20,7 @@ CASES = {
 SOAP = {
     "noise_floor": 0.0,
     "momentum_floor": False,
-    "refresh": "eigh",
+    "solver": "eigh",
     "precondition_frequency": 1,
     "match_columns": False,
     "weight_decay": 0.0,
@@ -76,7 +77,7 @@ def test_one_step_from_zero_is_the_polar_factor(shape, options):
 
 
 def test_averages_and_roots_by_their_formula():
-    rule = Shampoo(betas=(0.0, 0.9), shampoo_beta=0.8, eps=1e-3, relative_eps=False, graft="none", refresh="eigh")
+    rule = Shampoo(betas=(0.0, 0.9), shampoo_beta=0.8, eps=1e-3, relative_eps=False, graft="none", solver="eigh")
     L, R = torch.zeros(1, 4, 4, dtype=torch.float64), torch.zeros(1, 6, 6, dtype=torch.float64)
     state = rule.init(random(1, 4, 6))
     for t in range(1, 5):
@@ -89,9 +90,7 @@ def test_averages_and_roots_by_their_formula():
 
 def test_kl_shampoo_by_its_formula():
     floor, eps = 1e-3, 1e-9
-    rule = Shampoo(
-        betas=(0.0, 0.9), use_kl_shampoo=True, exponent=-0.5, kl_floor=floor, eps=eps, graft="none", refresh="eigh"
-    )
+    rule = KLShampoo(betas=(0.0, 0.9), kl_floor=floor, eps=eps, graft="none", solver="eigh")
     G = random(1, 5, 5)
     L, R = G @ G.mT / (5 * G.square().mean().sqrt()), G.mT @ G / (5 * G.square().mean().sqrt())
     state = rule.init(G)
@@ -113,9 +112,9 @@ def _floored_inverse(K, floor):
     return Q @ torch.diag_embed(1 / floored) @ Q.mT
 
 
-@pytest.mark.parametrize("options", [{}, {"use_kl_shampoo": True, "exponent": -0.5}])
-def test_directions_do_not_depend_on_the_gradients_unit(options):
-    rule = Shampoo(graft="none", refresh="eigh", **options)
+@pytest.mark.parametrize("kind", [Shampoo, KLShampoo])
+def test_directions_do_not_depend_on_the_gradients_unit(kind):
+    rule = kind(graft="none", solver="eigh")
     states = [rule.init(random(2, 4, 7)) for _ in range(2)]
     for t in range(1, 6):
         G = random(2, 4, 7, seed=t)

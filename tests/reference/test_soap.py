@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import steepest
-from steepest.rules.parts.kronecker import precondition
+from steepest import precondition
 
 # Guards and floors of ours, off for parity.
-PARITY = {"momentum_floor": False, "noise_floor": 0.0, "kl_floor": 0.0, "match_columns": False}
+PARITY = {"guards": False, "match_columns": False}
 SHAPES = {"4x4": (4, 4), "4x5": (4, 5)}
 CASES = [
     "default", "frequency3", "nesterov", "no_bias_correction", "factor_bias_only_off", "kl", "eigh", "clip", "power2",
@@ -37,7 +37,7 @@ def test_current_gradient(golden, trajectory, shape, case):
         # There the frequency doesn't divide the warm-up's 2 steps, so the identity stays until step 4 and the first
         # basis comes by iteration. Here the first basis comes when the warm-up ends: after 3 steps, and by iteration
         # if told so.
-        options |= {"adam_warmup_steps": 3, "refresh": "qr"}
+        options |= {"adam_warmup_steps": 3, "solver": "qr"}
     weights, state = trajectory(lambda params: steepest.SOAP(params, **options), *SHAPES[shape], steps=6)
     known = 4 if (shape, case) == ("4x5", "kl") else 6  # its last two steps move by 1e-3 for 1e-6 of the gradients
     for W, expected in zip(weights[:known], want["params"], strict=False):

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from steepest.exchange.domain import Domain
 from steepest.exchange.shipment import Shipment
-from steepest.rule import Errand, Rule, Solved
+from typing import Any as Solved
+from typing import Any as Errand
+
+from steepest.rule import Rule
 from steepest.stack.stack import Answers, Seat, Stack
 from steepest.stack.storage import Storage
 

@@ -158,10 +158,10 @@ def _job(
         name=name if window == layout.whole else f"{name}.{seats[0].piece}",
         layout=layout,
         window=window,
-        cost=sum(b * rule.flops(m, n) for b, m, n in shapes),
+        cost=0.0,
         memory=sum(Stack.blank(rule, number, seat, p).nbytes for seat in seats),
         itemsizes=(p.dtype.itemsize, state_dtype(p).itemsize),
         bucket=f"{p.dtype} {p.device.type}",
         factored=sum(b * (m + n) * rule.rank(m, n) for b, m, n in shapes),
-        errands=offers(rule, shapes, state_dtype(p).itemsize),
+        
     )

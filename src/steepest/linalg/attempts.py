@@ -38,34 +38,47 @@ def attempt(solve: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
     """
     global calls
     calls += 1
-    flat = A.reshape(-1, *A.shape[-2:])
     try:
-        X = each(solve, A)
-        failed = [i for i, good in enumerate(succeeded(X).view(-1).tolist()) if not good] if at_hand(A) else []
-        if not failed:
+        X = solve(A) if together(A) else one_by_one(solve, A)
+        if not at_hand(A):
             return X
-        X = X.reshape(flat.shape).clone()
+        good = succeeded(X)
+        if bool(good.all()):
+            return X
+        failed = [i for i, fine in enumerate(good.view(-1).tolist()) if not fine]
+        X = X.reshape(-1, *X.shape[-2:]).clone()
     except RuntimeError:
-        X = torch.empty_like(flat)
-        failed = list(range(len(flat)))
+        X = torch.empty_like(A.reshape(-1, *A.shape[-2:]))
+        failed = list(range(len(X)))
     for i in failed:
-        X[i : i + 1].copy_(_alone(solve, flat[i : i + 1]))
+        X[i : i + 1].copy_(_alone(solve, A.reshape(-1, *A.shape[-2:])[i : i + 1]))
     return X.reshape(A.shape)
 
 
 def each(solve: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
-    """``solve(A)``, from ``[..., m, n]`` to the same shape, by functions that take a stack matrix by matrix.
-
-    On a CPU such functions round otherwise where a matrix doesn't begin at a multiple of 64 bytes. Stacks in which not
-    all do are cut, so that each gets the bits that it would get alone, and in the same layout, by rows or by columns.
+    """``solve(A)``, from ``[..., m, n]`` to the same shape; each matrix gets the bits that it would get alone.
 
     >>> each(torch.linalg.cholesky, torch.full((2, 1, 1), 4.0)).flatten()
     tensor([2., 2.])
     """
-    flat = A.reshape(-1, *A.shape[-2:])
-    if A.device.type != "cpu" or len(flat) < 2 or flat[0].nbytes % 64 == 0:
-        return solve(A)
-    found = [solve(one.clone()) for one in flat.unsqueeze(1)]
+    return solve(A) if together(A) else one_by_one(solve, A)
+
+
+def together(A: Tensor) -> bool:
+    """Whether a function that takes a stack matrix by matrix gives each of ``A [..., m, n]`` the bits it gets alone.
+
+    On a CPU such functions round otherwise where a matrix doesn't begin at a multiple of 64 bytes.
+
+    >>> together(torch.zeros(2, 4, 4)), together(torch.zeros(2, 3, 3))
+    (True, False)
+    """
+    m, n = A.shape[-2:]
+    return A.device.type != "cpu" or m * n * A.itemsize % 64 == 0 or A.numel() <= m * n
+
+
+def one_by_one(solve: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
+    """``solve`` of each matrix of ``A [..., m, n]`` by itself, in the layout (by rows or by columns) that it gives."""
+    found = [solve(one.clone()) for one in A.reshape(-1, 1, *A.shape[-2:])]
     if found[0].is_contiguous():
         return torch.cat(found).view(A.shape)
     return torch.cat([x.mT for x in found]).view(*A.shape[:-2], A.shape[-1], A.shape[-2]).mT

@@ -6,6 +6,7 @@ Everywhere eigenvalues descend, and column i of ``Q`` belongs to eigenvalue i.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from steepest.linalg.attempts import attempt, succeeded
 
 ALIGNED, CONFLICT = 16, 512
 """Entries from column to column, on a CPU, where they are made a multiple of the first and none of the second; see
-`_reflected`."""
+`columns_apart`."""
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -67,6 +68,34 @@ def eigenvectors(K: Tensor, force_double: bool = False) -> Tensor:
     return Q.flip(-1).to(K)
 
 
+def reflections(A: Tensor) -> Tensor:
+    """The Q of ``A [..., d, d]``, or LAPACK's exception."""
+    return by_columns(torch.linalg.householder_product(*torch.geqrf(columns_apart(A)))[..., : A.shape[-1], :])
+
+
+def columns_apart(A: Tensor) -> Tensor:
+    """``A [..., d, d]``, on a CPU with rows of zeros below where that helps, which reflect nothing.
+
+    Columns that begin a multiple of 512 entries apart meet in few lines of a CPU's caches. Kept apart they take 0.70 of
+    the time at 1024 rows, 0.79 at 512 (benchmarks/padding.py). And where the matrices of a stack would not begin at
+    multiples of 64 bytes, and be rounded otherwise than alone, they do with their columns filled up. (`attempts.each`
+    would take them one by one for that, and has no place for R.)
+    """
+    d = A.shape[-1]
+    misaligned = d * d * A.itemsize % 64 != 0
+    zeros = -d % ALIGNED if misaligned else ALIGNED * (d % CONFLICT == 0)
+    if not zeros or A.device.type != "cpu":
+        return A
+    return torch.cat([A.mT, A.new_zeros(*A.shape[:-1], zeros)], dim=-1).mT  # columns lie contiguous
+
+
+householder = partial(attempt, reflections)
+"""The Q of ``A [..., d, d]`` by Householder's reflections, without forming R; NaN where that fails.
+
+Backward stable whatever A is: where it has no full rank, some orthonormal columns complete the basis.
+"""
+
+
 def orthogonal_iteration(K: Tensor, Q: Tensor, power_iter_steps: int = 1) -> Tensor:
     """One refinement of an approximate eigenbasis: ``Q ← qr(K Q)``, ``power_iter_steps`` times.
 
@@ -92,14 +121,6 @@ def orthogonal_iteration(K: Tensor, Q: Tensor, power_iter_steps: int = 1) -> Ten
     return Q
 
 
-def householder(A: Tensor) -> Tensor:
-    """The Q of ``A [..., d, d]`` by Householder's reflections, without forming R; NaN where that fails.
-
-    Backward stable whatever A is: where it has no full rank, some orthonormal columns complete the basis.
-    """
-    return attempt(lambda A: _reflected(A)[0], A)
-
-
 @_disable_dynamo
 def householder_qr(A: Tensor) -> tuple[Tensor, Tensor]:
     """`householder`, and a matrix ``[..., d, d]`` whose upper triangle is R; what is below it means nothing.
@@ -110,33 +131,17 @@ def householder_qr(A: Tensor) -> tuple[Tensor, Tensor]:
         >>> torch.dist(Q @ R.triu(), A) < 1e-5
         tensor(True)
     """
+    d = A.shape[-1]
     try:
-        Q, R = _reflected(A)
+        R, scales = torch.geqrf(columns_apart(A))
+        Q = by_columns(torch.linalg.householder_product(R, scales)[..., :d, :])
         found = not attempts.at_hand(A) or bool(succeeded(Q).all())
     except RuntimeError:
         found = False
     if found:
-        return Q, R
+        return Q, R[..., :d, :]
     Q = householder(A)  # matrix by matrix
     return Q, Q.mT @ A
-
-
-def _reflected(A: Tensor) -> tuple[Tensor, Tensor]:
-    """`householder_qr`, or LAPACK's exception.
-
-    On a CPU, columns that begin a multiple of 512 entries apart meet in few lines of its caches. Rows of zeros below
-    keep them apart and reflect nothing: that takes 0.70 of the time at 1024 rows, 0.79 at 512 (benchmarks/padding.py).
-    And where matrices of a stack would not begin at multiples of 64 bytes, and be rounded otherwise than alone, they do
-    with their columns filled up. (`attempts.each` would take them one by one for that, and has no place for R.)
-    """
-    d = A.shape[-1]
-    misaligned = d * d * A.itemsize % 64 != 0
-    zeros = -d % ALIGNED if misaligned else ALIGNED * (d % CONFLICT == 0)
-    if zeros and A.device.type == "cpu":
-        A = torch.cat([A.mT, A.new_zeros(*A.shape[:-1], zeros)], dim=-1).mT  # columns lie contiguous
-    R, scales = torch.geqrf(A)
-    Q = torch.linalg.householder_product(R, scales)
-    return by_columns(Q[..., :d, :]), R[..., :d, :]
 
 
 def by_columns(Q: Tensor) -> Tensor:

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
-
-from steepest.linalg.symmetric import accumulate_gram
-
-Sides = Sequence[Tensor | None]
-"""``[left, right]``; None is the identity."""
 
 
 def whitening_weights(
@@ -48,60 +41,3 @@ def root_mean_square(grad: Tensor) -> Tensor:
     flat = grad.flatten(-2)
     norm: Tensor = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
     return norm / math.sqrt(flat.shape[-1])
-
-
-class Projections:
-    """``x [..., m, n]`` in the eigenbasis of each side and of both, each computed when it is first asked for.
-
-    >>> seen = Projections(torch.ones(1, 1), [2 * torch.eye(1), 3 * torch.eye(1)])
-    >>> seen.whole.item(), seen.rows.item(), seen.columns.item()
-    (6.0, 2.0, 3.0)
-    """
-
-    def __init__(self, x: Tensor, eigenbasis_list: Sides) -> None:
-        self.x = x
-        self.left, self.right = eigenbasis_list
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """``Q_Lᵀ x``."""
-        return self.x if self.left is None else self.left.mT @ self.x
-
-    @cached_property
-    def columns(self) -> Tensor:
-        """``x Q_R``."""
-        return self.x if self.right is None else self.x @ self.right
-
-    @cached_property
-    def whole(self) -> Tensor:
-        """``Q_Lᵀ x Q_R``: a product with the shorter side, beside the one with the longer."""
-        if self.left is None or (self.right is not None and self.x.shape[-2] < self.x.shape[-1]):
-            return self.columns if self.left is None else self.left.mT @ self.columns
-        return self.rows if self.right is None else self.rows @ self.right
-
-
-def feed_by_quotients(
-    factors: Sides,
-    G: Tensor,
-    beta: float | Tensor,
-    eigenbasis_list: Sides,
-    options: tuple[float, float, float],
-    quotients: Sides,
-) -> None:
-    """`kronecker.update_kronecker_factors_kl_shampoo` by λ that are kept: to whiten is to scale."""
-    (eps, exponent, relative_floor), rms = options, root_mean_square(G)
-    projected = Projections(G, eigenbasis_list)
-    whitening = [None if λ is None else whitening_weights(λ, rms, eps, exponent, relative_floor) for λ in quotients]
-    energy = projected.whole.square()  # [..., m, n]
-    for side, (K, λ) in enumerate(zip(factors, quotients, strict=True)):
-        if K is None or λ is None:
-            continue
-        half, entries = (projected.columns, energy) if side == 0 else (projected.rows.mT, energy.mT)  # [..., d, width]
-        other, width = whitening[1 - side], half.shape[-1]
-        if other is None:
-            gained = entries.sum(dim=-1)
-        else:
-            half = half * other.sqrt().unsqueeze(-2)
-            gained = (entries * other.unsqueeze(-2)).sum(dim=-1)  # BLAS would round otherwise in other stacks
-        accumulate_gram(K, half, beta, scale=1 / width)
-        λ.lerp_(gained / width, (1 - beta).squeeze(-1) if isinstance(beta, Tensor) else 1 - beta)

@@ -99,7 +99,10 @@ class Shampoo(Optimizer):
         nonfinite: str = "skip",
         stochastic_rounding: bool = False,
     ) -> None:
-        super().__init__(params, "shampoo", **given(locals()))
+        options = given(locals())
+        if not use_kl_shampoo:
+            del options["kl_floor"]
+        super().__init__(params, "shampoo", **options)
 
 
 KL_SHAMPOO_OPTIONS: dict[str, Any] = {"use_kl_shampoo": True, "exponent": -0.5}

@@ -122,48 +122,12 @@ class SOAP(Optimizer):
         shampoo_beta: float = 0.95,
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        *,
-        weight_decay_method: str = "decoupled",
-        nesterov: bool = False,
-        precondition_frequency: int | Callable[[int], int] = 5,
-        adam_warmup_steps: int = 0,
-        correct_bias: bool = True,
-        fp32_matmul_prec: str = "highest",
-        use_eigh: bool = False,
-        qr_fp32_matmul_prec: str = "high",
-        use_adaptive_criteria: bool = False,
-        adaptive_update_tolerance: float = 1e-7,
-        power_iter_steps: int = 1,
-        max_update_rms: float = 0.0,
-        use_kl_shampoo: bool = False,
-        correct_shampoo_beta_bias: bool | None = None,
-        basis_timing: str = "before",
-        noise_floor: float | str = "auto",
-        momentum_floor: bool = True,
-        kl_floor: float = 1e-4,
-        stagger: bool = False,
-        refresh: str = "auto",
-        match_columns: bool = True,
-        form: str = "eigenbasis",
-        root: int = 4,
-        damping: float = 1e-6,
-        graft: str | None = None,
-        max_precond_dim: int = 8192,
-        merge_dims: bool = True,
-        precondition_1d: bool = False,
-        preconditioner_decay: float | None = None,
-        refresh_async: bool = False,
-        basis_dtype: str = "float32",
-        moment_dtype: str = "float32",
-        compile: bool = False,
-        cuda_graph: bool = False,
-        nonfinite: str = "skip",
-        stochastic_rounding: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(params, **soap_options(given(locals())))
+        super().__init__(params, 'soap', lr=lr, betas=betas, shampoo_beta=shampoo_beta, eps=eps, weight_decay=weight_decay, **options)
 
 
-REKLS_OPTIONS: dict[str, Any] = {"refresh": "eigh", "use_kl_shampoo": True, "precondition_frequency": 1}
+REKLS_OPTIONS: dict[str, Any] = {"solver": "eigh", "use_kl_shampoo": True, "precondition_frequency": 1}
 
 
 @final

@@ -8,23 +8,23 @@ from steepest.rule.options import (
     check,
     check_choice,
     checked,
+    flag,
     frequency,
     nearest,
+    number,
     one_of,
 )
 from steepest.rule.refreshing import THE_END, Refreshing
-from steepest.rule.rule import Elementwise, Errand, LowRank, Rule, Slots, Solved, State, Step, whole
+from steepest.rule.rule import Elementwise, LowRank, Rule, Slots, State, Step, whole
 
 __all__ = [
     "THE_END",
     "Elementwise",
-    "Errand",
     "LowRank",
     "Options",
     "Refreshing",
     "Rule",
     "Slots",
-    "Solved",
     "State",
     "Step",
     "at_least",
@@ -33,8 +33,10 @@ __all__ = [
     "check",
     "check_choice",
     "checked",
+    "flag",
     "frequency",
     "nearest",
+    "number",
     "one_of",
     "whole",
 ]

@@ -1,55 +1,156 @@
-"""Rules with something slow in them, a basis or an inverse root, that is renewed every so many steps."""
+"""Rules with something slow in them, bases or inverse roots, which is refreshed every few steps.
+
+`Refreshing` says when that happens; a rule says how, in three methods:
+
+    update_factors(G, factors, step)    takes the gradient into the covariances, at every step
+    update_bases(factors, slots, step)  refreshes what is computed from them, for the matrices that are due
+    direction(G, factors, step)         is the step's direction, in the bases that there are
+
+"before" runs them in this order, so that the current gradient is in the basis that projects it. "after" takes the
+direction first.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar, final
 
-from steepest.rule.options import at_least, frequency
-from steepest.rule.rule import Rule
+from torch import Tensor
+
+from steepest.linalg.precision import fp32_matmul_precision
+from steepest.rule.options import at_least, flag, frequency, one_of
+from steepest.rule.rule import Rule, Slots, State, Step
+from steepest.rule.words import BasisTiming, Precision
+
+Factors = TypeVar("Factors")
 
 THE_END = 10**9
-"""A clock at which every schedule of refreshes has arrived."""
+"""A clock at which every schedule of refresh frequencies has reached its last value."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refreshing(Rule):
-    """A rule with something slow, bases or roots of Kronecker factors, that is renewed every so many steps.
+class Refreshing(Rule, ABC, Generic[Factors]):
+    """A rule that refreshes bases or roots of Kronecker factors every ``precondition_frequency`` steps.
 
-    A matrix counts in its own time, ``clock``, the updates that it has had; its first refresh comes at
-    ``first_refresh`` (0 unless a rule warms up), whatever the frequency.
+    Each matrix counts its own updates, its ``clock``. Its first refresh comes at the clock ``first_refresh`` (0 unless
+    the rule warms up), whatever the frequency.
     """
 
     precondition_frequency: int | Callable[[int], int] = frequency(1)
     max_precond_dim: int = at_least(0, 8192)
+    precondition_1d: bool = flag(False)
+    fp32_matmul_prec: Precision = one_of(Precision, "highest")
+
+    @abstractmethod
+    def factors(self, state: State, step: Step) -> Factors:
+        """The covariances and bases in a stack's state, as the three methods below take them."""
+
+    @abstractmethod
+    def update_factors(self, G: Tensor, factors: Factors, step: Step) -> None:
+        """Take the gradient ``G [B, m, n]`` into the factors, in place."""
+
+    @abstractmethod
+    def update_bases(self, factors: Factors, slots: Slots, step: Step) -> None:
+        """Refresh the bases or roots of these slots, and turn whatever stands in their coordinates along."""
+
+    @abstractmethod
+    def direction(self, G: Tensor, factors: Factors, step: Step) -> Tensor:
+        """The direction ``[B, m, n]``, in the bases that there are."""
+
+    # When: a rule that leaves a choice declares an option of the same name.
+
+    @property
+    def basis_timing(self) -> BasisTiming:
+        """Whether factors and bases take the gradient in before or after the direction is computed."""
+        return "before"
+
+    @property
+    def adam_warmup_steps(self) -> int:
+        """How many steps the rule takes without bases."""
+        return 0
+
+    @property
+    def refresh_async(self) -> bool:
+        """Whether refreshes are deferred until the weights have moved."""
+        return False
+
+    @property
+    def qr_fp32_matmul_prec(self) -> Precision:
+        """The precision of products in a refresh."""
+        return self.fp32_matmul_prec
+
+    @final
+    def update(self, G: Tensor, state: State, step: Step) -> Tensor | None:
+        """Update factors, refresh what is due, and return the direction; None if the gradient only seeds the basis."""
+        factors, D = self.factors(state, step), None
+        with fp32_matmul_precision(self.fp32_matmul_prec):
+            if self.basis_timing == "after" and not (step.stage == "first" and self.seeds):
+                D = self.direction(G, factors, step)
+            self.update_factors(G, factors, step)
+            if step.refresh is not None and not self.defers(step):
+                with fp32_matmul_precision(self.qr_fp32_matmul_prec):
+                    self.update_bases(factors, step.refresh, step)
+            return self.direction(G, factors, step) if self.basis_timing == "before" else D
+
+    @final
+    def defers(self, step: Step) -> bool:
+        """Whether the refresh of this step is left for `finish`."""
+        return self.refresh_async and step.refresh is not None and step.stage != "first"
+
+    @final
+    def finish(self, state: State, step: Step) -> None:
+        """Do the refresh that `update` has deferred."""
+        assert step.refresh is not None
+        with fp32_matmul_precision(self.qr_fp32_matmul_prec):
+            self.update_bases(self.factors(state, step), step.refresh, step)
+
+    @property
+    def seeds(self) -> bool:
+        """Whether a matrix's first gradient only seeds its basis and moves nothing, as SOAP's authors run it."""
+        return self.basis_timing == "after" and self.adam_warmup_steps == 0
+
+    @property
+    def decay_follows(self) -> bool:
+        """Whether weights decay after the step."""
+        return self.basis_timing == "after"
 
     @property
     def first_refresh(self) -> int:
-        """The clock at which a matrix gets its first basis."""
-        return 0
+        """The clock of a matrix's first refresh: the end of the warm-up, before or after that step."""
+        return self.adam_warmup_steps if self.basis_timing == "before" else max(self.adam_warmup_steps - 1, 0)
 
+    @final
     def stage(self, clock: int) -> str:
         """ "warmup" before the first refresh, "first" at it, "steady" from then on."""
         if clock == self.first_refresh:
             return "first"
         return "warmup" if clock < self.first_refresh else "steady"
 
+    @final
+    def has_bases(self, step: Step) -> bool:
+        """Whether the direction of this step is taken in bases, and not yet or still without."""
+        return step.stage == "steady" or (step.stage == "first" and self.basis_timing == "before")
+
+    @final
     def period(self, clock: int) -> int:
-        """The frequency at this clock."""
+        """The number of steps between refreshes, at this clock."""
         every = self.precondition_frequency
         return every if isinstance(every, int) else every(clock)
 
     @property
     def last_period(self) -> int:
-        """The period in the end."""
+        """The period that a schedule ends with."""
         return self.period(THE_END)
 
+    @final
     def due(self, clock: int, phase: int) -> bool:
-        """At the first refresh, and then when the clock is at the matrix's phase of the period."""
+        """At the first refresh, and then when the clock is at the matrix's offset in the period."""
         if clock <= self.first_refresh:
             return clock == self.first_refresh
         return clock % self.period(clock) == phase
 
     def refresh_cost(self, m: int, n: int) -> float:
-        """Cubic in each side that has a factor."""
+        """The relative cost of a refresh: cubic in each side that has a factor."""
         return float(sum(d**3 for d in (m, n) if d <= self.max_precond_dim))

@@ -14,24 +14,19 @@ groups, where schedulers and people read and write them; the engine rebuilds the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from steepest.linalg.attempts import succeeded
-from steepest.linalg.flops import Work
 from steepest.rule.options import Options
 
 """A rule's memory of one stack: every tensor's leading dimension is the stack's ``B``."""
 
 State = dict[str, Tensor]
 """A rule's memory of one stack: every tensor's leading dimension is the stack's ``B``."""
-
-Solved = tuple[Tensor, ...]
-"""What an `Errand` gives: a basis or a turn ``[b, d, d]``, which of the old columns each of its columns continues,
-``[b, d]``, and perhaps more ``[b, d, d]``."""
 
 Slots = slice | Tensor
 """Which matrices of a stack: a slice, or a tensor of indices."""
@@ -51,8 +46,6 @@ class Step:
     """``[B, m, n]``: weight decay as a gradient (method "l2"), which moments see and covariances don't."""
     failures: Tensor | None = None
     """``[B]``: counts, matrix by matrix, decompositions that every solver failed at; the rule adds to it in place."""
-    solved: Mapping[str, Solved] = field(default_factory=dict)
-    """For `Rule.finish`: what has been computed elsewhere for the slots that are due, by the errand's name."""
 
     def found(self, new: Tensor, old: Tensor | float, slots: Slots = slice(None)) -> Tensor:
         """What a decomposition gave for these slots, ``[b, m, n]``, and ``old`` where that is NaN, which is counted."""
@@ -60,20 +53,6 @@ class Step:
         if self.failures is not None:
             self.failures[slots] += ~good
         return torch.where(good.view(-1, 1, 1), new, old)
-
-
-@dataclass(frozen=True)
-class Errand:
-    """A part of `Rule.finish` that may be computed elsewhere: from a few tensors of one side of the state."""
-
-    needs: tuple[str, ...]
-    """Their names; each is ``[B, d, d]``."""
-    gives: int
-    """How many tensors come back."""
-    side: int
-    """d."""
-    work: Work
-    """Of a step, on the average; it is among `Rule.work`."""
 
 
 @dataclass(frozen=True)
@@ -127,17 +106,6 @@ class Rule(Options, ABC):
         On an accelerator it runs beside whatever comes until the next step, on a stream of its own.
         """
 
-    def errands(self, m: int, n: int) -> Mapping[str, Errand]:
-        """By name, what of `finish` for m × n matrices another rank may do, which has less to do than this one."""
-        return {}
-
-    def solve(self, *needs: Tensor) -> Solved:
-        """Do an errand: from what it needs, ``[b, d, d]`` each, what `finish` would compute itself, to the last bit.
-
-        A rule whose `errands` are none is never asked.
-        """
-        raise NotImplementedError
-
     @property
     def decay_follows(self) -> bool:
         """Whether weights decay after the step, not before it."""
@@ -159,26 +127,9 @@ class Rule(Options, ABC):
         """Relative cost of refreshing one m × n matrix, by which refreshes are spread; 0: nothing to spread."""
         return 0.0
 
-    def work(self, m: int, n: int) -> Work:
-        """FLOPs of one step of an m × n matrix, by kind; refreshes as `Work.every` so many steps.
-
-        Products and decompositions as in `steepest.linalg.flops`, which says how they are counted; passes over entries
-        count nothing. A refresh frequency that changes counts as it is in the end.
-        """
-        return Work()
-
-    def flops(self, m: int, n: int) -> float:
-        """All of `work`. Plans for many ranks balance by it, and by state where it is 0."""
-        return self.work(m, n).total
-
     def rank(self, m: int, n: int) -> int:
         """The r of the `LowRank` directions of an m × n matrix; 0: they are whole."""
         return 0
-
-    def sides(self, m: int, n: int) -> list[int]:
-        """The lengths of those sides of an m × n matrix that have a factor, as `init` lays them out."""
-        state = self.init(torch.empty(1, m, n, device="meta"))
-        return [state[side].shape[-1] for side in ("L", "R") if side in state]
 
 
 class Elementwise(Options, ABC):

@@ -6,6 +6,8 @@ from steepest.rules.adamw import AdamW
 from steepest.rules.dion import Dion
 from steepest.rules.dion2 import Dion2
 from steepest.rules.inverse_root import InverseRoot
+from steepest.rules.kl_shampoo import KLShampoo
+from steepest.rules.kl_soap import KLSoap
 from steepest.rules.lion import Lion
 from steepest.rules.moso import Moso
 from steepest.rules.muon import Muon
@@ -21,6 +23,8 @@ RULES: dict[str, type[Rule] | type[Elementwise]] = {
         Dion,
         Dion2,
         InverseRoot,
+        KLShampoo,
+        KLSoap,
         Lion,
         Moso,
         Muon,

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.rule import State, Step
+from steepest.rule import State, Step, flag
 from steepest.rules.muon import Orthogonalized
 from steepest.rules.parts.scales import with_norm
 
@@ -35,7 +35,7 @@ class AdaMuon(Orthogonalized):
     name: ClassVar[str] = "adamuon"
     paper: ClassVar[str] = "Si et al., arXiv:2507.11005"
 
-    sign: bool = True
+    sign: bool = flag(True)
 
     def init(self, G: Tensor) -> State:
         return super().init(G) | {"exp_avg_sq": torch.zeros_like(G)}  # [B, m, n]

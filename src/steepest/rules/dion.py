@@ -25,9 +25,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.linalg import flops
 from steepest.linalg.orthonormal import ORTHONORMALIZERS, gaussian
-from steepest.rule import LowRank, Rule, State, Step, beta, checked, one_of
+from steepest.rule import LowRank, Rule, State, Step, beta, checked, number, one_of
+from steepest.rule.words import Orthonormalizer, Scale
 from steepest.rules.parts.scales import SCALES
 
 
@@ -39,9 +39,9 @@ class Dion(Rule):
     paper: ClassVar[str] = "Ahn et al., arXiv:2504.05295"
 
     momentum: float = beta(0.95)
-    rank_fraction: float = checked(0.25, lambda x: 0 < x <= 1, "a number in (0, 1]")
-    scale: str = one_of(tuple(SCALES), "match_rms_adamw")
-    orthonormalize: str = one_of(tuple(ORTHONORMALIZERS), "rcqr")
+    rank_fraction: float = checked(0.25, lambda x: number(x) and 0 < x <= 1, "a number in (0, 1]")
+    scale: Scale = one_of(Scale, "match_rms_adamw")
+    orthonormalize: Orthonormalizer = one_of(Orthonormalizer, "rcqr")
 
     def init(self, G: Tensor) -> State:
         short = min(G.shape[1:])
@@ -57,12 +57,6 @@ class Dion(Rule):
         P, Q = self.follow(M.mT if wide else M, state["Q"], step)
         Q = Q * SCALES[self.scale](*G.shape[1:])
         return LowRank(Q, P) if wide else LowRank(P, Q)
-
-    def work(self, m: int, n: int) -> flops.Work:
-        """8slr, four products, and r columns of length l made orthonormal; s and l are the shorter and longer side."""
-        s, l = sorted((m, n))
-        r = self.rank(m, n)
-        return 4 * flops.product(s, l, r) + flops.orthonormal(l, r, self.orthonormalize)
 
     def follow(self, M: Tensor, Q: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """One power iteration for ``M [B, m, n]``, in place in both; P and Q of the direction."""

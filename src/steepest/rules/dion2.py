@@ -23,8 +23,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.linalg import flops
-from steepest.rule import State, Step, beta, checked, one_of
+from steepest.rule import State, Step, beta, checked, number, one_of
+from steepest.rule.words import Scale
 from steepest.rules.parts.newton_schulz import NewtonSchulz
 from steepest.rules.parts.scales import SCALES
 
@@ -36,9 +36,9 @@ class Dion2(NewtonSchulz):
     name: ClassVar[str] = "dion2"
     paper: ClassVar[str] = "Ahn et al., arXiv:2512.16928"
 
-    fraction: float = checked(0.25, lambda x: 0 < x <= 1, "a number in (0, 1]")
+    fraction: float = checked(0.25, lambda x: number(x) and 0 < x <= 1, "a number in (0, 1]")
     ef_decay: float = beta(0.95)
-    scale: str = one_of(tuple(SCALES), "match_rms_adamw")
+    scale: Scale = one_of(Scale, "match_rms_adamw")
 
     def init(self, G: Tensor) -> State:
         return {"momentum_buffer": torch.zeros_like(G)}  # [B, m, n]
@@ -52,11 +52,6 @@ class Dion2(NewtonSchulz):
         else:
             self.apply_largest(M, D, scale, step)
         return D
-
-    def work(self, m: int, n: int) -> flops.Work:
-        """Muon's, for a fraction of the shorter side."""
-        s, l = sorted((m, n))
-        return flops.polar(math.ceil(self.fraction * s), l, self.ns, self.ns_dtype == "float32")
 
     def apply_largest(self, M: Tensor, D: Tensor, scale: float, step: Step) -> None:
         """Move the largest rows of ``M [B, s, l]`` into ``D``, orthogonalized; both are changed in place."""

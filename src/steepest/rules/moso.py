@@ -18,9 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.linalg.flops import Work, iteration, product, total
-from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
+from steepest.linalg.precision import fp32_matmul_precision
 from steepest.rule import Rule, State, Step, at_least, beta, betas, one_of
+from steepest.rule.words import MosoInner, Precision
 from steepest.rules.parts.factors import Factors
 from steepest.rules.parts.moments import adam, corrected_beta
 from steepest.rules.parts.scales import clip_rms
@@ -37,12 +37,12 @@ class Moso(Rule):
     betas: tuple[float, float] = betas((0.9, 0.95))
     shampoo_beta: float = beta(0.95)
     eps: float = at_least(0, 1e-8)
-    inner: str = one_of(("adam", "rmsprop"), "adam")
+    inner: MosoInner = one_of(MosoInner, "adam")
     power_iter_steps: int = at_least(1, 1)
     noise_floor: float = at_least(0, 3e-4)
     max_update_rms: float = at_least(0, 0.0, "0: no limit")
-    fp32_matmul_prec: str = one_of(PRECISIONS, "highest")
-    qr_fp32_matmul_prec: str = one_of(PRECISIONS, "high")
+    fp32_matmul_prec: Precision = one_of(Precision, "highest")
+    qr_fp32_matmul_prec: Precision = one_of(Precision, "high")
     max_precond_dim: int = at_least(0, 8192)
 
     def init(self, G: Tensor) -> State:
@@ -60,13 +60,13 @@ class Moso(Rule):
         with fp32_matmul_precision(self.fp32_matmul_prec):
             M = state["momentum_buffer"].lerp_(G, 1 - self.momentum)
             factors = Factors(state, step.failures)
-            if not factors.trivial:
-                factors.feed(M, corrected_beta(self.shampoo_beta, step.t))
+            if not factors.identity:
+                factors.accumulate(M, corrected_beta(self.shampoo_beta, step.t))
                 with fp32_matmul_precision(self.qr_fp32_matmul_prec):
                     if step.stage == "first":
                         factors.start(slice(None), in_float64=True)
                     else:
-                        factors.refresh(slice(None), power_iter_steps=self.power_iter_steps, solver="auto")
+                        factors.refresh(slice(None), steps=self.power_iter_steps)
             projected = factors.project(M)  # Qᵀ M
             if self.inner == "adam":
                 u = adam(projected, state, step.t, self.betas, self.eps, noise_floor=self.noise_floor)
@@ -77,10 +77,3 @@ class Moso(Rule):
 
     def stage(self, clock: int) -> str:
         return "first" if clock == 0 else "steady"
-
-    def work(self, m: int, n: int) -> Work:
-        """10s²l: feed, project, unproject, turn the momentum (not for "rmsprop"). A product and a QR decomposition."""
-        sides = self.sides(m, n)
-        along = total(product(s, m, n) for s in sides)
-        turn = (2 if self.inner == "adam" else 0) * along + total(iteration(s, self.power_iter_steps) for s in sides)
-        return (3 * along).at(self.fp32_matmul_prec) + turn.at(self.qr_fp32_matmul_prec)

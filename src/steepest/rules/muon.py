@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.linalg import flops
-from steepest.rule import State, Step, beta, one_of
+from steepest.rule import State, Step, beta, flag, one_of
+from steepest.rule.words import Scale
 from steepest.rules.parts.newton_schulz import NewtonSchulz
 from steepest.rules.parts.scales import SCALES
 
@@ -31,8 +31,8 @@ class Orthogonalized(NewtonSchulz, ABC):
     """Momentum in, a matrix with singular values near one out; what is in between, the subclass says."""
 
     momentum: float = beta(0.95)
-    nesterov: bool = True
-    scale: str = one_of(tuple(SCALES), "match_rms_adamw")
+    nesterov: bool = flag(True)
+    scale: Scale = one_of(Scale, "match_rms_adamw")
 
     def init(self, G: Tensor) -> State:
         return {"momentum_buffer": torch.zeros_like(G)}  # [B, m, n]
@@ -42,10 +42,6 @@ class Orthogonalized(NewtonSchulz, ABC):
         M = state["momentum_buffer"].lerp_(G, 1 - self.momentum)
         D = self.orthogonalize(G.lerp(M, self.momentum) if self.nesterov else M, state, step)
         return D.mul_(SCALES[self.scale](*G.shape[1:]))
-
-    def work(self, m: int, n: int) -> flops.Work:
-        """20s²l + 10s³ by tables of five quintic steps; in float32, and from l = 2s on, 4s²l + 34s³."""
-        return flops.polar(m, n, self.ns, self.ns_dtype == "float32")
 
     @abstractmethod
     def orthogonalize(self, M: Tensor, state: State, step: Step) -> Tensor:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from steepest.linalg.phases import phase
-from steepest.rule import Rule, Slots, Solved, State, Step
+from typing import Any as Solved
+
+from steepest.rule import Rule, Slots, State, Step
 from steepest.stack.graphs import Recorder
 from steepest.stack.storage import Storage
 from steepest.view import View

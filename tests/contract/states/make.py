@@ -26,7 +26,7 @@ def start() -> tuple[dict[str, nn.Parameter], steepest.Optimizer]:
     params = {name: nn.Parameter(waves(shape, k)) for k, (name, shape) in enumerate(SHAPES.items())}
     soap, experts, muon, adamw = ([(name, p)] for name, p in params.items())
     groups: list[dict[str, Any]] = [
-        {"params": soap, "rule": "soap", "precondition_frequency": 2, "refresh": "eigh"},
+        {"params": soap, "rule": "soap", "precondition_frequency": 2, "solver": "eigh"},
         {"params": experts, "rule": "soap", "precondition_frequency": 1, "merge_dims": False},
         {"params": muon, "rule": "muon"},
         {"params": adamw, "rule": "adamw", "weight_decay": 0.0},

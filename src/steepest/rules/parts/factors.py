@@ -1,39 +1,40 @@
-"""The Kronecker factors in a stack's state: what SOAP, Shampoo and their relatives share.
+"""Kronecker factors of a stack: the covariances of rows and columns, and the eigenbases in which SOAP and Shampoo work.
 
-`Factors` binds the functions of `steepest.rules.parts.kronecker` to the tensors ``L, R, Q_L, Q_R`` of a rule's
-state. A side that is not there is the identity.
+For gradients ``G [B, m, n]`` the state holds ``L ≈ E[G Gᵀ] [B, m, m]`` and ``R ≈ E[Gᵀ G] [B, n, n]``, and their
+eigenvectors ``Q_L`` and ``Q_R``. A side that the state does not hold is the identity.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from steepest.linalg import attempts
-from steepest.linalg.eigenbasis import eigenvectors
+from steepest.linalg.eigenbasis import by_columns, eigenbasis_error, eigenvectors
 from steepest.linalg.phases import phase
-from steepest.rule import Slots, Solved, State
-from steepest.rules.parts import kronecker
-from steepest.rules.parts.kronecker import INTO, OUT_OF
+from steepest.linalg.solvers import SOLVERS, choose
+from steepest.linalg.symmetric import accumulate_gram
+from steepest.linalg.turning import reordered
+from steepest.rule import Slots, State
+
+SIDES = (("L", -2), ("R", -1))
+"""Each side's name in the state, and the dimension of ``G`` that it is a covariance of."""
 
 
 class Factors:
-    """Factors and bases of a stack, living in its ``state``.
+    """Covariances and eigenbases of a stack, read from its ``state`` and changed there in place.
 
     Args:
-        state: the stack's; what is found here is changed in place.
-        failures: ``[B]``, counts the decompositions that failed; see `steepest.rule.Step`.
+        state: the stack's.
+        failures: ``[B]``, counts decompositions that failed; see `steepest.rule.Step`.
 
     Example:
         >>> state = Factors.init(torch.empty(1, 2, 3), max_precond_dim=2)
         >>> {name: tuple(tensor.shape) for name, tensor in state.items()}
         {'L': (1, 2, 2), 'Q_L': (1, 2, 2)}
-        >>> G = torch.tensor([[[0.0, 1.0, 0.0], [2.0, 0.0, 0.0]]])
         >>> factors = Factors(state)
-        >>> factors.feed(G, beta=0.0)
-        >>> factors.L
+        >>> factors.accumulate(torch.tensor([[[0.0, 1.0, 0.0], [2.0, 0.0, 0.0]]]), beta=0.0)
+        >>> state["L"]
         tensor([[[1., 0.],
                  [0., 4.]]])
     """
@@ -43,141 +44,122 @@ class Factors:
         self.failures = failures
 
     @staticmethod
-    def init(G: Tensor, max_precond_dim: int, precondition_1d: bool = False, bases: bool = True) -> State:
-        """Zero factors and identity bases for a stack like ``G [B, m, n]``.
+    def init(G: Tensor, max_precond_dim: int, precondition_1d: bool = False) -> State:
+        """Zero covariances and identity bases for a stack like ``G [B, m, n]``.
 
-        A side larger than ``max_precond_dim`` gets none; nor does either side of a vector (m or n is 1), unless
+        A side longer than ``max_precond_dim`` gets none; nor does either side of a vector (m or n is 1), unless
         ``precondition_1d``, and then its long side does.
         """
-        B, m, n = G.shape
-        wanted = precondition_1d if min(m, n) == 1 else True
+        wanted = precondition_1d or min(G.shape[1:]) > 1
         state: State = {}
-        for side, d in (("L", m), ("R", n)):
+        for side, dim in SIDES:
+            d = G.shape[dim]
             if wanted and 1 < d <= max_precond_dim:
-                state[side] = G.new_zeros(B, d, d)
-                if bases:
-                    # Columns contiguous, as LAPACK returns them: taking a new basis in is then a plain copy.
-                    state[f"Q_{side}"] = G.new_zeros(B, d, d).mT
-                    state[f"Q_{side}"].diagonal(dim1=-2, dim2=-1).fill_(1)
+                state[side] = G.new_zeros(len(G), d, d)
+                # Columns contiguous, as LAPACK returns them: taking a new basis in is then a plain copy.
+                state[f"Q_{side}"] = G.new_zeros(len(G), d, d).mT
+                state[f"Q_{side}"].diagonal(dim1=-2, dim2=-1).fill_(1)
         return state
 
     @property
-    def L(self) -> Tensor | None:
-        """``[B, m, m]``, the rows' covariance."""
-        return self.state.get("L")
-
-    @property
-    def R(self) -> Tensor | None:
-        """``[B, n, n]``, the columns' covariance."""
-        return self.state.get("R")
-
-    @property
-    def bases(self) -> list[Tensor | None]:
-        """``[Q_L, Q_R]``."""
-        return [self.state.get("Q_L"), self.state.get("Q_R")]
-
-    @property
-    def trivial(self) -> bool:
+    def identity(self) -> bool:
         """Whether both sides are the identity."""
-        return self.L is None and self.R is None
+        return "L" not in self.state and "R" not in self.state
 
     @phase("feed")
-    def feed(self, G: Tensor, beta: float | Tensor) -> None:
-        """Shampoo's feed: ``L ← β L + (1-β) G Gᵀ``, ``R ← β R + (1-β) Gᵀ G``."""
-        kronecker.update_kronecker_factors([self.L, self.R], G, beta)
-
-    @phase("feed")
-    def feed_kl(self, G: Tensor, beta: float | Tensor, eps: float, relative_floor: float) -> None:
-        """KL-Shampoo's feed: each side sees the gradient whitened by the other.
-
-        ``lambda_L`` and ``lambda_R`` in the state, where it keeps the factors' Rayleigh quotients, take it in as well.
-        """
-        kept = [self.state.get("lambda_L"), self.state.get("lambda_R")]
-        kronecker.update_kronecker_factors_kl_shampoo(
-            [self.L, self.R],
-            G,
-            beta,
-            self.bases,
-            eps,
-            relative_floor=relative_floor,
-            quotient_list=None if all(λ is None for λ in kept) else kept,
-        )
+    def accumulate(self, G: Tensor, beta: float | Tensor) -> None:
+        """Take a gradient into the covariances: ``L ← β L + (1-β) G Gᵀ``, ``R ← β R + (1-β) Gᵀ G``."""
+        if "L" in self.state:
+            accumulate_gram(self.state["L"], G, beta)
+        if "R" in self.state:
+            accumulate_gram(self.state["R"], G.mT, beta)
 
     @phase("project")
     def project(self, G: Tensor) -> Tensor:
         """``Q_Lᵀ G Q_R``."""
-        return kronecker.precondition(G, self.bases, INTO)
+        return into(G, self.state.get("Q_L"), self.state.get("Q_R"))
 
     @phase("project")
     def unproject(self, u: Tensor) -> Tensor:
         """``Q_L u Q_Rᵀ``."""
-        return kronecker.precondition(u, self.bases, OUT_OF)
+        return out_of(u, self.state.get("Q_L"), self.state.get("Q_R"))
 
     @phase("refresh")
     def start(self, slots: Slots, in_float64: bool = False) -> None:
-        """The first bases of these slots, by full decomposition; ``exp_avg`` turns into them.
+        """Compute the first bases of these slots by full decompositions; ``exp_avg`` turns into them.
 
-        In float64 where the bases are to project the very gradient that they were made from: off the diagonal, their
-        rounding is then all that Adam sees. Second moments gathered before have no order to follow, and stay.
+        They are computed in float64 where they are to project the very gradient that they come from: off the
+        diagonal, their rounding is then all that Adam sees. Second moments have no order to follow yet, and stay.
         """
-        part = self._part(slots)
-        bases = [None if K is None else eigenvectors(K, in_float64) for K in (part.get("L"), part.get("R"))]
-        self._turn(slots, part, bases, part["exp_avg_sq"])
+        part = {name: x[slots] for name, x in self.state.items()}
+        self._turn(slots, part, {side: eigenvectors(part[side], in_float64) for side, _ in SIDES if side in part})
 
     @phase("refresh")
-    def refresh(
-        self,
-        slots: Slots,
-        solver: str = "qr",
-        power_iter_steps: int = 1,
-        match_columns: bool = True,
-        solved: Mapping[str, Solved] | None = None,
-    ) -> None:
-        """The bases of these slots follow their factors; ``exp_avg`` turns along, ``exp_avg_sq`` is reordered.
+    def refresh(self, slots: Slots, solver: str = "auto", steps: int = 1, match_columns: bool = True) -> None:
+        """Let the bases of these slots follow their covariances; ``exp_avg`` turns, ``exp_avg_sq`` is reordered.
 
-        By a ``solver`` of `steepest.linalg.solvers`; see `kronecker.refresh_eigenbases`. What is ``solved``, by side,
-        is only taken in.
+        Args:
+            slots: the matrices that are due.
+            solver: one of `steepest.linalg.solvers.SOLVERS`, or "auto".
+            steps: iterations of the solver.
+            match_columns: False leaves second moments by rank after a full decomposition: where two eigenvalues have
+                crossed, each direction then goes on with the other's.
         """
-        solved = solved or {}
-        part = self._part(slots)
-        bases, reordered = kronecker.refresh_eigenbases(
-            [part.get("L"), part.get("R")],
-            [part.get("Q_L"), part.get("Q_R")],
-            part["exp_avg_sq"],
-            power_iter_steps=power_iter_steps,
-            match_columns=match_columns,
-            solver=solver,
-            solved=[solved.get("L"), solved.get("R")],
-        )
-        self._turn(slots, part, bases, reordered)
+        part = {name: x[slots] for name, x in self.state.items()}
+        bases: dict[str, Tensor] = {}
+        for side, dim in SIDES:
+            if side not in part:
+                continue
+            K, Q = part[side], part[f"Q_{side}"]
+            if solver == "eigh" and not match_columns:
+                bases[side] = eigenvectors(K)
+            else:
+                solve = SOLVERS[choose(K.device.type) if solver == "auto" else solver]
+                Q, order = solve(K, Q, steps)
+                bases[side] = by_columns(Q)
+                part["exp_avg_sq"] = reordered(part["exp_avg_sq"], order, dim)
+        self._turn(slots, part, bases)
 
     @phase("refresh")
-    def outdated(self, slots: Slots, tolerance: float) -> Tensor:
-        """Those of the slots whose bases no longer diagonalize their factors within ``tolerance``, as indices."""
-        met = self._met(self._part(slots), tolerance)
-        everything = torch.arange(len(next(iter(self.state.values()))), device=met.device)
-        return everything[slots][~met]
+    def outdated(self, slots: Slots, tolerance: float) -> Slots:
+        """The indices of those slots whose bases no longer diagonalize their covariances within ``tolerance``."""
+        if self.identity:
+            return slots
+        errors = [self._error(side, slots) for side, _ in SIDES if side in self.state]
+        met = (torch.stack(errors) <= tolerance).all(dim=0)
+        return torch.arange(len(self.state["exp_avg_sq"]), device=met.device)[slots][~met]
 
-    def _met(self, part: State, tolerance: float) -> Tensor:
-        return kronecker.eigenbases_met([part.get("L"), part.get("R")], [part.get("Q_L"), part.get("Q_R")], tolerance)
+    def _error(self, side: str, slots: Slots) -> Tensor:
+        return eigenbasis_error(self.state[side][slots], self.state[f"Q_{side}"][slots])
 
-    def _part(self, slots: Slots) -> State:
-        return {name: tensor[slots] for name, tensor in self.state.items()}
-
-    def _turn(self, slots: Slots, part: State, bases: list[Tensor | None], exp_avg_sq: Tensor) -> None:
-        """Put new bases in place of old ones, and the moments with them; where a new one is NaN, nothing moves."""
-        new = {name: Q for name, Q in zip(("Q_L", "Q_R"), bases, strict=True) if Q is not None}
-        new["exp_avg_sq"] = exp_avg_sq
+    def _turn(self, slots: Slots, part: State, bases: dict[str, Tensor]) -> None:
+        """Put new bases in place of old ones, and both moments with them."""
+        if not bases:
+            return
+        new = {f"Q_{side}": Q for side, Q in bases.items()}
         if "exp_avg" in part:
-            raw = kronecker.precondition(part["exp_avg"], [part.get("Q_L"), part.get("Q_R")], OUT_OF)
-            new["exp_avg"] = kronecker.precondition(raw, bases, INTO)
-        self._put(slots, part, new, kronecker.failures(bases, exp_avg_sq))
+            raw = out_of(part["exp_avg"], part.get("Q_L"), part.get("Q_R"))
+            new["exp_avg"] = into(raw, bases.get("L"), bases.get("R"))
+        self._put(slots, new | {"exp_avg_sq": part["exp_avg_sq"]}, list(bases.values()))
 
-    def _put(self, slots: Slots, part: State, new: State, failures: Tensor) -> None:
-        """The new state of these slots; where a decomposition failed, ``[b]``, the old one stays."""
-        found = (failures == 0).view(-1, 1, 1)
+    def _put(self, slots: Slots, new: State, solved: list[Tensor]) -> None:
+        """Take in the new state of these slots; a matrix for which something ``solved`` is NaN keeps the old one."""
+        failed = torch.stack([~attempts.succeeded(x) for x in solved]).sum(dim=0)  # [b]
+        found = (failed == 0).view(-1, 1, 1)
         sure = attempts.at_hand(found) and bool(found.all())
         for name, x in new.items():
-            self.state[name][slots] = x if sure else torch.where(found, x, part[name])
+            self.state[name][slots] = x if sure else torch.where(found, x, self.state[name][slots])
         if self.failures is not None:
-            self.failures[slots] += failures
+            self.failures[slots] += failed
+
+
+def into(x: Tensor, Q_L: Tensor | None, Q_R: Tensor | None) -> Tensor:
+    """``Q_Lᵀ x Q_R`` for ``x [B, m, n]``; None is the identity."""
+    x = x if Q_L is None else torch.bmm(Q_L.mT, x)
+    return x if Q_R is None else torch.bmm(x, Q_R)
+
+
+def out_of(x: Tensor, Q_L: Tensor | None, Q_R: Tensor | None) -> Tensor:
+    """``Q_L x Q_Rᵀ`` for ``x [B, m, n]``; None is the identity."""
+    x = x if Q_L is None else torch.bmm(Q_L, x)
+    return x if Q_R is None else torch.bmm(x, Q_R.mT)

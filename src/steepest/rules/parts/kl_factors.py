@@ -1,13 +1,11 @@
 """Kronecker factors that are kept in the coordinates of their own eigenbases, ``Q_Lᵀ L Q_L`` and ``Q_Rᵀ R Q_R``.
 
-They take in the projected gradient, which SOAP needs anyway. Their diagonals are their Rayleigh quotients, so what
-KL-Shampoo whitens by costs nothing, and how far they are from diagonal is how much a refresh would turn. A refresh
-then has one product more to make on each side: the factor turns with the basis.
+They take in the projected gradient, which SOAP needs anyway. Their diagonals are their Rayleigh quotients, so the
+eigenvalues that KL-Shampoo whitens by cost nothing, and the entries off the diagonal tell how far a refresh would turn
+the basis. A refresh then has one product more to make on each side, because the factor turns with its basis.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,37 +15,33 @@ from steepest.linalg.eigenbasis import by_columns, eigenbasis_error
 from steepest.linalg.phases import phase
 from steepest.linalg.solvers import choose
 from steepest.linalg.symmetric import accumulate_gram
-from steepest.linalg.turning import Turn, decomposed, turn, turned
+from steepest.linalg.turning import Turn, decomposed, reordered, turn, turned
 from steepest.linalg.whitening import root_mean_square, whitening_weights
-from steepest.rule import Slots, Solved, State
-from steepest.rules.parts import kronecker
-from steepest.rules.parts.factors import Factors
-from steepest.rules.parts.kronecker import INTO, Sides
+from steepest.rule import Slots, State
+from steepest.rules.parts.factors import SIDES, Factors, into
 
 MARK = "in_basis"
-"""A slot of the state whose presence says that ``L`` and ``R`` are what they are here, and not the covariances."""
-
-Turns = list[Turn | None]
-"""``[left, right]``; None where there is no factor."""
+"""An entry of the state, ``[B]``, whose presence says that ``L`` and ``R`` stand in their bases' coordinates."""
 
 
-class FactorsInBasis(Factors):
-    """Factors of a stack in their bases' coordinates; ``L`` and ``R`` of the ``state`` are those.
+class KLFactors(Factors):
+    """Factors of a stack in their bases' coordinates, with KL-Shampoo's way to take in a gradient.
 
     Args:
         state: as in `Factors`.
         failures: likewise.
-        polish: whether bases are made orthogonal anew at each refresh; they need it if they are stored in few digits.
+        polish: whether bases are made orthogonal anew at each refresh, as bases that are stored in few digits need.
 
     Example:
-        >>> state = FactorsInBasis.init(torch.empty(1, 2, 2), max_precond_dim=2) | {"exp_avg_sq": torch.zeros(1, 2, 2)}
-        >>> factors = FactorsInBasis(state)
-        >>> factors.feed(torch.tensor([[[2.0, 1.0], [1.0, 2.0]]]), beta=0.0)
+        >>> G = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])
+        >>> state = KLFactors.marked({"exp_avg_sq": torch.zeros_like(G)} | Factors.init(G, max_precond_dim=2))
+        >>> factors = KLFactors(state)
+        >>> factors.accumulate(G, beta=0.0)
         >>> factors.refresh(slice(None), solver="eigh")
-        >>> factors.L.round(decimals=4)
+        >>> state["L"].round(decimals=4)
         tensor([[[9., 0.],
                  [0., 1.]]])
-        >>> factors.covariances()[0].round(decimals=4)
+        >>> factors.covariance("L").round(decimals=4)
         tensor([[[5., 4.],
                  [4., 5.]]])
     """
@@ -56,120 +50,86 @@ class FactorsInBasis(Factors):
         super().__init__(state, failures)
         self.polish = polish
         self._seen: tuple[Tensor, Tensor] | None = None  # the last gradient, and what it is in the bases
-        self._stale: Slots | None = None  # of the latter, what is in bases that have turned since
+        self._stale: Slots | None = None  # the part of the latter that is in bases which have turned since
 
     @staticmethod
-    def init(G: Tensor, max_precond_dim: int, precondition_1d: bool = False, bases: bool = True) -> State:
-        """As `Factors.init`, and the mark."""
-        state = Factors.init(G, max_precond_dim, precondition_1d, bases)
-        return state | {MARK: G.new_ones(len(G))} if state else state
+    def marked(state: State) -> State:
+        """A fresh state with the entry that says in which coordinates its factors stand."""
+        sides = [state[side] for side, _ in SIDES if side in state]
+        return state | {MARK: sides[0].new_ones(len(sides[0]))} if sides else state
 
-    def covariances(self) -> list[Tensor | None]:
-        """``Q_L L Q_Lᵀ [B, m, m]`` and ``Q_R R Q_Rᵀ [B, n, n]``: the factors in the gradients' coordinates."""
-        sides = zip((self.L, self.R), self.bases, strict=True)
-        return [None if K is None or Q is None else Q @ K @ Q.mT for K, Q in sides]
-
-    @phase("feed")
-    def feed(self, G: Tensor, beta: float | Tensor) -> None:
-        """Shampoo's feed, of the projected gradient P: ``L ← β L + (1-β) P Pᵀ``, ``R ← β R + (1-β) Pᵀ P``."""
-        kronecker.update_kronecker_factors([self.L, self.R], self.project(G), beta)
+    def covariance(self, side: str) -> Tensor:
+        """``Q K Qᵀ [B, d, d]``: the factor of a side in the gradients' coordinates."""
+        K, Q = self.state[side], self.state[f"Q_{side}"]
+        return Q @ K @ Q.mT
 
     @phase("feed")
-    def feed_kl(self, G: Tensor, beta: float | Tensor, eps: float, relative_floor: float) -> None:
-        """KL-Shampoo's feed: ``L ← β L + (1-β) P diag(1/λ_R) Pᵀ / n`` with λ_R the diagonal of R, and R likewise."""
-        P, factors = self.project(G), (self.L, self.R)
-        quotients = [None if K is None else K.diagonal(dim1=-2, dim2=-1).clone() for K in factors]  # far apart in K
+    def accumulate(self, G: Tensor, beta: float | Tensor) -> None:
+        """Take in the projected gradient P: ``L ← β L + (1-β) P Pᵀ``, ``R ← β R + (1-β) Pᵀ P``."""
+        Factors(self.state).accumulate(self.project(G), beta)
+
+    @phase("feed")
+    def accumulate_whitened(self, G: Tensor, beta: float | Tensor, eps: float, relative_floor: float) -> None:
+        """Take in P whitened: ``L ← β L + (1-β) P diag(1/λ_R) Pᵀ / n`` with λ_R the diagonal of R, and R likewise.
+
+        See `steepest.linalg.whitening.whitening_weights` for the two floors under λ.
+        """
+        P = self.project(G)
+        λ = {side: self.state[side].diagonal(dim1=-2, dim2=-1).clone() for side, _ in SIDES if side in self.state}
         looks = attempts.at_hand(G) and not torch.compiler.is_compiling()
-        fed = looks and all(min(λ.amax(dim=-1).tolist()) > 0 for λ in quotients if λ is not None)
+        fed = looks and all(min(x.amax(dim=-1).tolist()) > 0 for x in λ.values())
         rms = None if fed else root_mean_square(G)  # it only stands in for factors that are zero
-        weights = [None if λ is None else whitening_weights(λ, rms, eps, -1.0, relative_floor) for λ in quotients]
-        for K, X, other in zip(factors, (P, P.mT), reversed(weights), strict=True):
-            if K is not None:
-                accumulate_gram(K, X, beta, scale=1 / X.shape[-1], weights=other)
+        weights = {side: whitening_weights(x, rms, eps, -1.0, relative_floor) for side, x in λ.items()}  # [B, d]
+        for side, X, other in (("L", P, "R"), ("R", P.mT, "L")):
+            if side in λ:
+                accumulate_gram(self.state[side], X, beta, scale=1 / X.shape[-1], weights=weights.get(other))
 
     @phase("project")
     def project(self, G: Tensor) -> Tensor:
         """``Q_Lᵀ G Q_R``, computed once for a gradient, and again only where bases have turned since."""
+        Q_L, Q_R = self.state.get("Q_L"), self.state.get("Q_R")
         if self._seen is None or self._seen[0] is not G:
-            self._seen, self._stale = (G, kronecker.precondition(G, self.bases, INTO)), None
-        P = self._seen[1]
-        if self._stale is not None:
-            bases = [None if Q is None else Q[self._stale] for Q in self.bases]
-            P[self._stale] = kronecker.precondition(G[self._stale], bases, INTO)
+            self._seen, self._stale = (G, into(G, Q_L, Q_R)), None
+        P, stale = self._seen[1], self._stale
+        if stale is not None:
+            P[stale] = into(G[stale], None if Q_L is None else Q_L[stale], None if Q_R is None else Q_R[stale])
             self._stale = None
         return P
 
     @phase("refresh")
     def start(self, slots: Slots, in_float64: bool = False) -> None:
-        """The first bases of these slots, by full decomposition; see `Factors.start`."""
-        part = self._part(slots)
-        self._follow(slots, part, [None if K is None else decomposed(K, in_float64) for K in _factors(part)])
+        """Compute the first bases of these slots by full decompositions; see `Factors.start`."""
+        sides = [side for side, _ in SIDES if side in self.state]
+        self._turn_by(slots, {side: decomposed(self.state[side][slots], in_float64) for side in sides})
 
     @phase("refresh")
-    def refresh(
-        self,
-        slots: Slots,
-        solver: str = "qr",
-        power_iter_steps: int = 1,
-        match_columns: bool = True,
-        solved: Mapping[str, Solved] | None = None,
-    ) -> None:
-        """The bases of these slots follow their factors, and with them turns what is in their coordinates.
+    def refresh(self, slots: Slots, solver: str = "auto", steps: int = 1, match_columns: bool = True) -> None:
+        """Let the bases of these slots follow their factors, which turn along; see `Factors.refresh`."""
+        turns: dict[str, Turn] = {}
+        for side, _ in SIDES:
+            if side in self.state:
+                K = self.state[side][slots]
+                if solver == "eigh" and not match_columns:
+                    turns[side] = decomposed(K)
+                else:
+                    found = turn(K, choose(K.device.type) if solver == "auto" else solver, steps)
+                    turns[side] = found._replace(U=by_columns(found.U))
+        self._turn_by(slots, turns)
 
-        See `Factors.refresh`; "qr", "cholesky", ... are here `steepest.linalg.turning.turn`'s.
-        """
-        part = self._part(slots)
-        known = [Turn(*solved[side]) if solved and side in solved else None for side in ("L", "R")]
-        self._follow(slots, part, turns(_factors(part), solver, power_iter_steps, match_columns, known))
-
-    def _follow(self, slots: Slots, part: State, sides: Turns) -> None:
-        """Bases, factors and momentum turn; second moments are reordered. Where a turn is NaN, nothing moves."""
-        orders = [None if side is None else side.order for side in sides]
-        rotations = [None if side is None else side.U for side in sides]
-        new = {"exp_avg_sq": kronecker.reorder(part["exp_avg_sq"], orders)}
-        if "exp_avg" in part:
-            new["exp_avg"] = kronecker.precondition(part["exp_avg"], rotations, INTO)
-        for name, side in zip("LR", sides, strict=True):
-            if side is not None:
-                new[name], new[f"Q_{name}"] = side.K, turned(part[f"Q_{name}"], side.U, self.polish)
-        self._put(slots, part, new, kronecker.failures(rotations, part["exp_avg_sq"]))
+    def _turn_by(self, slots: Slots, turns: dict[str, Turn]) -> None:
+        """Turn bases, factors and momentum; reorder second moments."""
+        if not turns:
+            return
+        new: State = {name: self.state[name][slots] for name in ("exp_avg", "exp_avg_sq") if name in self.state}
+        if "exp_avg" in new:
+            new["exp_avg"] = into(new["exp_avg"], *(turns[side].U if side in turns else None for side, _ in SIDES))
+        for side, dim in SIDES:
+            if side in turns:
+                U, order, new[side] = turns[side]
+                new["exp_avg_sq"] = reordered(new["exp_avg_sq"], order, dim)
+                new[f"Q_{side}"] = turned(self.state[f"Q_{side}"][slots], U, self.polish)
+        self._put(slots, new, [one.U for one in turns.values()])
         self._stale = None if self._seen is None else slots
 
-    def _met(self, part: State, tolerance: float) -> Tensor:
-        errors = [eigenbasis_error(K, None) for K in _factors(part) if K is not None]
-        return (torch.stack(errors) <= tolerance).all(dim=0)
-
-
-def turns(
-    factors: Sides,
-    solver: str,
-    power_iter_steps: int = 1,
-    match_columns: bool = True,
-    known: Sequence[Turn | None] = (None, None),
-) -> Turns:
-    """The turn of each side that has a factor, ``[..., d, d]`` in its basis' coordinates; "auto": see `choose`.
-
-    Without ``match_columns`` a full decomposition leaves second moments by rank; see `kronecker.refresh_eigenbases`.
-
-    A turn that is ``known`` is taken as it is.
-
-    >>> left, right = turns([torch.diag(torch.tensor([1.0, 4.0])), None], "eigh")
-    >>> left.order, right
-    (tensor([1, 0]), None)
-    """
-    if solver == "eigh" and not match_columns:
-        return [None if K is None else decomposed(K) for K in factors]
-    found = [
-        None if K is None else given or next_turn(K, steps=power_iter_steps, solver=solver)
-        for K, given in zip(factors, known, strict=True)
-    ]
-    return [None if side is None else side._replace(U=by_columns(side.U)) for side in found]
-
-
-def next_turn(K: Tensor, steps: int = 1, solver: str = "auto") -> Turn:
-    """The turn of one side, ``[..., d, d]``."""
-    return turn(K, choose(K.device.type) if solver == "auto" else solver, steps)
-
-
-def _factors(part: State) -> list[Tensor | None]:
-    return [part.get("L"), part.get("R")]
+    def _error(self, side: str, slots: Slots) -> Tensor:
+        return eigenbasis_error(self.state[side][slots], None)

@@ -26,7 +26,7 @@ from steepest.linalg.eigenbasis import (
 from steepest.linalg.solvers import next_basis
 from steepest.linalg.symmetric import accumulate_gram
 from steepest.linalg.turning import reordered
-from steepest.linalg.whitening import feed_by_quotients, root_mean_square, whitening_weights
+from steepest.linalg.whitening import root_mean_square, whitening_weights
 
 Sides = Sequence[Tensor | None]
 """``[left, right]``; None is the identity."""
@@ -161,10 +161,6 @@ def update_kronecker_factors_kl_shampoo(
     """
     factors = _sides(kronecker_factor_list, grad, "kronecker_factor_list")
     bases = _sides(eigenbasis_list, grad, "eigenbasis_list")
-    if quotient_list is not None:
-        options = (eps, eigval_exp, relative_floor)
-        feed_by_quotients(factors, grad, shampoo_beta, bases, options, quotient_list)
-        return
     rms = root_mean_square(grad)
     whitened: list[Tensor | None] = []
     for K, Q in zip(factors, bases, strict=True):

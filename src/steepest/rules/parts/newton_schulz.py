@@ -10,17 +10,18 @@ from typing import Any
 from torch import Tensor
 
 from steepest.linalg.phases import phase
-from steepest.linalg.polar import METHODS, TABLES, iteration_dtype, polar_factor
+from steepest.linalg.polar import TABLES, iteration_dtype, polar_factor
 from steepest.linalg.stopwatch import bfloat16_pays
 from steepest.rule import Rule, Step, at_least, check, one_of
+from steepest.rule.words import Polar, PolarDtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewtonSchulz(Rule, ABC):
     """The options of `steepest.linalg.polar.polar_factor`, and what a parameter group makes of them."""
 
-    ns: str = one_of(METHODS, "keller")
-    ns_dtype: str = one_of(("auto", "float32", "bfloat16"), "auto")
+    ns: Polar = one_of(Polar, "keller")
+    ns_dtype: PolarDtype = one_of(PolarDtype, "auto")
     eps: float = at_least(0, 1e-7)
 
     def __post_init__(self) -> None:
