@@ -9,8 +9,9 @@ Example:
 """
 
 from steepest.engine.optimizer import Optimizer
-from steepest.linalg.eigenbasis import conjugate, eigh_with_fallback, orthogonal_iteration
+from steepest.linalg.eigenbasis import conjugate, eigh_with_fallback
 from steepest.linalg.precision import fp32_matmul_precision
+from steepest.linalg.solvers import orthogonal_iteration
 from steepest.optimizers import create
 from steepest.optimizers.dion import Dion, Dion2
 from steepest.optimizers.lion import Lion

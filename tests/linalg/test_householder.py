@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from steepest.linalg import eigenbasis
-from steepest.linalg.eigenbasis import CONFLICT, eigenvectors, householder, householder_qr
+from steepest.linalg import solvers
+from steepest.linalg.eigenbasis import eigenvectors
+from steepest.linalg.solvers import CONFLICT, householder, householder_qr
 from steepest.linalg.orthonormal import rcqr
 from steepest.linalg.solvers import cholesky_qr
 
@@ -22,7 +23,7 @@ def test_it_is_torchs_decomposition(d):
 def test_only_multiples_are_padded(monkeypatch):
     """Where columns are aligned and apart it would cost time."""
     seen = []
-    monkeypatch.setattr(eigenbasis, "CONFLICT", 32)
+    monkeypatch.setattr(solvers, "CONFLICT", 32)
     geqrf = torch.geqrf
     monkeypatch.setattr(torch, "geqrf", lambda A: (seen.append(A.shape[-2]), geqrf(A))[1])
     for d in (9, 16, 20, 32, 48, 64):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from steepest.linalg import attempts
-from steepest.linalg.eigenbasis import eigenvectors, householder_qr
+from steepest.linalg.eigenbasis import eigenvectors
+from steepest.linalg.solvers import householder_qr
 from steepest.linalg.precision import fp32_matmul_precision, tf32_emulated
 from steepest.linalg.solvers import SOLVERS
 from steepest.linalg.symmetric import BLOCK, accumulate_gram, triangle_product

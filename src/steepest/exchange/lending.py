@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Any as Errand
+from typing import Any as Solved
 
 from torch import Tensor
 
 from steepest.exchange.domain import Domain
 from steepest.exchange.shipment import Shipment
-from typing import Any as Solved
-from typing import Any as Errand
-
 from steepest.rule import Rule
 from steepest.stack.stack import Answers, Seat, Stack
 from steepest.stack.storage import Storage

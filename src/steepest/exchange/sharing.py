@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steepest.exchange.layout import Layout, Rectangle
-from steepest.exchange.lending import offers
 from steepest.exchange.local import Here
 from steepest.exchange.lot import Lot
 from steepest.exchange.placement import is_shared, local
@@ -163,5 +162,4 @@ def _job(
         itemsizes=(p.dtype.itemsize, state_dtype(p).itemsize),
         bucket=f"{p.dtype} {p.device.type}",
         factored=sum(b * (m + n) * rule.rank(m, n) for b, m, n in shapes),
-        
     )

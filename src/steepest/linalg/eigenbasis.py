@@ -5,19 +5,10 @@ Everywhere eigenvalues descend, and column i of ``Q`` belongs to eigenvalue i.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # as in `steepest.linalg.attempts`
 
-from steepest.linalg import attempts
-from steepest.linalg.attempts import attempt, succeeded
-
-ALIGNED, CONFLICT = 16, 512
-"""Entries from column to column, on a CPU, where they are made a multiple of the first and none of the second; see
-`columns_apart`."""
+from steepest.linalg.attempts import attempt
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -68,124 +59,6 @@ def eigenvectors(K: Tensor, force_double: bool = False) -> Tensor:
     return Q.flip(-1).to(K)
 
 
-def reflections(A: Tensor) -> Tensor:
-    """The Q of ``A [..., d, d]``, or LAPACK's exception."""
-    return by_columns(torch.linalg.householder_product(*torch.geqrf(columns_apart(A)))[..., : A.shape[-1], :])
-
-
-def columns_apart(A: Tensor) -> Tensor:
-    """``A [..., d, d]``, on a CPU with rows of zeros below where that helps, which reflect nothing.
-
-    Columns that begin a multiple of 512 entries apart meet in few lines of a CPU's caches. Kept apart they take 0.70 of
-    the time at 1024 rows, 0.79 at 512 (benchmarks/padding.py). And where the matrices of a stack would not begin at
-    multiples of 64 bytes, and be rounded otherwise than alone, they do with their columns filled up. (`attempts.each`
-    would take them one by one for that, and has no place for R.)
-    """
-    d = A.shape[-1]
-    misaligned = d * d * A.itemsize % 64 != 0
-    zeros = -d % ALIGNED if misaligned else ALIGNED * (d % CONFLICT == 0)
-    if not zeros or A.device.type != "cpu":
-        return A
-    return torch.cat([A.mT, A.new_zeros(*A.shape[:-1], zeros)], dim=-1).mT  # columns lie contiguous
-
-
-householder = partial(attempt, reflections)
-"""The Q of ``A [..., d, d]`` by Householder's reflections, without forming R; NaN where that fails.
-
-Backward stable whatever A is: where it has no full rank, some orthonormal columns complete the basis.
-"""
-
-
-def orthogonal_iteration(K: Tensor, Q: Tensor, power_iter_steps: int = 1) -> Tensor:
-    """One refinement of an approximate eigenbasis: ``Q ← qr(K Q)``, ``power_iter_steps`` times.
-
-    Columns that come first converge first, and keep their places: `by_rayleigh_quotient` orders them beforehand.
-
-    Args:
-        K: symmetric positive semidefinite matrices ``[..., d, d]``.
-        Q: their approximate eigenvectors ``[..., d, d]``, orthonormal columns.
-        power_iter_steps: products and factorizations; more cost more and follow faster.
-
-    Returns:
-        ``[..., d, d]``; NaN for a matrix that can't be factorized.
-
-    Example:
-        >>> K = torch.diag(torch.tensor([4.0, 1.0]))
-        >>> Q = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
-        >>> orthogonal_iteration(K, Q, power_iter_steps=4).abs()
-        tensor([[1.0000, 0.0029],
-                [0.0029, 1.0000]])
-    """
-    for _ in range(power_iter_steps):
-        Q = householder(K @ Q)
-    return Q
-
-
-@_disable_dynamo
-def householder_qr(A: Tensor) -> tuple[Tensor, Tensor]:
-    """`householder`, and a matrix ``[..., d, d]`` whose upper triangle is R; what is below it means nothing.
-
-    Example:
-        >>> A = torch.tensor([[3.0, 1.0], [4.0, 2.0]])
-        >>> Q, R = householder_qr(A)
-        >>> torch.dist(Q @ R.triu(), A) < 1e-5
-        tensor(True)
-    """
-    d = A.shape[-1]
-    try:
-        R, scales = torch.geqrf(columns_apart(A))
-        Q = by_columns(torch.linalg.householder_product(R, scales)[..., :d, :])
-        found = not attempts.at_hand(A) or bool(succeeded(Q).all())
-    except RuntimeError:
-        found = False
-    if found:
-        return Q, R[..., :d, :]
-    Q = householder(A)  # matrix by matrix
-    return Q, Q.mT @ A
-
-
-def by_columns(Q: Tensor) -> Tensor:
-    """``Q [..., d, d]`` with each column in one piece of memory, as LAPACK lays it out.
-
-    Products round otherwise where a factor lies otherwise, and what another rank has sent lies by rows.
-
-    >>> by_columns(torch.eye(2)).stride()
-    (1, 2)
-    """
-    return Q.mT.contiguous().mT
-
-
-def ordered_iteration(
-    K: Tensor, Q: Tensor, power_iter_steps: int = 1, orthonormalize: Callable[[Tensor], Tensor] = householder
-) -> tuple[Tensor, Tensor]:
-    """`by_rayleigh_quotient`, then `orthogonal_iteration`; one product ``K Q`` serves both.
-
-    Ordered before the factorization, which gives the first columns the first choice.
-
-    Args:
-        K: as in `orthogonal_iteration`.
-        Q: likewise.
-        power_iter_steps: likewise.
-        orthonormalize: from ``[..., d, d]`` to orthonormal columns that span in turn the same spaces.
-
-    Returns:
-        ``(Q [..., d, d], order [..., d])``: column i continues column ``order[i]`` of the old basis.
-
-    Example:
-        >>> Q, order = ordered_iteration(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2))
-        >>> order
-        tensor([1, 0])
-    """
-    d = K.shape[-1]
-    rows = Q.mT @ K  # (K Q)ᵀ, as K is symmetric: moving its rows is cheaper than moving columns
-    order = (rows * Q.mT).sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
-    moved = torch.gather(rows, -2, order.unsqueeze(-1).expand(*order.shape, d))
-    Q = orthonormalize(moved.mT)
-    for _ in range(power_iter_steps - 1):
-        Q = orthonormalize(K @ Q)
-    return Q, order
-
-
 def conjugate(a: Tensor, p: Tensor, diag: bool = False) -> Tensor:
     """``pᵀ a p`` for matrices ``[..., d, d]``; with ``diag=True`` only its diagonal ``[..., d]``, at half the cost.
 
@@ -197,20 +70,6 @@ def conjugate(a: Tensor, p: Tensor, diag: bool = False) -> Tensor:
     """
     ap = a @ p
     return (ap * p).sum(dim=-2) if diag else p.mT @ ap
-
-
-def by_rayleigh_quotient(K: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    """``Q``'s columns ordered by descending Rayleigh quotient under ``K``, and that order ``[..., d]``.
-
-    Whatever else is indexed by eigenvector must follow the same order.
-
-    Example:
-        >>> Q, order = by_rayleigh_quotient(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2))
-        >>> order
-        tensor([1, 0])
-    """
-    order = conjugate(K, Q, diag=True).argsort(dim=-1, descending=True, stable=True)
-    return torch.gather(Q, -1, order.unsqueeze(-2).expand_as(Q)), order
 
 
 def eigenbasis_error(K: Tensor, Q: Tensor | None) -> Tensor:

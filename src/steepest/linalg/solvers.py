@@ -9,13 +9,14 @@ for an accelerator, and no matrix's result depends on the others in its batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # as in `steepest.linalg.attempts`
 
-from steepest.linalg.attempts import at_hand, each
-from steepest.linalg.eigenbasis import by_rayleigh_quotient, eigenvectors, householder, ordered_iteration
+from steepest.linalg.attempts import at_hand, attempt, each, succeeded
+from steepest.linalg.eigenbasis import conjugate, eigenvectors
 from steepest.linalg.precision import fp32_matmul_precision
 
 LARGEST_TURN = 0.1
@@ -29,8 +30,112 @@ HOPELESS = 1e-5
 Solver = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
+ALIGNED, CONFLICT = 16, 512
+"""Entries from column to column, on a CPU, where they are made a multiple of the first and none of the second; see
+`columns_apart`."""
+
+
+def reflections(A: Tensor) -> Tensor:
+    """The Q of ``A [..., d, d]``, or LAPACK's exception."""
+    Q: Tensor = torch.linalg.householder_product(*torch.geqrf(columns_apart(A)))[..., : A.shape[-1], :]
+    return Q.mT.contiguous().mT
+
+
+def columns_apart(A: Tensor) -> Tensor:
+    """``A [..., d, d]``, on a CPU with rows of zeros below where that helps, which reflect nothing.
+
+    Columns that begin a multiple of 512 entries apart meet in few lines of a CPU's caches. Kept apart they take 0.70 of
+    the time at 1024 rows, 0.79 at 512 (benchmarks/padding.py). And where the matrices of a stack would not begin at
+    multiples of 64 bytes, and be rounded otherwise than alone, they do with their columns filled up. (Taking them one
+    by one, as `steepest.linalg.attempts.each` does, would have no place for R.)
+    """
+    d = A.shape[-1]
+    misaligned = d * d * A.itemsize % 64 != 0
+    zeros = -d % ALIGNED if misaligned else ALIGNED * (d % CONFLICT == 0)
+    if not zeros or A.device.type != "cpu":
+        return A
+    return torch.cat([A.mT, A.new_zeros(*A.shape[:-1], zeros)], dim=-1).mT  # columns lie contiguous
+
+
+householder = partial(attempt, reflections)
+"""The Q of ``A [..., d, d]`` by Householder's reflections, without forming R; NaN where that fails.
+
+Backward stable whatever A is: where it has no full rank, some orthonormal columns complete the basis.
+"""
+
+
+def orthogonal_iteration(K: Tensor, Q: Tensor, power_iter_steps: int = 1) -> Tensor:
+    """One refinement of an approximate eigenbasis: ``Q ← qr(K Q)``, ``power_iter_steps`` times.
+
+    Columns that come first converge first, and keep their places: `by_rayleigh_quotient` orders them beforehand.
+
+    Args:
+        K: symmetric positive semidefinite matrices ``[..., d, d]``.
+        Q: their approximate eigenvectors ``[..., d, d]``, orthonormal columns.
+        power_iter_steps: products and factorizations; more cost more and follow faster.
+
+    Returns:
+        ``[..., d, d]``; NaN for a matrix that can't be factorized.
+
+    Example:
+        >>> K = torch.diag(torch.tensor([4.0, 1.0]))
+        >>> Q = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+        >>> orthogonal_iteration(K, Q, power_iter_steps=4).abs()
+        tensor([[1.0000, 0.0029],
+                [0.0029, 1.0000]])
+    """
+    for _ in range(power_iter_steps):
+        Q = householder(K @ Q)
+    return Q
+
+
+def ordered_iteration(
+    K: Tensor, Q: Tensor, power_iter_steps: int = 1, orthonormalize: Callable[[Tensor], Tensor] = householder
+) -> tuple[Tensor, Tensor]:
+    """`by_rayleigh_quotient`, then `orthogonal_iteration`; one product ``K Q`` serves both.
+
+    Ordered before the factorization, which gives the first columns the first choice.
+
+    Args:
+        K: as in `orthogonal_iteration`.
+        Q: likewise.
+        power_iter_steps: likewise.
+        orthonormalize: from ``[..., d, d]`` to orthonormal columns that span in turn the same spaces.
+
+    Returns:
+        ``(Q [..., d, d], order [..., d])``: column i continues column ``order[i]`` of the old basis.
+
+    Example:
+        >>> Q, order = ordered_iteration(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2))
+        >>> order
+        tensor([1, 0])
+    """
+    d = K.shape[-1]
+    rows = Q.mT @ K  # (K Q)ᵀ, as K is symmetric: moving its rows is cheaper than moving columns
+    order = (rows * Q.mT).sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
+    moved = torch.gather(rows, -2, order.unsqueeze(-1).expand(*order.shape, d))
+    Q = orthonormalize(moved.mT)
+    for _ in range(power_iter_steps - 1):
+        Q = orthonormalize(K @ Q)
+    return Q, order
+
+
+def by_rayleigh_quotient(K: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """``Q``'s columns ordered by descending Rayleigh quotient under ``K``, and that order ``[..., d]``.
+
+    Whatever else is indexed by eigenvector must follow the same order.
+
+    Example:
+        >>> Q, order = by_rayleigh_quotient(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2))
+        >>> order
+        tensor([1, 0])
+    """
+    order = conjugate(K, Q, diag=True).argsort(dim=-1, descending=True, stable=True)
+    return torch.gather(Q, -1, order.unsqueeze(-2).expand_as(Q)), order
+
+
 def cholesky(K: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
-    """`steepest.linalg.eigenbasis.ordered_iteration` with `cholesky_qr` in place of Householder's reflections.
+    """`ordered_iteration` with `cholesky_qr` in place of Householder's reflections.
 
     The same basis but for rounding and columns' signs, which stay here. On accelerators a multiple of the identity, a
     little above the rounding of K Q, is added to K: directions in which K is zero keep their columns, without a look.
@@ -44,7 +149,8 @@ def cholesky(K: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
                 [1., 0., 0.],
                 [0., 0., 1.]])
     """
-    return ordered_iteration(lifted(K), Q, steps, cholesky_qr)
+    Q, order = ordered_iteration(lifted(K), Q, steps, cholesky_qr)
+    return by_columns(Q), order
 
 
 def lifted(K: Tensor) -> Tensor:
@@ -82,7 +188,7 @@ def first_order(K: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
         rows = rows.gather(-2, now.unsqueeze(-1).expand_as(rows))
         Q = Q.gather(-1, now.unsqueeze(-2).expand_as(Q))
         Q = cholesky_qr(Q + Q @ first_order_rotation(rows @ Q, d), passes=1)
-    return Q, order
+    return by_columns(Q), order
 
 
 def first_order_rotation(E: Tensor, d: Tensor) -> Tensor:
@@ -96,7 +202,7 @@ def first_order_rotation(E: Tensor, d: Tensor) -> Tensor:
 
 def full(K: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
     """A full decomposition, whatever the old basis; its i-th column takes the place of the i-th largest quotient."""
-    return eigenvectors(K), by_rayleigh_quotient(K, Q)[1]
+    return by_columns(eigenvectors(K)), by_rayleigh_quotient(K, Q)[1]
 
 
 SOLVERS: dict[str, Solver] = {"qr": ordered_iteration, "cholesky": cholesky, "first_order": first_order, "eigh": full}
@@ -176,3 +282,51 @@ def _cholesky_pass(A: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
 
 def _identity_order(K: Tensor) -> Tensor:
     return torch.arange(K.shape[-1], device=K.device).expand(K.shape[:-1])
+
+
+@_disable_dynamo
+def householder_qr(A: Tensor) -> tuple[Tensor, Tensor]:
+    """`householder`, and a matrix ``[..., d, d]`` whose upper triangle is R; what is below it means nothing.
+
+    Example:
+        >>> A = torch.tensor([[3.0, 1.0], [4.0, 2.0]])
+        >>> Q, R = householder_qr(A)
+        >>> torch.dist(Q @ R.triu(), A) < 1e-5
+        tensor(True)
+    """
+    d = A.shape[-1]
+    try:
+        R, scales = torch.geqrf(columns_apart(A))
+        Q = by_columns(torch.linalg.householder_product(R, scales)[..., :d, :])
+        found = not at_hand(A) or bool(succeeded(Q).all())
+    except RuntimeError:
+        found = False
+    if found:
+        return Q, R[..., :d, :]
+    Q = householder(A)  # matrix by matrix
+    return Q, Q.mT @ A
+
+
+def by_columns(Q: Tensor) -> Tensor:
+    """``Q [..., d, d]`` with each column in one piece of memory, as LAPACK lays it out.
+
+    Products round otherwise where a factor lies otherwise, and what another rank has sent lies by rows.
+
+    >>> by_columns(torch.eye(2)).stride()
+    (1, 2)
+    """
+    return Q.mT.contiguous().mT
+
+
+def reordered(x: Tensor, order: Tensor | None, dim: int) -> Tensor:
+    """Rows (dim -2) or columns (-1) of ``x [..., m, n]`` in the order ``[..., m]`` or ``[..., n]``; None: as they are.
+
+    >>> reordered(torch.tensor([[1.0, 2.0]]), torch.tensor([1, 0]), -1)
+    tensor([[2., 1.]])
+    """
+    if order is None:
+        return x
+    if dim == -1:
+        return x.gather(-1, order.unsqueeze(-2).expand_as(x))
+    rows = torch.arange(0, order.numel(), x.shape[-2], device=x.device).view(*order.shape[:-1], 1) + order
+    return x.reshape(-1, x.shape[-1]).index_select(0, rows.view(-1)).view(x.shape)  # rows in one piece each

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from steepest.linalg import attempts
-from steepest.linalg.eigenbasis import eigenvectors, householder_qr
+from steepest.linalg.eigenbasis import eigenvectors
 from steepest.linalg.precision import fp32_matmul_precision
-from steepest.linalg.solvers import cholesky_qr, first_order_rotation, lifted
+from steepest.linalg.solvers import by_columns, cholesky_qr, first_order_rotation, householder_qr, lifted, reordered
 from steepest.linalg.symmetric import mirrored, triangle_product
 
 TOLERATED = 40
@@ -53,14 +53,15 @@ def turn(K: Tensor, solver: str = "qr", steps: int = 1) -> Turn:
     """
     order = K.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     if solver == "eigh":
-        return decomposed(K)._replace(order=order)
+        U, _, K = decomposed(K)
+        return Turn(by_columns(U), order, K)
     with fp32_matmul_precision("highest"):
         U, K = ITERATIONS[solver](K, order)
         in_order = torch.arange(K.shape[-1], device=K.device).expand_as(order)
         for _ in range(steps - 1):
             V, K = ITERATIONS[solver](K, in_order)
             U = U @ V
-    return Turn(U, order, K)
+    return Turn(by_columns(U), order, K)
 
 
 def decomposed(K: Tensor, in_float64: bool = False) -> Turn:
@@ -99,20 +100,6 @@ def turned(Q: Tensor, U: Tensor, polish: bool = False) -> Tensor:
                 if skew > TOLERATED * torch.finfo(rows.dtype).eps:
                     flat[i] = _polished(flat[i])
     return rows.mT
-
-
-def reordered(x: Tensor, order: Tensor | None, dim: int) -> Tensor:
-    """Rows (dim -2) or columns (-1) of ``x [..., m, n]`` in the order ``[..., m]`` or ``[..., n]``; None: as they are.
-
-    >>> reordered(torch.tensor([[1.0, 2.0]]), torch.tensor([1, 0]), -1)
-    tensor([[2., 1.]])
-    """
-    if order is None:
-        return x
-    if dim == -1:
-        return x.gather(-1, order.unsqueeze(-2).expand_as(x))
-    rows = torch.arange(0, order.numel(), x.shape[-2], device=x.device).view(*order.shape[:-1], 1) + order
-    return x.reshape(-1, x.shape[-1]).index_select(0, rows.view(-1)).view(x.shape)  # rows in one piece each
 
 
 def _polished(rows: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, final
 
 from torch import Tensor
@@ -124,7 +123,9 @@ class SOAP(Optimizer):
         weight_decay: float = 0.01,
         **options: Any,
     ) -> None:
-        super().__init__(params, 'soap', lr=lr, betas=betas, shampoo_beta=shampoo_beta, eps=eps, weight_decay=weight_decay, **options)
+        super().__init__(
+            params, "soap", lr=lr, betas=betas, shampoo_beta=shampoo_beta, eps=eps, weight_decay=weight_decay, **options
+        )
 
 
 REKLS_OPTIONS: dict[str, Any] = {"solver": "eigh", "use_kl_shampoo": True, "precondition_frequency": 1}

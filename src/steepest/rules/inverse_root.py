@@ -25,8 +25,8 @@ from steepest.linalg.phases import phase
 from steepest.linalg.roots import matrix_power
 from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, betas, flag, one_of
 from steepest.rules.parts.factors import SIDES, Factors, into
-from steepest.rules.parts.moments import adam, corrected_beta
-from steepest.rules.parts.scales import clip_rms, frobenius, with_norm
+from steepest.rules.parts.moments import adam, clip_rms, corrected_beta
+from steepest.rules.parts.scales import frobenius, with_norm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,7 @@ from steepest.linalg.precision import fp32_matmul_precision
 from steepest.rule import Rule, State, Step, at_least, beta, betas, one_of
 from steepest.rule.words import MosoInner, Precision
 from steepest.rules.parts.factors import Factors
-from steepest.rules.parts.moments import adam, corrected_beta
-from steepest.rules.parts.scales import clip_rms
+from steepest.rules.parts.moments import adam, clip_rms, corrected_beta
 
 
 @dataclass(frozen=True, kw_only=True)

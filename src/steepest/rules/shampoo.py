@@ -25,9 +25,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from steepest.linalg.eigenbasis import conjugate, eigenvectors, orthogonal_iteration
+from steepest.linalg.eigenbasis import conjugate, eigenvectors
 from steepest.linalg.phases import phase
 from steepest.linalg.roots import spectral_power
+from steepest.linalg.solvers import orthogonal_iteration
 from steepest.rule import Refreshing, Slots, State, Step, at_least, betas, checked, flag, number, one_of
 from steepest.rule.words import Graft
 from steepest.rules.parts.factors import SIDES, Factors

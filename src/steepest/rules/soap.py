@@ -25,8 +25,7 @@ from torch import Tensor
 from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, betas, flag, frequency, one_of
 from steepest.rule.words import BasisDtype, BasisTiming, MomentDtype, Precision, Solver
 from steepest.rules.parts.factors import Factors
-from steepest.rules.parts.moments import adam, corrected_beta
-from steepest.rules.parts.scales import clip_rms
+from steepest.rules.parts.moments import adam, clip_rms, corrected_beta
 
 F = TypeVar("F", bound=Factors)
 

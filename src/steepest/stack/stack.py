@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
+from typing import Any as Solved
 
 import torch
 from torch import Tensor
 
 from steepest.linalg.phases import phase
-from typing import Any as Solved
-
 from steepest.rule import Rule, Slots, State, Step
 from steepest.stack.graphs import Recorder
 from steepest.stack.storage import Storage

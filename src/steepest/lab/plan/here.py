@@ -17,9 +17,9 @@ from steepest.lab.bench.speed import FLOAT, LONGEST, clock_of, fastest
 from steepest.lab.plan.devices import Curve, Device, interpolated, key
 from steepest.lab.plan.models import Model
 from steepest.lab.plan.time import entry_bytes, period_of, settled
-from steepest.linalg.eigenbasis import householder
 from steepest.linalg.flops import CHOLESKY, EIGH, PRODUCT, QR, Work, cholesky, eigh, polar, product, qr, total
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
+from steepest.linalg.solvers import householder
 from steepest.rule import Elementwise, Refreshing, Rule
 from steepest.rules.parts.moments import adam
 from steepest.rules.soap import NOISE_FLOOR

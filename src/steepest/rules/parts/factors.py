@@ -9,12 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steepest.linalg import attempts
-from steepest.linalg.eigenbasis import by_columns, eigenbasis_error, eigenvectors
+from steepest.linalg.eigenbasis import eigenbasis_error, eigenvectors
 from steepest.linalg.phases import phase
-from steepest.linalg.solvers import SOLVERS, choose
+from steepest.linalg.solvers import SOLVERS, choose, reordered
 from steepest.linalg.symmetric import accumulate_gram
-from steepest.linalg.turning import reordered
 from steepest.rule import Slots, State
 
 SIDES = (("L", -2), ("R", -1))
@@ -77,12 +75,16 @@ class Factors:
     @phase("project")
     def project(self, G: Tensor) -> Tensor:
         """``Q_Lᵀ G Q_R``."""
-        return into(G, self.state.get("Q_L"), self.state.get("Q_R"))
+        state = self.state
+        G = torch.bmm(state["Q_L"].mT, G) if "Q_L" in state else G
+        return torch.bmm(G, state["Q_R"]) if "Q_R" in state else G
 
     @phase("project")
     def unproject(self, u: Tensor) -> Tensor:
         """``Q_L u Q_Rᵀ``."""
-        return out_of(u, self.state.get("Q_L"), self.state.get("Q_R"))
+        state = self.state
+        u = torch.bmm(state["Q_L"], u) if "Q_L" in state else u
+        return torch.bmm(u, state["Q_R"].mT) if "Q_R" in state else u
 
     @phase("refresh")
     def start(self, slots: Slots, in_float64: bool = False) -> None:
@@ -106,17 +108,13 @@ class Factors:
                 crossed, each direction then goes on with the other's.
         """
         part = {name: x[slots] for name, x in self.state.items()}
+        solver = choose(part["exp_avg_sq"].device.type) if solver == "auto" else solver
         bases: dict[str, Tensor] = {}
         for side, dim in SIDES:
-            if side not in part:
-                continue
-            K, Q = part[side], part[f"Q_{side}"]
-            if solver == "eigh" and not match_columns:
-                bases[side] = eigenvectors(K)
-            else:
-                solve = SOLVERS[choose(K.device.type) if solver == "auto" else solver]
-                Q, order = solve(K, Q, steps)
-                bases[side] = by_columns(Q)
+            if side in part and solver == "eigh" and not match_columns:
+                bases[side] = eigenvectors(part[side])
+            elif side in part:
+                bases[side], order = SOLVERS[solver](part[side], part[f"Q_{side}"], steps)
                 part["exp_avg_sq"] = reordered(part["exp_avg_sq"], order, dim)
         self._turn(slots, part, bases)
 
@@ -136,19 +134,24 @@ class Factors:
         """Put new bases in place of old ones, and both moments with them."""
         if not bases:
             return
-        new = {f"Q_{side}": Q for side, Q in bases.items()}
+        new = {"exp_avg_sq": part["exp_avg_sq"]}
         if "exp_avg" in part:
-            raw = out_of(part["exp_avg"], part.get("Q_L"), part.get("Q_R"))
-            new["exp_avg"] = into(raw, bases.get("L"), bases.get("R"))
-        self._put(slots, new | {"exp_avg_sq": part["exp_avg_sq"]}, list(bases.values()))
+            new["exp_avg"] = into(Factors(part).unproject(part["exp_avg"]), bases.get("L"), bases.get("R"))
+        for side, Q in bases.items():
+            new[f"Q_{side}"] = Q
+        self._put(slots, new, list(bases.values()))
 
     def _put(self, slots: Slots, new: State, solved: list[Tensor]) -> None:
         """Take in the new state of these slots; a matrix for which something ``solved`` is NaN keeps the old one."""
-        failed = torch.stack([~attempts.succeeded(x) for x in solved]).sum(dim=0)  # [b]
+        sums = torch.stack([x.sum(dim=(-2, -1)) for x in solved])  # [sides, b]
+        failed = (~sums.isfinite()).sum(dim=0)  # [b]
+        if failed.device.type == "cpu" and not failed.any():
+            for name, x in new.items():
+                self.state[name][slots] = x
+            return
         found = (failed == 0).view(-1, 1, 1)
-        sure = attempts.at_hand(found) and bool(found.all())
         for name, x in new.items():
-            self.state[name][slots] = x if sure else torch.where(found, x, self.state[name][slots])
+            self.state[name][slots] = torch.where(found, x, self.state[name][slots])
         if self.failures is not None:
             self.failures[slots] += failed
 
@@ -157,9 +160,3 @@ def into(x: Tensor, Q_L: Tensor | None, Q_R: Tensor | None) -> Tensor:
     """``Q_Lᵀ x Q_R`` for ``x [B, m, n]``; None is the identity."""
     x = x if Q_L is None else torch.bmm(Q_L.mT, x)
     return x if Q_R is None else torch.bmm(x, Q_R)
-
-
-def out_of(x: Tensor, Q_L: Tensor | None, Q_R: Tensor | None) -> Tensor:
-    """``Q_L x Q_Rᵀ`` for ``x [B, m, n]``; None is the identity."""
-    x = x if Q_L is None else torch.bmm(Q_L, x)
-    return x if Q_R is None else torch.bmm(x, Q_R.mT)

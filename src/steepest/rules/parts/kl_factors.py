@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from steepest.linalg import attempts
-from steepest.linalg.eigenbasis import by_columns, eigenbasis_error
+from steepest.linalg.eigenbasis import eigenbasis_error
 from steepest.linalg.phases import phase
-from steepest.linalg.solvers import choose
+from steepest.linalg.solvers import choose, reordered
 from steepest.linalg.symmetric import accumulate_gram
-from steepest.linalg.turning import Turn, decomposed, reordered, turn, turned
+from steepest.linalg.turning import Turn, decomposed, turn, turned
 from steepest.linalg.whitening import root_mean_square, whitening_weights
 from steepest.rule import Slots, State
 from steepest.rules.parts.factors import SIDES, Factors, into
@@ -112,8 +112,7 @@ class KLFactors(Factors):
                 if solver == "eigh" and not match_columns:
                     turns[side] = decomposed(K)
                 else:
-                    found = turn(K, choose(K.device.type) if solver == "auto" else solver, steps)
-                    turns[side] = found._replace(U=by_columns(found.U))
+                    turns[side] = turn(K, choose(K.device.type) if solver == "auto" else solver, steps)
         self._turn_by(slots, turns)
 
     def _turn_by(self, slots: Slots, turns: dict[str, Turn]) -> None:

@@ -17,15 +17,13 @@ from torch import Tensor
 
 from steepest.linalg.attempts import succeeded
 from steepest.linalg.eigenbasis import (
-    by_columns,
     conjugate,
     eigenbasis_error,
     eigenvectors,
     eigh_with_fallback,
 )
-from steepest.linalg.solvers import next_basis
+from steepest.linalg.solvers import by_columns, next_basis, reordered
 from steepest.linalg.symmetric import accumulate_gram
-from steepest.linalg.turning import reordered
 from steepest.linalg.whitening import root_mean_square, whitening_weights
 
 Sides = Sequence[Tensor | None]

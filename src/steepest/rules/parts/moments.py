@@ -97,3 +97,15 @@ def corrected_beta(beta: float, t: Tensor) -> Tensor:
     tensor([0.0000, 0.3333])
     """
     return 1 - (1 - beta) / correction(beta, t)
+
+
+def clip_rms(D: Tensor, limit: float) -> Tensor:
+    """Each matrix of ``D [B, m, n]`` scaled down to a root mean square of at most ``limit``; 0 means no limit.
+
+    >>> clip_rms(torch.full((1, 2, 2), 4.0), 1.0).amax()
+    tensor(1.)
+    """
+    if limit <= 0:
+        return D
+    rms = D.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    return D * (limit / (rms + 1e-7)).clamp(max=1.0)

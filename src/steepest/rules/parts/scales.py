@@ -50,15 +50,3 @@ def with_norm(D: Tensor, norm: Tensor | float) -> Tensor:
     """
     old = frobenius(D)
     return torch.where(old > negligible_norm(D.dtype), D / old * norm, 0)
-
-
-def clip_rms(D: Tensor, limit: float) -> Tensor:
-    """Each matrix of ``D [B, m, n]`` scaled down to a root mean square of at most ``limit``; 0 means no limit.
-
-    >>> clip_rms(torch.full((1, 2, 2), 4.0), 1.0).amax()
-    tensor(1.)
-    """
-    if limit <= 0:
-        return D
-    rms = D.square().mean(dim=(-2, -1), keepdim=True).sqrt()
-    return D * (limit / (rms + 1e-7)).clamp(max=1.0)
