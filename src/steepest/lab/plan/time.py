@@ -1,6 +1,6 @@
 """Predicted: how long an optimizer's step takes on a device, beside the model's own part of a training step.
 
-A matrix takes the time of its products and decompositions (`steepest.rule.Rule.work`), each at the device's speed for
+A matrix takes the time of its products and decompositions (`steepest.rule.work`), each at the device's speed for
 its kind and size, and that of moving bytes, once each: state read and written, the gradient read and gathered, the
 direction written and read, the weight read and written. A stack takes the time of its launches. One thing comes after
 the other. Left out: what travels between ranks, and waiting for it; Cholesky-QR's second and third pass where
@@ -19,10 +19,10 @@ from functools import cache
 import torch
 
 from steepest.lab.plan.devices import Device
-from steepest.linalg.flops import Work
 from steepest.linalg.solvers import choose
 from steepest.linalg.stopwatch import bfloat16_pays
 from steepest.rule import THE_END, Elementwise, Rule
+from steepest.rule.work import Work, work
 from steepest.rules.parts.newton_schulz import NewtonSchulz, survives_bfloat16
 from steepest.rules.soap import Soap
 from steepest.stack.stack import spread
@@ -146,11 +146,11 @@ def _times(
     mean = steady = 0.0
     refreshes: Counter[int] = Counter()
     for (m, n, phase), count in load.matrices.items():
-        work, moments, factors = _cost(rule, m, n)
+        counted, moments, factors = _cost(rule, m, n)
         passed = (2 * moments + (3 * itemsize + 3 * FLOAT) * m * n) / device.passes
         passed += 2 * factors / device.bandwidth
-        always, now = device.seconds(work.always()), device.seconds(work.now())
-        mean += count * (passed + device.seconds(work))
+        always, now = device.seconds(counted.always()), device.seconds(counted.now())
+        mean += count * (passed + device.seconds(counted))
         steady += count * (passed + always)
         refreshes[phase] += count * (now - always)  # type: ignore[assignment]
     return rest + mean, rest + steady + math.fsum(refreshes.values()), rest + steady + max(refreshes.values())
@@ -161,7 +161,7 @@ def _cost(rule: Rule, m: int, n: int) -> tuple[Work, int, int]:
     """Of a matrix: its work, bytes of state by entry, bytes of the rest."""
     state = laid_out(rule, torch.empty(1, m, n, device="meta"))
     moments = sum(x.nbytes for name, x in state.items() if name.startswith(MOMENTS))
-    return rule.work(m, n), moments, sum(x.nbytes for x in state.values()) - moments
+    return work(rule, m, n), moments, sum(x.nbytes for x in state.values()) - moments
 
 
 @cache
