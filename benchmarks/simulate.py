@@ -22,8 +22,8 @@ from typing import Any
 from steepest.exchange.plan import Job, Plan, make_plan
 from steepest.lab.plan.models import Model, preset
 from steepest.lab.plan.plan import Mesh, jobs, look, mesh
-from steepest.linalg.flops import PRODUCT, Work
 from steepest.rule import Rule
+from steepest.rule.work import PRODUCT, Work, work
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/scaling.json"
@@ -76,11 +76,11 @@ def _in_time(rule: Rule, job: Job) -> Job:
     m, n = job.window.shape
     errands = rule.errands(m, n)
     priced = tuple((name, _slow(errands[name].work), size) for name, _, size in job.errands)
-    return replace(job, cost=_slow(rule.work(m, n)), errands=priced)
+    return replace(job, cost=_slow(work(rule, m, n)), errands=priced)
 
 
-def _slow(work: Work) -> float:
-    return sum(flops * (1 if part.kind == PRODUCT else SLOWER) for part, flops in work.parts.items())
+def _slow(counted: Work) -> float:
+    return sum(flops * (1 if part.kind == PRODUCT else SLOWER) for part, flops in counted.parts.items())
 
 
 def balance(name: str, way: str, world: int) -> float:

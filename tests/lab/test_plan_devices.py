@@ -13,7 +13,7 @@ from steepest.lab.plan.models import from_file, preset
 from steepest.lab.plan.plan import look, mesh
 from steepest.lab.plan.time import settled
 from steepest.lab.shared.errors import BadInput
-from steepest.linalg.flops import polar
+from steepest.rule.work import counted, work
 
 
 def test_at_its_peak_a_gpu_takes_flops_by_peak_and_bytes_by_bandwidth():
@@ -92,18 +92,15 @@ def test_this_machine_is_measured_for_what_it_will_do(brief, tmp_path, optimizer
     rule = settled(model.rule, "cpu")
     if speeds:  # every part of the work, at its own size
         sizes = {(key(part), part.size) for w in model.weights if w.view for _, m, n in w.view.pieces
-                 for part in rule.work(m, n).parts}  # fmt: skip
+                 for part in work(rule, m, n).parts}  # fmt: skip
         assert sizes == {(name, size) for name, curve in device.speeds.items() for size, _ in curve}
     seen = look(model, mesh("fsdp", 1), 1, device=device).forecast
     assert 0 < seen.step <= seen.worst * (1 + 1e-9)
 
 
-def test_what_is_timed_is_what_is_counted():
-    """Each task's FLOPs are those of one kind, that of its name."""
-    for name in ("qr", "cholesky", "eigh", "svd"):
-        _, work = plan_here._task(name, 6, torch.device("cpu"))
-        assert {part.kind for part in work.parts} == {name}
-    assert plan_here._task("svd", 6, torch.device("cpu"))[1].total == polar(6, 6, "exact").total - 2 * 6**3
+def test_each_task_is_of_the_kind_that_it_is_timed_for():
+    for kind, task in plan_here.TASKS.items():
+        assert {part.kind for part in counted(task, torch.empty(6, 6, device="meta")).parts} == {kind}
 
 
 def test_this_machine_by_name(brief, tmp_path):

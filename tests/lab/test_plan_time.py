@@ -18,7 +18,7 @@ from steepest.lab.plan.devices import gpu, interpolated
 from steepest.lab.plan.models import Model, Weight, from_file, preset
 from steepest.lab.plan.plan import _turns, look, mesh
 from steepest.lab.plan.time import Load, forecast, settled
-from steepest.linalg.flops import Part, cholesky, eigh, product, qr
+from steepest.rule.work import Part, Work
 from steepest.rules.adamw import AdamW
 from steepest.rules.lion import Lion
 from steepest.rules.moso import Moso
@@ -102,12 +102,13 @@ def test_elementwise_by_hand():
 
 
 def test_each_kind_has_its_speed():
-    for work, speed in (
-        (qr(4, 4), 11), (cholesky(4, 4), 13), (eigh(4), 17), (product(4, 4, 4), 2), (product(4, 4, 4).at("medium"), 5)
+    for part, speed in (
+        (Part("qr", 4), 11), (Part("cholesky", 4), 13), (Part("eigh", 4), 17),
+        (Part("product", 4, "highest"), 2), (Part("product", 4, "medium"), 5),
     ):  # fmt: skip
-        assert DEVICE.seconds(work) == pytest.approx(work.total / speed)
-    both = qr(4, 4) + product(4, 4, 4)
-    assert DEVICE.seconds(both) == pytest.approx(qr(4, 4).total / 11 + 128 / 2)
+        assert DEVICE.seconds(Work({part: 128.0})) == pytest.approx(128 / speed)
+    both = Work({Part("qr", 4): 44.0, Part("product", 4, "highest"): 128.0})
+    assert DEVICE.seconds(both) == pytest.approx(44 / 11 + 128 / 2)
 
 
 def test_a_speed_depends_on_size():

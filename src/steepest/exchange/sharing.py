@@ -21,6 +21,7 @@ from steepest.exchange.lot import Lot
 from steepest.exchange.placement import is_shared, local
 from steepest.exchange.plan import Job, make_plan
 from steepest.rule import Rule
+from steepest.rule.work import work
 from steepest.stack.names import parameter_name
 from steepest.stack.stack import Seat, Stack, lay_out, loose, state_dtype
 
@@ -157,7 +158,7 @@ def _job(
         name=name if window == layout.whole else f"{name}.{seats[0].piece}",
         layout=layout,
         window=window,
-        cost=0.0,
+        cost=sum(b * work(rule, m, n).total for b, m, n in shapes),
         memory=sum(Stack.blank(rule, number, seat, p).nbytes for seat in seats),
         itemsizes=(p.dtype.itemsize, state_dtype(p).itemsize),
         bucket=f"{p.dtype} {p.device.type}",

@@ -179,11 +179,12 @@ def working_dtype(G: Tensor, table: Table) -> torch.dtype:
     """What to iterate in: float64 for float64, bfloat16 on GPUs that have it if the table allows, otherwise float32.
 
     Newton-Schulz forgives bfloat16's rounding, but a CPU without units for it multiplies bfloat16 at 1 GFLOP/s, 60
-    times slower than float32. The kind of device decides and no stopwatch, so that calls can be repeated bit by bit.
+    times slower than float32. The kind of device decides and no stopwatch, so that calls can be repeated bit by
+    bit. The meta device, on which FLOPs are counted, stands for a GPU that has bfloat16.
     """
     if G.dtype == torch.float64:
         return torch.float64
-    if table.bfloat16 and G.is_cuda and torch.cuda.get_device_capability(G.device) >= (8, 0):
+    if table.bfloat16 and (G.is_meta or (G.is_cuda and torch.cuda.get_device_capability(G.device) >= (8, 0))):
         return torch.bfloat16
     return torch.float32
 

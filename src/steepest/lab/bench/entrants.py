@@ -19,8 +19,6 @@ from steepest.linalg.polar import TABLES
 from steepest.optimizers import group_options
 from steepest.rule import Elementwise, Refreshing, Rule
 from steepest.rules.parts.newton_schulz import NewtonSchulz
-from steepest.rules.shampoo import Shampoo
-from steepest.rules.soap import Soap
 
 DEFAULT = "soap-f10, soap-f10(stagger=True), soap-f1, kl-soap-f10, moso, muon, adamw"
 """Who runs when nobody is named."""
@@ -87,9 +85,7 @@ def family_of(rule: Rule | Elementwise, longest: int) -> Family:
     """Whom a rule is compared with."""
     if isinstance(rule, Elementwise):
         return Family(rule.name)
-    kind = rule.name
-    if isinstance(rule, Soap | Shampoo):
-        kind = ("kl-" if rule.use_kl_shampoo else "") + kind + (" by eigh" if rule.refresh == "eigh" else "")
+    kind = rule.name.replace("_", "-") + (" by eigh" if getattr(rule, "solver", "") == "eigh" else "")
     if isinstance(rule, NewtonSchulz) and not _usual(rule.ns):
         kind += f" by {rule.ns}"
     if not isinstance(rule, Refreshing):

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from steepest.lab.bench.shapes import ShapeSet
-from steepest.linalg.flops import product
 from steepest.linalg.precision import fp32_matmul_precision
 from steepest.linalg.stopwatch import bfloat16_pays
 from steepest.rule import Elementwise, Rule
+from steepest.rule.work import work
 from steepest.rules.parts.newton_schulz import NewtonSchulz, survives_bfloat16
 
 LONGEST = 1024
@@ -65,7 +65,7 @@ def measure_speed(shapes: ShapeSet, device: torch.device) -> Speed:
 def _flops(shapes: ShapeSet, device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
     """FLOPs per second of products ``[m, m] [m, n]`` and ``[m, n] [n, n]``, over all shapes."""
     limit = LONGEST if device.type == "cpu" else max(max(pair) for pair in shapes.matrices)
-    work = seconds = 0.0
+    flops = seconds = 0.0
     with fp32_matmul_precision("highest"):
         for (m, n), count in Counter(shapes.matrices).items():
             m, n = min(m, limit), min(n, limit)
@@ -73,18 +73,18 @@ def _flops(shapes: ShapeSet, device: torch.device, dtype: torch.dtype, clock: Ca
             for A, B in ((left, G), (G, right)):
                 out = A @ B
                 took = fastest(lambda A=A, B=B, out=out: torch.mm(A, B, out=out), clock)  # type: ignore[misc]
-                work += count * product(m, A.shape[1], n).total
+                flops += count * 2 * m * A.shape[1] * n
                 seconds += count * took
-    return work / seconds
+    return flops / seconds
 
 
 def floor(rule: Rule | Elementwise, shapes: ShapeSet, speed: Speed) -> Floor:
     """The least time of a rule's step.
 
-    FLOPs are `Rule.flops`, in float32; those of Newton-Schulz iterations in bfloat16 where that takes less time, unless
-    the rule forbids it. Bytes: all state is read and written once, and of each entry its gradient read and gathered,
-    its direction written and read, its weight read and written; an elementwise rule neither gathers nor writes down
-    directions. For SOAP, that is 40mn + 16(m² + n²) bytes.
+    FLOPs are those of `steepest.rule.work.work`, in float32; those of Newton-Schulz iterations in bfloat16 where that
+    takes less time, unless the rule forbids it. Bytes: all state is read and written once, and of each
+    entry its gradient read and gathered, its direction written and read, its weight read and written; an elementwise
+    rule neither gathers nor writes down directions. For SOAP, that is 40mn + 16(m² + n²) bytes.
     """
     traffic = 0.0
     for shape in shapes.shapes:
@@ -106,7 +106,9 @@ def _products(rule: Rule | Elementwise, shapes: ShapeSet, speed: Speed) -> float
         ways = [(replace(rule, ns_dtype="float32"), speed.flops)]
         if speed.bfloat16_flops and survives_bfloat16(rule.ns):
             ways.append((replace(rule, ns_dtype="bfloat16"), speed.bfloat16_flops))
-    return min(sum(shape.count * way.flops(shape.m, shape.n) for shape in shapes.shapes) / rate for way, rate in ways)
+    return min(
+        sum(shape.count * work(way, shape.m, shape.n).total for shape in shapes.shapes) / rate for way, rate in ways
+    )
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:

@@ -1,13 +1,13 @@
 """What ``steepest optimizers`` and ``steepest routes`` print: every optimizer with its costs, and a model's routing.
 
 Nothing in the list is copied from a paper: state is what a rule's ``init`` lays out (torch.optim's: what the first step
-leaves), work is counted while a step is taken.
+leaves), work is what `steepest.rule.work` counts.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.optim.optimizer import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
-from typing_extensions import override
 
 import steepest
 from steepest.lab.shared.errors import BadInput, one_line
@@ -30,21 +27,12 @@ from steepest.optimizers.torch_optim import PAPERS, TORCH
 from steepest.recipes import RECIPES
 from steepest.routing.judge import state_bytes
 from steepest.rule import Rule
+from steepest.rule.work import PRODUCT, work
 from steepest.rules import RULES
 from steepest.stack.storage import laid_out
 
 SIDE = 256
-"""Work is counted on matrices of so many rows and columns."""
-WARM_STEPS = 2
-"""Steps before the one that is counted: the first ones are special."""
-DECOMPOSITIONS = {
-    "geqrf": "QR",
-    "linalg_qr": "QR",
-    "_linalg_eigh": "eigh",
-    "_linalg_svd": "SVD",
-    "linalg_cholesky_ex": "Cholesky",
-    "linalg_solve_triangular": "solve",
-}
+"""Rows and columns of the matrix for which work is counted."""
 UNUSUAL = {
     "lbfgs": "any shape, by a closure",
     "sparseadam": "sparse gradients",
@@ -52,9 +40,9 @@ UNUSUAL = {
 """What those take that can't be measured by a step like the others'."""
 FOOTNOTE = (
     "m=n, n=4m: bytes of state per entry of a float32 matrix m × n. products: what one step multiplies, for a matrix "
-    f"of {SIDE}×{SIDE}, in units of one product of two such matrices; decompositions and solves come beside them, "
-    "/ 5 in every fifth step. On the average, at default options. Through steepest.for_model, what is no hidden matrix "
-    "goes to AdamW: 8 bytes per entry."
+    f"of {SIDE}×{SIDE}, in units of one product of two such matrices; FLOPs of decompositions come beside them, in the "
+    "same units, those of triangular solves as cholesky. On the average, at default options. Through "
+    "steepest.for_model, what is no hidden matrix goes to AdamW: 8 bytes per entry."
 )
 
 
@@ -65,7 +53,7 @@ class Cost:
     products: float
     """Matrix products, in units of one of `SIDE` × `SIDE` matrices."""
     decompositions: str
-    """Such as "2 QR", or "2 QR / 5" for as many in every fifth step."""
+    """FLOPs of each kind of decomposition in the same units, such as "qr 0.53"."""
 
 
 @dataclass(frozen=True)
@@ -150,50 +138,20 @@ def bytes_per_entry(name: str, m: int, n: int) -> float:
 
 
 def cost(name: str) -> Cost:
-    """What a step by one of ours costs on the average, counted while all of a period are taken.
+    """The work of an average step of one of ours at default options.
 
-    >>> cost("lion")
-    Cost(products=0.0, decompositions='')
+    >>> cost("lion"), cost("moso")
+    (Cost(products=0.0, decompositions=''), Cost(products=6.0, decompositions='qr 1.3'))
     """
-    generator = torch.Generator().manual_seed(0)
-    W = nn.Parameter(torch.zeros(SIDE, SIDE))
-    optimizer = steepest.create(name, [W], lr=1e-3)
-    period = int(optimizer.param_groups[0].get("precondition_frequency", 1))
-
-    def steps(count: int) -> None:
-        for _ in range(count):
-            W.grad = torch.randn(SIDE, SIDE, generator=generator)
-            optimizer.step()
-
-    steps(WARM_STEPS)
-    in_place = {torch.ops.aten.baddbmm_: _product}  # torch counts only those that make a new tensor
-    with FlopCounterMode(display=False, custom_mapping=in_place) as flops, _Decompositions() as seen:
-        steps(period)
-    every = f" / {period}" if period > 1 and seen.count else ""
-    return Cost(flops.get_total_flops() / (2 * SIDE**3) / period, f"{seen}{every}")
-
-
-def _product(_: Any, a: torch.Size, b: torch.Size, **__: Any) -> int:
-    """FLOPs of a batched product, from its factors' shapes."""
-    return 2 * a.numel() * b[-1]
-
-
-class _Decompositions(TorchDispatchMode):
-    """Counts them, matrix by matrix."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count: Counter[str] = Counter()
-
-    @override
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = DECOMPOSITIONS.get(func.overloadpacket.__name__)
-        if kind is not None:
-            self.count[kind] += args[0].shape[:-2].numel()
-        return func(*args, **(kwargs or {}))
-
-    def __str__(self) -> str:
-        return ", ".join(f"{count} {kind}" for kind, count in self.count.items())
+    options = group_options(name, {})
+    rule = RULES[options.pop("rule")](**options)
+    if not isinstance(rule, Rule):
+        return Cost(0.0, "")
+    kinds: defaultdict[str, float] = defaultdict(float)
+    for part, flops in work(rule, SIDE, SIDE).parts.items():
+        kinds[part.kind] += flops / (2 * SIDE**3)
+    products = kinds.pop(PRODUCT, 0.0)
+    return Cost(products, ", ".join(f"{kind} {units:.2g}" for kind, units in kinds.items()))
 
 
 def _our_line(name: str) -> Line:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from steepest.lab.shared.errors import BadInput
-from steepest.linalg.flops import CHOLESKY, EIGH, PRODUCT, QR, SVD, Part, Work
+from steepest.rule.work import CHOLESKY, EIGH, QR, SVD, Part, Work
 
 Curve = tuple[tuple[int, float], ...]
 """Sizes, ascending, each with a value; straight between them where both are logarithms, and level beyond."""
@@ -25,7 +25,7 @@ class Device:
     kind: str
     """What options that depend on the device are settled for: "cuda" or "cpu"."""
     speeds: Mapping[str, Curve]
-    """FLOPs per second: of products by precision, of decompositions by kind, as `steepest.linalg.flops.Part` has them;
+    """FLOPs per second: of products by precision, of decompositions by kind, as `steepest.rule.work.Part` has them;
     sizes as there."""
     bandwidth: float
     """Bytes per second that one kernel reads and writes."""
@@ -47,13 +47,13 @@ class Device:
         return math.fsum(flops / self.speed(part) for part, flops in work.parts.items())
 
     def speed(self, part: Part) -> float:
-        """FLOPs per second. Products at no precision of their own are float32 ones."""
+        """FLOPs per second of a part of the work."""
         return interpolated(self.speeds[key(part)], part.size)
 
 
 def key(part: Part) -> str:
-    """Under what `Device.speeds` has it."""
-    return (part.precision or "highest") if part.kind == PRODUCT else part.kind
+    """The name of its curve in `Device.speeds`: a product's precision, a decomposition's kind."""
+    return part.precision or part.kind
 
 
 def interpolated(curve: Curve, size: int) -> float:

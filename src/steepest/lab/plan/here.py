@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import torch
@@ -17,12 +18,12 @@ from steepest.lab.bench.speed import FLOAT, LONGEST, clock_of, fastest
 from steepest.lab.plan.devices import Curve, Device, interpolated, key
 from steepest.lab.plan.models import Model
 from steepest.lab.plan.time import entry_bytes, period_of, settled
-from steepest.linalg.flops import CHOLESKY, EIGH, PRODUCT, QR, Work, cholesky, eigh, polar, product, qr, total
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
 from steepest.linalg.solvers import householder
 from steepest.rule import Elementwise, Refreshing, Rule
+from steepest.rule.work import CHOLESKY, EIGH, QR, SVD, counted, work
 from steepest.rules.parts.moments import adam
-from steepest.rules.soap import NOISE_FLOOR
+from steepest.rules.soap import Soap
 
 NAME = "here"
 MOST_ENTRIES = 2**22
@@ -68,8 +69,9 @@ def _wanted(model: Model, rule: object) -> dict[str, set[int]]:
     wanted: defaultdict[str, set[int]] = defaultdict(set)
     if isinstance(rule, Rule):
         shapes = {(m, n) for weight in model.weights if weight.view for _, m, n in weight.view.pieces}
-        for part in total(rule.work(m, n) for m, n in sorted(shapes)).parts:
-            wanted[key(part)].add(part.size)
+        for m, n in shapes:
+            for part in work(rule, m, n).parts:
+                wanted[key(part)].add(part.size)
     return wanted
 
 
@@ -78,30 +80,37 @@ def _curve(name: str, sizes: Iterable[int], device: torch.device, clock: Callabl
     limit = LONGEST if device.type == "cpu" else max(sizes)
     points = {}
     for size in sorted({min(max(size, 2), limit) for size in sizes}):
-        call, work = _task(name, size, device)
+        task, K = TASKS.get(name, _square), _positive_definite(size, device)
+        K = K.bfloat16() if name == "bfloat16" else K
         with fp32_matmul_precision(name if name in PRECISIONS else "highest"):
-            points[size] = work.total / fastest(call, clock)
+            points[size] = counted(task, K.to("meta")).total / fastest(partial(task, K), clock)
     return tuple(points.items())
 
 
-def _task(name: str, d: int, device: torch.device) -> tuple[Callable[[], object], Work]:
-    """Something to time, and what is in it."""
-    generator = torch.Generator(device).manual_seed(0)
-    A = torch.randn(d, d, generator=generator, device=device)
-    K = A @ A.mT / d + torch.eye(d, device=device)
-    if name == QR:
-        return lambda: householder(A), qr(d, d)
-    if name == CHOLESKY:
-        return lambda: torch.linalg.solve_triangular(
-            torch.linalg.cholesky_ex(K, upper=True)[0], A, upper=True, left=False
-        ), cholesky(d, d)
-    if name == EIGH:
-        return lambda: torch.linalg.eigh(K), eigh(d)
-    if name in (*PRECISIONS, "bfloat16"):
-        A = A.bfloat16() if name == "bfloat16" else A
-        return lambda: A @ A, product(d, d, d)
-    exact = polar(d, d, "exact").parts
-    return lambda: torch.linalg.svd(A), Work({part: flops for part, flops in exact.items() if part.kind != PRODUCT})
+def _square(K: Tensor) -> object:
+    return K @ K
+
+
+def _cholesky(K: Tensor) -> object:
+    """Decompose a matrix, and solve a triangular system with as many right-hand sides as it has rows."""
+    R, _ = torch.linalg.cholesky_ex(K, upper=True)
+    return torch.linalg.solve_triangular(R, K, upper=True, left=False)
+
+
+TASKS: Mapping[str, Callable[[Tensor], object]] = {
+    QR: householder,
+    CHOLESKY: _cholesky,
+    EIGH: torch.linalg.eigh,
+    SVD: torch.linalg.svd,
+}
+"""The decomposition of a positive definite matrix that is timed for each kind."""
+
+
+def _positive_definite(d: int, device: torch.device) -> Tensor:
+    """A random symmetric positive definite matrix ``[d, d]``."""
+    A = torch.randn(d, d, generator=torch.Generator(device).manual_seed(0), device=device)
+    K: Tensor = A @ A.mT / d + torch.eye(d, device=device)
+    return K
 
 
 def _bandwidths(model: Model, device: torch.device, clock: Callable[[], float]) -> tuple[float, float, float]:
@@ -122,7 +131,7 @@ def _bandwidths(model: Model, device: torch.device, clock: Callable[[], float]) 
     def step() -> None:
         gathered.copy_(G)
         torch.linalg.vector_norm(gathered, dim=(-2, -1))
-        D = adam(gathered, state, t, (0.9, 0.95), 1e-8, momentum_floor=True, noise_floor=NOISE_FLOOR)
+        D = adam(gathered, state, t, (0.9, 0.95), 1e-8, momentum_floor=True, noise_floor=Soap().noise_floor)
         W.mul_(0.99).add_(D, alpha=-1e-3)
 
     calls: tuple[tuple[int, Callable[[], object]], ...] = (

@@ -1,8 +1,8 @@
 """What ``steepest plan`` computes: how a model's step would be shared out among ranks, without any rank.
 
 The plan is the optimizer's own (`steepest.exchange.plan`), state is what a rule's ``init`` lays out, FLOPs are
-`steepest.rule.Rule.flops`, and `steepest.lab.plan.time` makes seconds of them where a device is given. What that leaves
-out: bytes that travel, faster within a machine than between two, and waiting for them.
+those of `steepest.rule.work`, and `steepest.lab.plan.time` makes seconds of them where a device is given. What that
+leaves out: bytes that travel, faster within a machine than between two, and waiting for them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from steepest.lab.plan.models import Model, Weight
 from steepest.lab.plan.time import MFU, Forecast, Load, Matrix, entry_bytes, forecast, phases
 from steepest.lab.shared.errors import BadInput
 from steepest.rule import Elementwise, Rule
+from steepest.rule.work import work
 from steepest.stack.storage import laid_out
 
 Piece = tuple[int, int, int]
@@ -306,7 +307,8 @@ def _price(rule: Rule | Elementwise, pieces: tuple[Piece, ...]) -> tuple[float, 
     """FLOPs of a step of some matrices, and bytes of their state."""
     assert isinstance(rule, Rule)
     states = [laid_out(rule, torch.empty(piece, device="meta")) for piece in pieces]
-    return sum(b * rule.flops(m, n) for b, m, n in pieces), sum(x.nbytes for state in states for x in state.values())
+    flops = sum(b * work(rule, m, n).total for b, m, n in pieces)
+    return flops, sum(x.nbytes for state in states for x in state.values())
 
 
 @cache

@@ -1,10 +1,10 @@
 """Predicted: how long an optimizer's step takes on a device, beside the model's own part of a training step.
 
-A matrix takes the time of its products and decompositions (`steepest.rule.Rule.work`), each at the device's speed for
+A matrix takes the time of its products and decompositions (`steepest.rule.work`), each at the device's speed for
 its kind and size, and that of moving bytes, once each: state read and written, the gradient read and gathered, the
 direction written and read, the weight read and written. A stack takes the time of its launches. One thing comes after
 the other. Left out: what travels between ranks, and waiting for it; Cholesky-QR's second and third pass where
-``refresh="cholesky"``; what converting state kept in fewer bytes takes; copies of state on a GPU without Triton, by
+``solver="cholesky"``; what converting state kept in fewer bytes takes; copies of state on a GPU without Triton, by
 which a step can be undone; the first step, whose full decompositions are computed in float64.
 """
 
@@ -19,12 +19,12 @@ from functools import cache
 import torch
 
 from steepest.lab.plan.devices import Device
-from steepest.linalg.flops import Work
 from steepest.linalg.solvers import choose
 from steepest.linalg.stopwatch import bfloat16_pays
 from steepest.rule import THE_END, Elementwise, Rule
+from steepest.rule.work import Work, work
 from steepest.rules.parts.newton_schulz import NewtonSchulz, survives_bfloat16
-from steepest.rules.soap import Soap
+from steepest.rules.soap import AdamInBasis
 from steepest.stack.stack import spread
 from steepest.stack.storage import laid_out
 
@@ -112,11 +112,12 @@ def settled(rule: Rule | Elementwise, kind: str) -> Rule | Elementwise:
     """The rule with words that depend on the device, "auto", as that kind of device understands them.
 
     >>> from steepest.rules.muon import Muon
-    >>> settled(Soap(), "cuda").refresh, settled(Soap(), "cpu").refresh, settled(Muon(), "cuda").ns_dtype
+    >>> from steepest.rules.soap import Soap
+    >>> settled(Soap(), "cuda").solver, settled(Soap(), "cpu").solver, settled(Muon(), "cuda").ns_dtype
     ('first_order', 'qr', 'bfloat16')
     """
-    if isinstance(rule, Soap) and rule.refresh == "auto":
-        return replace(rule, refresh=choose(kind))
+    if isinstance(rule, AdamInBasis) and rule.solver == "auto":
+        return replace(rule, solver=choose(kind))
     if isinstance(rule, NewtonSchulz) and rule.ns_dtype == "auto":
         pays = survives_bfloat16(rule.ns) and (kind == "cuda" or bfloat16_pays(torch.device(kind)))
         return replace(rule, ns_dtype="bfloat16" if pays else "float32")
@@ -146,11 +147,11 @@ def _times(
     mean = steady = 0.0
     refreshes: Counter[int] = Counter()
     for (m, n, phase), count in load.matrices.items():
-        work, moments, factors = _cost(rule, m, n)
+        counted, moments, factors = _cost(rule, m, n)
         passed = (2 * moments + (3 * itemsize + 3 * FLOAT) * m * n) / device.passes
         passed += 2 * factors / device.bandwidth
-        always, now = device.seconds(work.always()), device.seconds(work.now())
-        mean += count * (passed + device.seconds(work))
+        always, now = device.seconds(counted.always()), device.seconds(counted.now())
+        mean += count * (passed + device.seconds(counted))
         steady += count * (passed + always)
         refreshes[phase] += count * (now - always)  # type: ignore[assignment]
     return rest + mean, rest + steady + math.fsum(refreshes.values()), rest + steady + max(refreshes.values())
@@ -161,7 +162,7 @@ def _cost(rule: Rule, m: int, n: int) -> tuple[Work, int, int]:
     """Of a matrix: its work, bytes of state by entry, bytes of the rest."""
     state = laid_out(rule, torch.empty(1, m, n, device="meta"))
     moments = sum(x.nbytes for name, x in state.items() if name.startswith(MOMENTS))
-    return rule.work(m, n), moments, sum(x.nbytes for x in state.values()) - moments
+    return work(rule, m, n), moments, sum(x.nbytes for x in state.values()) - moments
 
 
 @cache
