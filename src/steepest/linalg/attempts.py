@@ -1,8 +1,8 @@
-"""Decompositions that never raise: what fails is tried again, and what fails again comes out as NaN.
+"""Decompositions that never raise: a failure is tried again, and a matrix that fails again comes out as NaN.
 
 LAPACK's and cuSOLVER's float32 solvers fail to converge on some nearly singular matrices, and then refuse their whole
 batch. In a training step an exception would come when half of the weights have moved. NaN, matrix by matrix, is an
-answer that stays on the device, where `torch.where` puts something older in its place.
+answer that stays on the device, where `torch.where` puts the last good result in its place.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ calls = 0
 
 @_disable_dynamo  # solvers don't compile, and what surrounds them would be compiled anew for each shape
 def attempt(solve: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
-    """``solve(A)``; matrices for which that fails are tried again alone, in float64, and in float64 on the CPU.
+    """Return ``solve(A)``; matrices for which it fails are tried again alone, in float64, and in float64 on the CPU.
 
     An exception counts as a failure, and so do entries that are not finite, where they can be read without waiting for
-    a device. Matrices that don't fail get the bits that they would get without the others.
+    a device. A matrix that doesn't fail gets the bits that it would get without the others.
 
     Args:
         solve: from ``[..., m, n]`` to the same shape, in whatever dtype and on whatever device it is given.
@@ -85,7 +85,7 @@ def one_by_one(solve: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
 
 
 def succeeded(X: Tensor) -> Tensor:
-    """Matrix by matrix, whether what `attempt` returned is a result: a bool tensor ``[...]`` for ``X [..., m, n]``.
+    """Whether each matrix of ``X [..., m, n]``, which `attempt` returned, is a result: a bool tensor ``[...]``.
 
     >>> succeeded(torch.tensor([[[1.0, 0.0]], [[torch.nan, 0.0]]]))
     tensor([ True, False])
@@ -99,7 +99,7 @@ def at_hand(x: Tensor) -> bool:
 
 
 def _alone(solve: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
-    """One matrix ``[1, m, n]``, by the first of the ways that gives a finite result; whoever comes here may wait."""
+    """One matrix ``[1, m, n]``, by the first of three ways that gives a finite result; this may wait for the device."""
     ways: tuple[Callable[[], Tensor], ...] = (lambda: A, A.double, lambda: A.double().cpu())
     for way in ways:
         try:

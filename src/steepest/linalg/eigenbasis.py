@@ -1,6 +1,6 @@
-"""Eigenvectors of symmetric positive semidefinite matrices ``K [..., d, d]``, found anew or followed as K drifts.
+"""Eigenvectors of symmetric positive semidefinite matrices ``K [..., d, d]``, and how well a basis diagonalizes them.
 
-Everywhere eigenvalues descend, and column i of ``Q`` belongs to eigenvalue i.
+Eigenvalues descend everywhere, and column i of ``Q`` belongs to eigenvalue i.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-
 
 
 def eigh_with_fallback(K: Tensor, force_double: bool = False, eps: float | None = None) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (descending) and eigenvectors (columns) of symmetric ``K [..., d, d]``.
+    """Compute eigenvalues (descending) and eigenvectors (columns) of symmetric ``K [..., d, d]``.
 
     LAPACK's and cuSOLVER's float32 solvers fail to converge on some nearly singular matrices; those are tried again in
     float64, and as a last resort in float64 on the CPU.
@@ -49,7 +49,7 @@ def eigh_with_fallback(K: Tensor, force_double: bool = False, eps: float | None 
 
 
 def eigenvectors(K: Tensor, force_double: bool = False) -> Tensor:
-    """`eigh_with_fallback`'s eigenvectors for use inside a step: NaN, not an exception, where every solver fails.
+    """Compute eigenvectors as `eigh_with_fallback` does, but give NaN, not an exception, where every solver fails.
 
     Example:
         >>> eigenvectors(torch.stack([torch.eye(2), torch.full((2, 2), torch.nan)])).isnan().any(dim=(-2, -1))

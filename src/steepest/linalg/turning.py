@@ -1,11 +1,11 @@
-"""How a basis follows a matrix that is kept in the basis' own coordinates.
+"""Refreshes of a basis whose matrix is kept in the basis' own coordinates.
 
-Where ``Qᵀ K Q`` is kept in place of K, no solver has to multiply by Q. A refresh is an orthonormal U, close to a
-permutation, which takes the coordinates of one basis to those of the next: ``Q ← Q U`` and ``K ← Uᵀ K U``. The ways to
-it are those of `steepest.linalg.solvers`, and so is the result of one iteration, up to rounding.
+Where ``Qᵀ K Q`` is kept in place of K, no solver has to multiply by Q. A refresh is a *turn*: an orthonormal U, close to
+a permutation, which takes the coordinates of one basis to those of the next, ``Q ← Q U`` and ``K ← Uᵀ K U``. The solvers
+are those of `steepest.linalg.solvers`, and one iteration gives the same result, up to rounding.
 
-All products here are in full float32, whatever the precision around. K and Q are products of all turns that ever were:
-what one of them rounds away, no later one brings back.
+All products here are in full float32, whatever the precision around. K and Q are products of all turns that ever were,
+so no later turn brings back what one of them has rounded away.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from steepest.linalg.solvers import by_columns, cholesky_qr, first_order_rotatio
 from steepest.linalg.symmetric import mirrored, triangle_product
 
 TOLERATED = 40
-"""Machine epsilons of skew (`_skew`) from which a basis is made orthogonal anew: some 5e-6, in float32."""
+"""The skew of a basis (`_skew`), in machine epsilons, from which it is made orthogonal anew: some 5e-6 in float32."""
 
 
 class Turn(NamedTuple):
-    """From the coordinates of one basis to those of the next."""
+    """A change from the coordinates of one basis to those of the next."""
 
     U: Tensor
     """``[..., d, d]``, orthonormal; NaN where every solver failed."""
@@ -39,7 +39,7 @@ class Turn(NamedTuple):
 
 
 def turn(K: Tensor, solver: str = "qr", steps: int = 1) -> Turn:
-    """The turn of one refresh, its columns by descending diagonal of K as it was.
+    """Compute the turn of one refresh, its columns by the descending diagonal of K as it was.
 
     Args:
         K: ``[..., d, d]``, symmetric positive semidefinite, in the coordinates of the basis.
@@ -65,18 +65,18 @@ def turn(K: Tensor, solver: str = "qr", steps: int = 1) -> Turn:
 
 
 def decomposed(K: Tensor, in_float64: bool = False) -> Turn:
-    """The turn onto the eigenvectors of K, by a full decomposition, whatever its axes were."""
+    """Compute the turn onto the eigenvectors of K by a full decomposition; its columns continue no axis in particular."""
     U = eigenvectors(K, in_float64)
     with fp32_matmul_precision("highest"):
         return Turn(U, None, _conjugated(K, U))
 
 
 def turned(Q: Tensor, U: Tensor, polish: bool = False) -> Tensor:
-    """``Q U`` ``[..., d, d]``, orthonormal.
+    """Return the turned basis ``Q U [..., d, d]``, orthonormal.
 
-    Each product leaves its rounding in the basis. Columns are scaled to length 1, for errors in their lengths would add
-    up. Angles between them err at random: entries of ``QᵀQ - I`` come to 1e-5 in some 2000 turns, in float32. On a CPU,
-    where that is to be seen, the basis is then made orthogonal anew.
+    Each product leaves its rounding in the basis. Columns are scaled to length 1, since errors in their lengths would
+    add up. Angles between them err at random: entries of ``QᵀQ - I`` come to 1e-5 in some 2000 turns, in float32. On a
+    CPU, which can look without waiting, the basis is then made orthogonal anew.
 
     Args:
         Q: orthonormal columns, up to rounding.
@@ -103,13 +103,15 @@ def turned(Q: Tensor, U: Tensor, polish: bool = False) -> Tensor:
 
 
 def _polished(rows: Tensor) -> Tensor:
-    """One step of the iteration of Newton and Schulz towards orthonormal rows: what they lack is squared."""
+    """One Newton-Schulz step towards orthonormal rows, which squares their distance from orthonormality."""
     return 1.5 * rows - 0.5 * (rows @ rows.mT) @ rows
 
 
 def _skew(rows: Tensor) -> Tensor:
-    """About three times the root mean square of ``Q Qᵀ - I``, ``[...]``, for rows Q: from its product with ones."""
-    off = (rows * rows.sum(dim=-2, keepdim=True)).sum(dim=-1) - 1  # BLAS would round otherwise in other stacks
+    """About three times the root mean square of ``Q Qᵀ - I`` for rows Q, ``[...]``, from its product with a vector of ones."""
+    off = (rows * rows.sum(dim=-2, keepdim=True)).sum(
+        dim=-1
+    ) - 1  # by no product of BLAS, which would round differently in other stacks
     return off.abs().amax(dim=-1) / math.sqrt(rows.shape[-1])
 
 

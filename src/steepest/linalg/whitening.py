@@ -1,4 +1,4 @@
-"""Gradients whitened in eigenbases, as KL-Shampoo's covariances take them in (arXiv:2509.03378)."""
+"""The weights by which KL-Shampoo whitens one side of a gradient for the other side's covariance (arXiv:2509.03378)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def whitening_weights(
     quotients: Tensor, rms: Tensor | None, eps: float, exponent: float, relative_floor: float
 ) -> Tensor:
-    """``s = λ^exponent``, with λ kept away from zero; ``[..., d]``.
+    """Compute ``s = λ^exponent [..., d]``, with λ kept away from zero.
 
     Args:
         quotients: λ, ``[..., d]``, the factor's Rayleigh quotients.
@@ -37,7 +37,7 @@ def whitening_weights(
 
 
 def root_mean_square(grad: Tensor) -> Tensor:
-    """Of matrices ``[..., m, n]``: ``[..., 1]``."""
+    """The root mean square ``[..., 1]`` of matrices ``[..., m, n]``."""
     flat = grad.flatten(-2)
     norm: Tensor = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
     return norm / math.sqrt(flat.shape[-1])

@@ -145,11 +145,11 @@ class Refreshing(Rule, ABC, Generic[Factors]):
         return self.period(THE_END)
 
     @final
-    def due(self, clock: int, phase: int) -> bool:
+    def due(self, clock: int, offset: int) -> bool:
         """At the first refresh, and then when the clock is at the matrix's offset in the period."""
         if clock <= self.first_refresh:
             return clock == self.first_refresh
-        return clock % self.period(clock) == phase
+        return clock % self.period(clock) == offset
 
     def refresh_cost(self, m: int, n: int) -> float:
         """The relative cost of a refresh: cubic in each side that has a factor."""

@@ -1,14 +1,14 @@
-"""What a rule is: it turns a stack of gradients into a stack of directions, and changes its own state, nothing else.
+"""A rule turns a stack of gradients into a stack of directions, and changes its own state and nothing else.
 
-A rule knows no parameter, no device, no rank and no learning rate. The engine (`steepest.engine.optimizer`) gathers
-gradients of one shape into a stack ``G [B, m, n]``, asks the rule for directions ``D [B, m, n]`` and moves the weights:
-``W -= lr · D``, with weight decay around it. There are two kinds:
+A rule knows no parameter, device, rank or learning rate. The engine (`steepest.engine.optimizer`) gathers gradients of
+one shape into a stack ``G [B, m, n]``, asks the rule for directions ``D [B, m, n]`` and moves the weights,
+``W -= lr · D``, with weight decay around it. There are two kinds of rules:
 
-* `Rule`, for stacks of matrices: SOAP, Muon, Shampoo, ... One file each in `steepest.rules`.
-* `Elementwise`, for lists of parameters of any shape, served by torch.optim's own fused functions.
+* `Rule` steps stacks of matrices: SOAP, Muon, Shampoo and their relatives, one file each in `steepest.rules`.
+* `Elementwise` steps lists of parameters of any shape by torch.optim's own fused functions.
 
-Both are frozen dataclasses of plain options (numbers and strings), because options live in the optimizer's parameter
-groups, where schedulers and people read and write them; the engine rebuilds the rule from its group at every step.
+Both are frozen dataclasses of plain options (numbers and words). Options live in the optimizer's parameter groups,
+where schedulers and people read and write them, so the engine takes the rule from its group at every step.
 """
 
 from __future__ import annotations
@@ -23,32 +23,30 @@ from torch import Tensor
 from steepest.linalg.attempts import succeeded
 from steepest.rule.options import Options
 
-"""A rule's memory of one stack: every tensor's leading dimension is the stack's ``B``."""
-
 State = dict[str, Tensor]
-"""A rule's memory of one stack: every tensor's leading dimension is the stack's ``B``."""
+"""The state of one stack: every tensor's leading dimension is the stack's ``B``."""
 
 Slots = slice | Tensor
-"""Which matrices of a stack: a slice, or a tensor of indices."""
+"""Some matrices of a stack: a slice, or a tensor of indices."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the engine tells a rule about one step of one stack."""
+    """The facts that the engine gives a rule about one step of one stack."""
 
     t: Tensor
-    """``[B, 1, 1]``: how many updates each matrix has had, this one included; for bias corrections."""
+    """The number of updates that each matrix has had, this one included, ``[B, 1, 1]``; for bias corrections."""
     stage: str = "steady"
-    """Where in its life the stack is, in the words of the rule's own `Rule.stage`; the same for all its slots."""
+    """The stage of the stack's matrices, as the rule's own `Rule.stage` names it; the same for all of them."""
     refresh: Slots | None = None
-    """The slots whose slow part (a basis, an inverse root) is due, or None."""
+    """The matrices whose slow part (a basis, an inverse root) is due, or None."""
     penalty: Tensor | None = None
-    """``[B, m, n]``: weight decay as a gradient (method "l2"), which moments see and covariances don't."""
+    """Weight decay as a gradient (method "l2"), ``[B, m, n]``. Moments take it in; covariances do not."""
     failures: Tensor | None = None
-    """``[B]``: counts, matrix by matrix, decompositions that every solver failed at; the rule adds to it in place."""
+    """A count for each matrix, ``[B]``, of decompositions that every solver failed at. The rule adds to it in place."""
 
     def found(self, new: Tensor, old: Tensor | float, slots: Slots = slice(None)) -> Tensor:
-        """What a decomposition gave for these slots, ``[b, m, n]``, and ``old`` where that is NaN, which is counted."""
+        """The result of a decomposition for these slots, ``[b, m, n]``; ``old`` where it is NaN, which is counted."""
         good = succeeded(new)  # [b]
         if self.failures is not None:
             self.failures[slots] += ~good
@@ -57,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Directions of rank r as ``left rightᵀ``. Where they travel, the factors go instead wherever they are fewer bytes.
+    """Directions of rank r as ``left rightᵀ``. Between ranks the factors travel where they are fewer bytes.
 
     >>> LowRank(torch.ones(1, 2, 1), torch.tensor([[[1.0], [2.0]]])).product()
     tensor([[[1., 2.],
@@ -75,7 +73,7 @@ class LowRank:
 
 
 def whole(directions: Tensor | LowRank) -> Tensor:
-    """Directions ``[B, m, n]``, multiplied out if they come in factors."""
+    """Directions ``[B, m, n]``, multiplied out if they come as factors."""
     return directions.product() if isinstance(directions, LowRank) else directions
 
 
@@ -84,60 +82,61 @@ class Rule(Options, ABC):
 
     @abstractmethod
     def init(self, G: Tensor) -> State:
-        """Fresh state for a stack shaped and typed like ``G [B, m, n]``; it may stand on the meta device.
+        """Return fresh state for a stack with the shape, dtype and device of ``G [B, m, n]``; meta is a device, too.
 
-        Every tensor has leading dimension B. ``step`` and ``clock`` are the engine's, not the rule's.
+        Every tensor has leading dimension B. The names ``step`` and ``clock`` are the engine's.
         """
 
     @abstractmethod
     def update(self, G: Tensor, state: State, step: Step) -> Tensor | LowRank | None:
-        """Learn from ``G [B, m, n]``, in place in ``state``; return the directions ``[B, m, n]``, or None to stay.
+        """Take one step: change ``state`` in place, and return the directions ``[B, m, n]``, or None to stay.
 
-        ``G`` is the rule's to read, not to write. Nothing here waits for the device or draws random numbers.
+        ``G [B, m, n]`` must not be changed. An update never waits for the device, asks for a tensor's value on an
+        accelerator or on the meta device (where `steepest.rule.work` counts its FLOPs), or draws random numbers.
         """
 
     def defers(self, step: Step) -> bool:
-        """Whether ``update`` has left something of this step for `finish`."""
+        """Whether `update` has deferred a part of this step to `finish`."""
         return False
 
     def finish(self, state: State, step: Step) -> None:
-        """Do what ``update`` has left, in place in ``state``, after the weights have moved.
+        """Do the part that `update` has deferred, in place in ``state``, after the weights have moved.
 
-        On an accelerator it runs beside whatever comes until the next step, on a stream of its own.
+        On an accelerator it runs on a stream of its own, beside the next forward and backward pass.
         """
 
     @property
     def decay_follows(self) -> bool:
-        """Whether weights decay after the step, not before it."""
+        """Whether weights decay after the step, and not before it."""
         return False
 
     def stage(self, clock: int) -> str:
-        """The stage of a matrix that has had ``clock`` updates. Slots in different stages are updated apart."""
+        """The stage of a matrix that has had ``clock`` updates. Matrices in different stages are updated apart."""
         return "steady"
 
-    def due(self, clock: int, phase: int) -> bool:
-        """Whether a matrix that has had ``clock`` updates refreshes now; ``phase`` in [0, period) staggers it."""
+    def due(self, clock: int, offset: int) -> bool:
+        """Whether a matrix that has had ``clock`` updates refreshes now; ``offset`` in [0, period) staggers it."""
         return False
 
     def period(self, clock: int) -> int:
-        """Steps from one refresh to the next, at this clock; 1 where a rule has no slow part."""
+        """The number of steps from one refresh to the next, at this clock; 1 where a rule has no slow part."""
         return 1
 
     def refresh_cost(self, m: int, n: int) -> float:
-        """Relative cost of refreshing one m × n matrix, by which refreshes are spread; 0: nothing to spread."""
+        """The relative cost of a refresh of one m × n matrix, by which refreshes are staggered; 0 if there is none."""
         return 0.0
 
     def rank(self, m: int, n: int) -> int:
-        """The r of the `LowRank` directions of an m × n matrix; 0: they are whole."""
+        """The rank of the `LowRank` directions of an m × n matrix; 0 if directions are whole."""
         return 0
 
 
 class Elementwise(Options, ABC):
-    """A rule for parameters of any shape, entry by entry. It takes the step itself, so torch's fused kernels serve."""
+    """A rule for parameters of any shape, entry by entry. It moves the weights itself, by torch's fused functions."""
 
     @abstractmethod
     def init(self, p: Tensor) -> State:
-        """Fresh state for one parameter, in ``p``'s dtype and shape, with a ``step`` of its own."""
+        """Return fresh state for one parameter, in ``p``'s dtype and shape, with a ``step`` of its own."""
 
     @abstractmethod
     def apply(
