@@ -1,8 +1,8 @@
 """Refreshes of a basis whose matrix is kept in the basis' own coordinates.
 
-Where ``Qᵀ K Q`` is kept in place of K, no solver has to multiply by Q. A refresh is a *turn*: an orthonormal U, close to
-a permutation, which takes the coordinates of one basis to those of the next, ``Q ← Q U`` and ``K ← Uᵀ K U``. The solvers
-are those of `steepest.linalg.solvers`, and one iteration gives the same result, up to rounding.
+Where ``Qᵀ K Q`` is kept in place of K, no solver has to multiply by Q. A refresh is a *turn*: an orthonormal U, close
+to a permutation, which takes the coordinates of one basis to those of the next, ``Q ← Q U`` and ``K ← Uᵀ K U``. The
+solvers are those of `steepest.linalg.solvers`, and one iteration gives the same result, up to rounding.
 
 All products here are in full float32, whatever the precision around. K and Q are products of all turns that ever were,
 so no later turn brings back what one of them has rounded away.
@@ -65,7 +65,7 @@ def turn(K: Tensor, solver: str = "qr", steps: int = 1) -> Turn:
 
 
 def decomposed(K: Tensor, in_float64: bool = False) -> Turn:
-    """Compute the turn onto the eigenvectors of K by a full decomposition; its columns continue no axis in particular."""
+    """Compute the turn onto the eigenvectors of K by a full decomposition; its columns continue no particular axis."""
     U = eigenvectors(K, in_float64)
     with fp32_matmul_precision("highest"):
         return Turn(U, None, _conjugated(K, U))
@@ -108,10 +108,8 @@ def _polished(rows: Tensor) -> Tensor:
 
 
 def _skew(rows: Tensor) -> Tensor:
-    """About three times the root mean square of ``Q Qᵀ - I`` for rows Q, ``[...]``, from its product with a vector of ones."""
-    off = (rows * rows.sum(dim=-2, keepdim=True)).sum(
-        dim=-1
-    ) - 1  # by no product of BLAS, which would round differently in other stacks
+    """About three times the root mean square of ``Q Qᵀ - I`` for rows Q, ``[...]``, from its product with ones."""
+    off = (rows * rows.sum(dim=-2, keepdim=True)).sum(dim=-1) - 1  # BLAS would round differently in other stacks
     return off.abs().amax(dim=-1) / math.sqrt(rows.shape[-1])
 
 
