@@ -9,9 +9,20 @@ Example:
 """
 
 from steepest.engine.optimizer import Optimizer
-from steepest.linalg.eigenbasis import conjugate, eigh_with_fallback
+from steepest.functional import (
+    all_eigenbases_met_criteria,
+    conjugate,
+    eigh_with_fallback,
+    get_eigenbasis_eigh,
+    get_eigenbasis_qr,
+    init_kronecker_factors,
+    orthogonal_iteration,
+    precondition,
+    update_eigenbasis_and_exp_avgs,
+    update_kronecker_factors,
+    update_kronecker_factors_kl_shampoo,
+)
 from steepest.linalg.precision import fp32_matmul_precision
-from steepest.linalg.solvers import orthogonal_iteration
 from steepest.optimizers import create
 from steepest.optimizers.dion import Dion, Dion2
 from steepest.optimizers.lion import Lion
@@ -21,16 +32,6 @@ from steepest.optimizers.shampoo import KLShampoo, Shampoo
 from steepest.optimizers.soap import REKLS, SOAP
 from steepest.recipes import recipe
 from steepest.routing import for_model, route
-from steepest.rules.parts.kronecker import (
-    all_eigenbases_met_criteria,
-    get_eigenbasis_eigh,
-    get_eigenbasis_qr,
-    init_kronecker_factors,
-    precondition,
-    update_eigenbasis_and_exp_avgs,
-    update_kronecker_factors,
-    update_kronecker_factors_kl_shampoo,
-)
 from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
 
 __version__ = "0.1.0"

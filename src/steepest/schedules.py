@@ -1,6 +1,6 @@
-"""Refresh frequencies that change over training: functions from the step to a number of steps between refreshes.
+"""Schedules of the refresh frequency: functions from the step to the number of steps between refreshes.
 
-A basis moves most in the beginning: refresh often then, and seldom later.
+A basis moves most at the beginning of training, so refreshes should be frequent there and rare later.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from steepest.rule import check
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """From ``start`` to ``end`` steps between refreshes in a straight line over ``transition_steps`` steps.
+    """A linear schedule from ``start`` to ``end`` steps between refreshes, over ``transition_steps`` steps.
 
     Example:
         >>> schedule = LinearSchedule(start=1, end=11, transition_steps=100)
@@ -36,7 +36,7 @@ class LinearSchedule:
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """From ``start`` to ``end`` along half a cosine: slow at first, slow at last.
+    """A cosine schedule from ``start`` to ``end`` steps between refreshes, which changes slowly at both ends.
 
     Example:
         >>> schedule = CosineSchedule(start=1, end=11, transition_steps=100)
@@ -58,7 +58,7 @@ class CosineSchedule:
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """A frequency from each of some steps on.
+    """A piecewise constant schedule: each entry of ``frequencies`` maps a step to the frequency from that step on.
 
     Example:
         >>> schedule = StepSchedule({0: 1, 100: 5, 1000: 10})
@@ -69,9 +69,7 @@ class StepSchedule:
     frequencies: Mapping[int, int] = field(default_factory=lambda: {0: 1})
 
     def __post_init__(self) -> None:
-        check(
-            0 in self.frequencies, "frequencies", dict(self.frequencies), "a mapping that says what holds from step 0"
-        )
+        check(0 in self.frequencies, "frequencies", dict(self.frequencies), "a mapping with a frequency from step 0 on")
         for step, frequency in self.frequencies.items():
             check(step >= 0, "a step of frequencies", step, ">= 0")
             check(frequency >= 1, f"frequencies[{step}]", frequency, ">= 1")

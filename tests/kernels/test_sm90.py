@@ -94,7 +94,7 @@ def test_adam(noise, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = dict.fromkeys(("g_at", "exp_avg", "exp_avg_sq", "direction", "sums", "t_at"), "*fp32")
     switches = {"CORRECT": True, "NESTEROV": True, "MOMENTUM_FLOOR": True, "BLOCK": adam.BLOCK}
-    kernels = [(adam._moments_kernel, {"NOISE": noise, "TURNS": 2})]
+    kernels = [(adam._moments_kernel, {"NOISE": noise, "BLOCKS_PER_PROGRAM": 2})]
     if noise:
         kernels.append((adam._direction_kernel, {"PARTS": adam.PARTS}))
     for kernel, constants in kernels:

@@ -26,7 +26,7 @@ def processor(monkeypatch):
             noise = 1 + (len(timed) * 7 % 5)  # five different times, the shortest of which is the true one
             if X.dtype == torch.float32:
                 return noise * float32
-            return noise * (small if small and len(X) == stopwatch.GLANCE else bfloat16)
+            return noise * (small if small and len(X) == stopwatch.SMALL else bfloat16)
 
         monkeypatch.setattr(stopwatch, "_seconds", seconds)
         bfloat16_pays.cache_clear()
@@ -66,13 +66,13 @@ def test_it_is_measured_once_in_turn_and_on_one_thread(processor):
         torch.set_num_threads(threads)
     assert {on for *_, on in timed} == {1}
     assert [dtype for dtype, *_ in timed[:4]] == [torch.float32, torch.bfloat16] * 2
-    assert {side for _, side, _ in timed} == {stopwatch.GLANCE, stopwatch.SIDE}
+    assert {side for _, side, _ in timed} == {stopwatch.SMALL, stopwatch.LARGE}
 
 
 def test_a_processor_without_bfloat16_is_not_kept_busy_with_it(processor):
     timed = processor(1.0, 60.0)
     assert not bfloat16_pays(CPU)
-    assert {side for _, side, _ in timed} == {stopwatch.GLANCE}
+    assert {side for _, side, _ in timed} == {stopwatch.SMALL}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from fractions import Fraction
 
@@ -179,3 +180,24 @@ def test_which_devices_have_it(monkeypatch):
         assert has_tf32("cuda") is has
     monkeypatch.setattr(torch.version, "cuda", None)  # a build for AMD's GPUs calls them cuda too
     assert not has_tf32("cuda:0")
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("before", ["highest", "high"])
+def test_precision_is_a_scope(precision, before):
+    torch.set_float32_matmul_precision(before)
+    try:
+        backends = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+        with contextlib.suppress(KeyError), fp32_matmul_precision(precision):
+            assert torch.get_float32_matmul_precision() == precision
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == before
+        after = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+        assert after == backends
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_an_unknown_precision_is_named():
+    with pytest.raises(ValueError, match="precision='low'"), fp32_matmul_precision("low"):
+        pass

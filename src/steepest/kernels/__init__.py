@@ -1,14 +1,14 @@
-"""Triton kernels for CUDA, and the one place that decides whether they are used.
+"""Triton kernels for CUDA, and the decision whether they are used.
 
-Whatever a kernel does, plain torch does too: its twin, in the function that calls it. Twin and kernel agree up to
-rounding. A kernel is used only for tensors on a CUDA device where Triton works, and from sizes on at which it pays
-(`Gates`). See docs/kernels.md.
+Every kernel has a twin in plain torch, in the function that calls it, with the same result up to rounding. By default a
+kernel is used for tensors on a CUDA device where Triton works, from the sizes on at which it is faster (`Gates`). See
+docs/kernels.md.
 
-The environment variable ``STEEPEST_KERNELS`` and the scope `use` overrule that: "auto" is what stands above, "never"
-means the twins, and "always" lets the gates of size go. In "always" kernels run on CPU tensors, too, if the process was
-started with ``TRITON_INTERPRET=1``; so they are tested.
+The environment variable ``STEEPEST_KERNELS`` and the context manager `use` set another mode than this "auto": "never"
+uses the twins only, "always" ignores the gates. In the mode "always" kernels also run on CPU tensors if the process was
+started with ``TRITON_INTERPRET=1``, which is how they are tested.
 
-This module imports no Triton; the modules of the kernels do, and are imported when one is needed.
+This module does not import Triton; the kernels' modules do and are imported when a kernel is needed.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ HAS_TRITON = find_spec("triton") is not None
 
 @dataclass(frozen=True)
 class Gates:
-    """From which sizes on a kernel is used. `steepest.lab.bench.gates.measure_gates` measures what they should be.
+    """The smallest sizes at which kernels are used, where None means never.
 
-    None of the defaults was measured here. A symmetric product in Triton is reported to pay from about 2048 rows up and
-    to lose below. The others are arithmetic: see `steepest.kernels.symmetric` and `steepest.kernels.adam`.
+    The defaults are not measured; docs/kernels.md says how to measure them on a GPU. Symmetric products in Triton are
+    reported to be faster than torch's from about 2048 rows on. The arithmetic behind the other gates is in
+    `steepest.kernels.symmetric` and `steepest.kernels.adam`.
     """
 
     bfloat16: int | None = 2048
-    """Rows of a symmetric product in bfloat16; None: never."""
+    """Rows of a symmetric product in bfloat16."""
     tf32: int | None = 2048
-    """Rows of one in TF32; None: never."""
+    """Rows of a symmetric product in TF32."""
     float32: int | None = None
-    """Rows of one in full float32; None: never. Triton does it without tensor cores, which cuBLAS is known to do
-    better: the half that symmetry saves may be lost again."""
+    """Rows of a symmetric product in full float32. Triton computes it without tensor cores, slower than cuBLAS, which
+    may lose the half that symmetry saves."""
     columns: int = 256
-    """Columns of X in X Xᵀ: with fewer, the time goes into reading and writing the result, of which the kernel saves at
-    most a quarter."""
+    """Columns of X in X Xᵀ. With fewer, reading and writing the result takes most of the time, and the kernel saves at
+    most a quarter of that."""
     entries: int | None = 2**20
-    """Entries of a stack of moments, or of state that may be put back; None: never. With fewer, launches cost more than
-    memory does."""
+    """Entries of a stack of moments, or of state that may be restored. With fewer, launches cost more than memory."""
 
 
 gates = Gates()
-"""Those in force. Assign others, or pass them to `use`."""
+"""The gates in force. Assign others, or pass them to `use`."""
 
 
 def _checked(mode: str, source: str) -> str:
@@ -69,14 +69,14 @@ _working: dict[torch.device, bool] = {}
 
 @contextmanager
 def use(mode: str, sizes: Gates | None = None) -> Iterator[None]:
-    """Use kernels as ``mode`` says inside the ``with`` block: "auto", "never" or "always".
+    """Set the mode of the kernels inside a ``with`` block.
 
     Args:
-        mode: see above.
-        sizes: gates to be in force meanwhile; by default those that are.
+        mode: "auto", "never" or "always"; see `steepest.kernels`.
+        sizes: the gates inside the block; by default the gates in force.
 
     Raises:
-        ValueError: for another mode.
+        ValueError: if ``mode`` is another word.
 
     Example:
         >>> with use("never"):
@@ -93,7 +93,7 @@ def use(mode: str, sizes: Gates | None = None) -> Iterator[None]:
 
 
 def available(x: Tensor) -> bool:
-    """Whether kernels can be used for ``x`` at all, whatever its size.
+    """Return whether kernels can be used for ``x``, whatever its size.
 
     >>> available(torch.zeros(2, 2))
     False
@@ -102,7 +102,7 @@ def available(x: Tensor) -> bool:
 
 
 def product_pays(X: Tensor) -> bool:
-    """Whether the kernel multiplies ``X [..., d, k]`` by some ``[..., k, d]`` to a symmetric result faster than torch.
+    """Return whether to use the kernel for a symmetric product of ``X [..., d, k]`` with a matrix ``[..., k, d]``.
 
     Args:
         X: the first factor. float32 is multiplied in TF32 where `torch.set_float32_matmul_precision` allows it.
@@ -121,9 +121,9 @@ def product_pays(X: Tensor) -> bool:
 
 
 def adam_pays(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
-    """Whether the kernels take Adam's two moments on faster than torch: all are ``[B, m, n]`` in float32.
+    """Return whether to use the kernels for Adam's moments: for large float32 tensors ``[B, m, n]``.
 
-    While torch.compile traces, they don't: it fuses the twin itself.
+    They are not used while torch.compile traces, since it fuses the twin itself.
     """
     if not _candidate(g) or torch.compiler.is_compiling():
         return False
@@ -136,10 +136,10 @@ def adam_pays(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
 
 
 def keeping_pays(x: Tensor) -> bool:
-    """Whether the kernel keeps slots of ``x [B, ...]`` and puts them back faster than torch.
+    """Return whether to use the kernel that saves and restores slots of ``x [B, ...]``, state of a stack.
 
-    Each must be one piece of memory. The gate is that of moments: where they are worth a kernel, so is what saves
-    touching them.
+    Every slot must be contiguous by rows or by columns. The gate is that of Adam's moments, since both kernels save
+    reading and writing memory.
     """
     if not _candidate(x) or torch.compiler.is_compiling() or x.dim() == 0 or x.numel() == 0 or x[0].numel() >= 2**30:
         return False
@@ -150,23 +150,23 @@ def keeping_pays(x: Tensor) -> bool:
 
 
 def _candidate(x: Tensor) -> bool:
-    """What can be told without asking the device, and what torch.compile can trace."""
+    """Whether kernels can take ``x``, by what is known without asking the device and traceable by torch.compile."""
     if _mode == "never" or not HAS_TRITON:
         return False
     if INTERPRETED:
         device = x.device.type == "cpu" and _mode == "always"
     else:
         device = x.is_cuda and torch.version.cuda is not None
-    # A subclass may have no memory of its own. Kernels have no derivative.
+    # A subclass may hold no memory of its own, and kernels have no derivative.
     return device and type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
 
 
-@_disable_dynamo  # asked once, and no part of a graph
+@_disable_dynamo  # asked once per device, and no part of a graph
 def _works(device: torch.device) -> bool:
-    """Whether Triton compiles and runs kernels on this device; tried once. It needs a C compiler, for one thing."""
+    """Whether Triton compiles and runs kernels on this device, tried once. Triton needs a C compiler, for example."""
     if device not in _working:
         if torch.cuda.is_current_stream_capturing():
-            return False  # a trial can't be captured
+            return False  # the trial waits for the device, which cannot be captured
         _working[device] = torch.cuda.get_device_capability(device) >= (8, 0) and _tried(device)
     return _working[device]
 
@@ -176,10 +176,10 @@ def _tried(device: torch.device) -> bool:
         from steepest.kernels.symmetric import trial
 
         trial(device)
-    except Exception as error:  # whatever it is, the twins do without
+    except Exception as error:  # whatever went wrong, the twins do not need Triton
         warnings.warn(
-            f"Triton is installed, but its kernels don't work on {device}, so torch's are used: {error!r}. "
-            f"STEEPEST_KERNELS=never stops the trial.",
+            f"Triton is installed, but its kernels don't work on {device}, so torch's operations are used: {error!r}. "
+            f"STEEPEST_KERNELS=never skips the trial.",
             stacklevel=2,
         )
         return False

@@ -1,21 +1,21 @@
-"""Adam's two moments and its direction in Triton: one pass over memory, or two if there is a noise floor.
+"""Triton kernels for Adam's two moments and its direction, in one pass over memory, or two with a noise floor.
 
     M ← β₁ M + (1-β₁) g,   V ← β₂ V + (1-β₂) g²
-    m̂ = M / (1-β₁ᵗ), or β₁ M / (1-β₁ᵗ⁺¹) + (1-β₁) g / (1-β₁ᵗ) looking ahead;   v̂ = V / (1-β₂ᵗ), and at least m̂²
-    D = m̂ / (√v̂ + ε), or m̂ √v̂ / (√v̂ (√v̂ + ε) + τ² mean(v̂))
+    m̂ = M / (1-β₁ᵗ), with Nesterov β₁ M / (1-β₁ᵗ⁺¹) + (1-β₁) g / (1-β₁ᵗ);   v̂ = V / (1-β₂ᵗ), and at least m̂²
+    D = m̂ / (√v̂ + ε), with a noise floor m̂ √v̂ / (√v̂ (√v̂ + ε) + τ² mean(v̂))
 
-`steepest.rules.parts.moments.adam` says what these are and is the twin.
+The twin is `steepest.rules.parts.moments.adam`, which explains the symbols.
 
-Tiling: a matrix of N = m n entries is cut into blocks of BLOCK entries, and these are dealt out to at most PARTS
-programs. Without a noise floor a program writes moments and direction. With one, D needs the mean over the whole
-matrix: pass one writes the moments, and each program the sum of its v̂; pass two adds these sums up, every program all
-of its matrix's, and writes D. No sum is atomic, and their order depends on N alone: a run that resumes goes on bit by
-bit, and a matrix gets the same bits alone as in a batch. NaN and infinity stay in their matrix.
+Tiling: a matrix of N = m n entries is cut into blocks of BLOCK entries, and at most PARTS programs share the blocks.
+Without a noise floor a program writes moments and direction. With one, D needs the mean over the whole matrix: in the
+first pass each program writes the moments and the sum of its v̂; in the second each program adds up all sums of its
+matrix and writes D. No sum is atomic, and the order of summation depends on N alone. So a resumed run continues bit
+for bit, and a matrix gets the same bits alone as in a batch. NaN and infinity stay in their matrix.
 
-Bytes per entry, in float32: 24 without a noise floor (reads g, M, V; writes M, V, D); 32 with one (reads M, V again),
-36 if looking ahead (g again). torch's operations, one by one, read and write about 125. About 15 FLOPs per entry don't
-count. Predicted, not measured, on an H200 at 4.8 TB/s: 10⁶ entries 7 µs against 26 µs, which is near the time of the
-launches themselves; 10⁸ entries 0.67 ms against 2.6 ms.
+Bytes per entry, in float32: 24 without a noise floor (reads g, M, V; writes M, V, D), 32 with it (reads M, V again), 36
+with Nesterov as well (reads g again). torch's single operations read and write about 125. The 15 FLOPs per entry are
+negligible. Predicted, not measured, on an H200 at 4.8 TB/s: 10⁶ entries take 7 µs against 26 µs, which is near the time
+of the launches themselves, and 10⁸ entries 0.67 ms against 2.6 ms.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ import triton.language as tl
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from steepest.kernels.symmetric import on
+from steepest.kernels.symmetric import current_device
 
 BLOCK, WARPS = 2048, 8
 PARTS = 1024
-"""Partial sums per matrix, at most. A power of two: pass two loads them all at once."""
+"""The largest number of partial sums per matrix: a power of two, since the second pass loads all of them at once."""
 
 
 @triton.jit
 def _lerp(m, g, beta1, rest1):  # type: ignore[no-untyped-def]
-    """β₁ M + (1-β₁) g from the nearer end, as torch.lerp does it: exactly g where β₁ is 0."""
+    """β₁ M + (1-β₁) g, computed from the nearer end as in torch.lerp: exactly g where β₁ is 0."""
     return tl.where(rest1 < 0.5, m + rest1 * (g - m), g - beta1 * (g - m))
 
 
@@ -56,7 +56,7 @@ def _estimates(  # type: ignore[no-untyped-def]
     NESTEROV: tl.constexpr,
     MOMENTUM_FLOOR: tl.constexpr,
 ):
-    """m̂ and v̂ of one block. 1 - βᵗ loses four digits in float32 at β₂ = 0.999: it is computed in float64."""
+    """m̂ and v̂ of one block. 1 - βᵗ is computed in float64, since it loses four digits in float32 at β₂ = 0.999."""
     if CORRECT:
         t = t.to(tl.float64)
         v = tl.div_rn(v, (1.0 - tl.exp(t * log_beta2)).to(tl.float32))
@@ -95,15 +95,15 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
     NESTEROV: tl.constexpr,
     MOMENTUM_FLOOR: tl.constexpr,
     BLOCK: tl.constexpr,
-    TURNS: tl.constexpr,  # a constant: Triton's interpreter can't count to a variable
+    BLOCKS_PER_PROGRAM: tl.constexpr,  # a constant, since Triton's interpreter has no loops up to a variable
 ):
     program = tl.program_id(0)
     batch = (program // parts).to(tl.int64)
     part = program % parts
     t = tl.load(t_at + batch)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for turn in range(TURNS):
-        entries = (part + turn * parts) * BLOCK + tl.arange(0, BLOCK)
+    for i in range(BLOCKS_PER_PROGRAM):
+        entries = (part + i * parts) * BLOCK + tl.arange(0, BLOCK)
         mask = entries < size
         at = batch * size + entries
         g = tl.load(g_at + at, mask=mask, other=0.0)
@@ -179,7 +179,7 @@ def adam(
     momentum_floor: bool,
     noise_floor: float,
 ) -> Tensor:
-    """What `steepest.rules.parts.moments.adam` does, for contiguous float32 moments ``[B, m, n]``; ``t [B, 1, 1]``."""
+    """Compute `steepest.rules.parts.moments.adam` for contiguous float32 moments ``[B, m, n]`` and ``t [B, 1, 1]``."""
     g = g.contiguous()
     direction = torch.empty_like(g)  # [B, m, n]
     batch, size = len(g), g[0].numel()
@@ -188,17 +188,17 @@ def adam(
     noise = noise_floor != 0
     sums = g.new_empty(batch, parts) if noise else g
     t = t.expand(batch, 1, 1).flatten()
-    beta1, beta2, eps = (float(x) for x in (*betas, eps))  # Triton would compile integers 0 and 1 in
+    beta1, beta2, eps = (float(x) for x in (*betas, eps))  # Triton would make constants of the integers 0 and 1
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]  # exp(-∞) is 0: nothing to correct
     flags = {"CORRECT": correct_bias, "NESTEROV": nesterov, "MOMENTUM_FLOOR": momentum_floor}
-    with on(g.device):
+    with current_device(g.device):
         _moments_kernel[(batch * parts,)](
             *(g, exp_avg, exp_avg_sq, direction, sums, t, size, parts),
             *(beta1, beta2, 1 - beta1, 1 - beta2, *logs, eps),
             NOISE=noise,
             **flags,
             BLOCK=BLOCK,
-            TURNS=-(-blocks // parts),
+            BLOCKS_PER_PROGRAM=-(-blocks // parts),
             num_warps=WARPS,
         )
         if noise:

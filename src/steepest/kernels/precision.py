@@ -1,4 +1,4 @@
-"""What kernels compute in, and whether Triton's interpreter runs them."""
+"""The precision in which kernels compute products, and whether Triton's interpreter runs them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it imports no compiler until there is one
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-"""Triton reads the same when a kernel is defined. Its interpreter runs kernels on the CPU, entry by entry in NumPy."""
+"""Whether Triton interprets kernels, on the CPU and by NumPy. Triton reads this variable when a kernel is defined."""
 
 
-@_disable_dynamo  # torch's switch is no constant of the traced code
+@_disable_dynamo  # torch's setting is no constant of the traced code
 def product_precision(X: Tensor) -> str:
-    """What products of X are computed in, in the words of `Gates`: "bfloat16", "tf32" or "float32".
+    """Return the precision in which products of X are computed: "bfloat16", "tf32" or "float32", as in `Gates`.
 
     >>> product_precision(torch.zeros(1, dtype=torch.bfloat16))
     'bfloat16'

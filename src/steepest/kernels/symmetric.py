@@ -1,30 +1,30 @@
-"""Symmetric products in Triton: half of the tiles are computed, and mirrored.
+"""Triton kernels for symmetric products, which compute half of the tiles and mirror them.
 
-    K ← β K + α X Xᵀ          `ema_syrk`, in place: a covariance takes a gradient in
-    C = β O + α X Yᵀ          `symmetric_product`, where X Yᵀ is known to be symmetric: b A + c A A of Newton-Schulz
+    K ← β K + α X Xᵀ          `ema_syrk`, in place: the update of a covariance
+    C = β O + α X Yᵀ          `symmetric_product`, where X Yᵀ is symmetric: b A + c A A of Newton-Schulz
 
-Tiling: one program per tile of BLOCK × BLOCK on or below the diagonal, T (T + 1) / 2 of them for T = ⌈d / BLOCK⌉, times
-the batch. A program goes along k in slices of BLOCK_K, sums in float32 registers, adds β times the old tile, and writes
-the tile and its mirror image. Only entries on and below the diagonal are read from the old matrix; entry (j, i) is a
-copy of (i, j), so results are symmetric to the last bit. Old and result may be the same memory: no other program reads
-what one writes.
+Tiling: there is one program per tile of BLOCK × BLOCK on or below the diagonal, T (T + 1) / 2 of them for
+T = ⌈d / BLOCK⌉, times the batch. A program runs along k in slices of BLOCK_K, sums in float32 registers, adds β times
+the old tile, and writes the tile and its mirror image. It reads only entries on and below the diagonal of the old
+matrix, and entry (j, i) is a copy of (i, j), so results are symmetric to the last bit. The old matrix and the result
+may be the same memory, since no program reads what another writes.
 
-Rounding: which products are added in which order depends on d, k, dtype and precision alone, since tiles are chosen by
-these (`tiles`) and never by timing. So a run that resumes goes on bit by bit, and a matrix gets the same bits alone as
-in a batch. NaN and infinity stay in their matrix.
+Rounding: the order of summation depends on d, k, dtype and precision alone, by which tiles are chosen (`tiles`), and
+never on timing. So a resumed run continues bit for bit, and a matrix gets the same bits alone as in a batch. NaN and
+infinity stay in their matrix.
 
 FLOPs: d (d + BLOCK) k, against 2 d² k of the whole product. Bytes: the old half and the new whole, 6 d² in float32
 (torch.baddbmm_: 8 d²), and X once, 4 d k, while the L2 cache holds it. Predicted, not measured, on an H200 (4.8 TB/s;
-dense TFLOP/s: 67 float32 without tensor cores, 495 TF32, 990 bfloat16) at the limit, for d = k:
+dense TFLOP/s: 67 float32 without tensor cores, 495 TF32, 990 bfloat16) at these limits, for d = k:
 
   d            2048             4096             8192
   bfloat16     0.009 ms         0.072 ms         0.56 ms
   TF32         0.018 ms         0.14 ms          1.13 ms
   float32      0.13 ms          1.0 ms           8.3 ms
 
-At d = k all of them are bound by FLOPs (bytes at d = 4096: 0.035 ms in float32); TF32 becomes bound by bytes for k
-below about 600. One matrix of d = 2048 has 136 tiles of 128 for 132 multiprocessors: two rounds, as its 256 tiles
-without symmetry. So a lone matrix of that size can't gain; a batch can.
+At d = k all of them are bound by FLOPs (bytes at d = 4096: 0.035 ms in float32); TF32 is bound by bytes for k below
+about 600. One matrix of d = 2048 has 136 tiles of 128 for 132 multiprocessors, which take two rounds, as the 256 tiles
+of the whole product do. So a single matrix of that size gains nothing, but a batch does.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from steepest.kernels.precision import INTERPRETED, product_precision
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a product is cut up; shared memory is 2 · BLOCK · BLOCK_K · itemsize · stages bytes."""
+    """The tiling of a product, which needs 2 · block · block_k · itemsize · stages bytes of shared memory."""
 
     block: int
     block_k: int
@@ -53,17 +53,17 @@ class Tiles:
 
 
 LARGE = 1024
-"""From this many rows on tiles are large: below, there are too few of them to keep all multiprocessors busy."""
+"""The number of rows from which tiles are large. With fewer rows, too few of them keep the multiprocessors busy."""
 
 
 def tiles(d: int, precision: str) -> Tiles:
-    """The tiling for d rows at "bfloat16", "tf32" or "float32".
+    """Return the tiling for d rows at the precision "bfloat16", "tf32" or "float32".
 
-    Compiled for an H200's sm_90, nothing spills. Large tiles take 96 KiB of shared memory, of 227 (and of 99 on smaller
-    GPUs), and about 200 registers per thread, so there is one program per multiprocessor; small ones take 48 KiB and
-    130 registers, so there are three or four. docs/kernels.md has the table.
+    Compiled for an H200's sm_90, no register spills. Large tiles take 96 KiB of the 227 KiB of shared memory (99 KiB on
+    smaller GPUs) and about 200 registers per thread, which leaves one program per multiprocessor; small tiles take
+    48 KiB and 130 registers, which leaves three or four. docs/kernels.md has the table.
     """
-    if precision == "float32":  # without tensor cores operands live in registers, and a larger tile spills them
+    if precision == "float32":  # without tensor cores operands are in registers, and a larger tile would spill
         return Tiles(block=64, block_k=16, warps=8, stages=3)
     block_k = 64 if precision == "bfloat16" else 32
     if d < LARGE:
@@ -100,12 +100,12 @@ def _symmetric_kernel(  # type: ignore[no-untyped-def]
     UPCAST: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr,  # a constant, though each k is compiled anew: the interpreter can't count to a variable
+    SLICES: tl.constexpr,  # a constant, since the interpreter has no loops up to a variable; every k is compiled anew
 ):
     program = tl.program_id(0)
     batch = (program // count).to(tl.int64)
     tile = program % count
-    # Tile number i (i + 1) / 2 + j is that in row i and column j. The root is rounded, hence the two corrections.
+    # Tile number i (i + 1) / 2 + j is in row i and column j. The root is rounded, which the next two lines correct.
     i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
     i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
@@ -142,35 +142,35 @@ def _symmetric_kernel(  # type: ignore[no-untyped-def]
             total += beta * before
     result = total.to(out.dtype.element_ty)
     tl.store(out + batch * out_batch + rows[:, None] * out_row + cols[None, :] * out_col, result, mask=lower)
-    # Strictly above the diagonal, inside diagonal tiles too: there, the two halves' sums may be rounded differently.
+    # Strictly above the diagonal, in diagonal tiles too, whose halves may have been rounded differently.
     upper = (rows[None, :] < d) & (cols[:, None] < rows[None, :])
     mirror = out + batch * out_batch + cols[:, None] * out_row + rows[None, :] * out_col
     tl.store(mirror, tl.trans(result), mask=upper)
 
 
-@_disable_dynamo  # a graph break: what is traced calls it as it is
+@_disable_dynamo  # a graph break: torch.compile does not trace the launch
 def ema_syrk(K: Tensor, X: Tensor, beta: float | Tensor, alpha: float | Tensor) -> None:
-    """``K ← β K + α X Xᵀ``, in place.
+    """Compute ``K ← β K + α X Xᵀ`` in place.
 
     Args:
-        K: ``[B, d, d]``, symmetric: only what is on and below the diagonal counts.
+        K: ``[B, d, d]``, symmetric; only entries on and below the diagonal are read.
         X: ``[B, d, k]`` of any strides, in K's dtype or bfloat16.
-        beta: a number, or one per matrix ``[B, 1, 1]``. With the number 0, what K held doesn't count, NaN included.
-        alpha: likewise, and a tensor if beta is.
+        beta: a number, or one per matrix ``[B, 1, 1]``. The number 0 ignores what K holds, NaN included.
+        alpha: a number, or one per matrix ``[B, 1, 1]``; a tensor if beta is one.
     """
     _launch(K, None if isinstance(beta, float | int) and beta == 0 else K, X, X, beta, alpha)
 
 
 @_disable_dynamo
 def symmetric_product(X: Tensor, Y: Tensor, old: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """``β O + α X Yᵀ`` where ``X Yᵀ`` is known to be symmetric, as ``[B, d, d]`` in X's dtype.
+    """Return ``β O + α X Yᵀ`` where ``X Yᵀ`` is symmetric, as ``[B, d, d]`` in X's dtype.
 
     Args:
         X: ``[B, d, k]`` of any strides.
-        Y: likewise, in X's dtype: X itself, or what commutes with it if both are symmetric.
-        old: O, ``[B, d, d]``, symmetric; or None.
-        beta: on O.
-        alpha: on the product.
+        Y: ``[B, d, k]`` of any strides, in X's dtype: X itself, or a symmetric matrix that commutes with a symmetric X.
+        old: the symmetric matrix O ``[B, d, d]``, or None for zero.
+        beta: the factor of O.
+        alpha: the factor of the product.
     """
     out = X.new_empty(len(X), X.shape[-2], X.shape[-2])
     _launch(out, old, X, Y, beta, alpha)
@@ -192,7 +192,7 @@ def _launch(
     tiling = tiling or tiles(d, precision)
     if (
         precision == "tf32"
-    ):  # tensor cores take TF32 along k only; turned in the kernel, loads would not be asynchronous
+    ):  # tensor cores read TF32 along k only; a transpose in the kernel prevents asynchronous loads
         X, Y = (Z if Z.stride(-1) == 1 else Z.contiguous() for Z in ((X, X) if Y is X else (X, Y)))
     per_matrix = isinstance(alpha, Tensor)
     if per_matrix:
@@ -202,7 +202,7 @@ def _launch(
     source = out if old is None else old
     count = -(-d // tiling.block)
     count = count * (count + 1) // 2
-    with on(X.device):
+    with current_device(X.device):
         _symmetric_kernel[(batch * count,)](
             out,
             source,
@@ -219,8 +219,8 @@ def _launch(
             *Y.stride(),
             HAS_OLD=old is not None,
             PER_MATRIX=per_matrix,
-            PRECISION="ieee" if precision == "float32" else "tf32",  # bfloat16 doesn't ask
-            UPCAST=INTERPRETED,  # NumPy has no bfloat16; its products are exact in float32
+            PRECISION="ieee" if precision == "float32" else "tf32",  # ignored for bfloat16
+            UPCAST=INTERPRETED,  # NumPy has no bfloat16, whose products are exact in float32
             BLOCK=tiling.block,
             BLOCK_K=tiling.block_k,
             SLICES=-(-k // tiling.block_k),
@@ -229,13 +229,13 @@ def _launch(
         )
 
 
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which needs not be the tensors'."""
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make ``device`` the current one inside a ``with`` block, since Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def trial(device: torch.device) -> None:
-    """Compile and run the tiles that need most shared memory, on next to nothing; raises if that fails."""
+    """Compile and run the tiles that need most shared memory on a tiny product; raise an error if that fails."""
     for precision, dtype in (("bfloat16", torch.bfloat16), ("tf32", torch.float32)):
         X = torch.ones(1, 16, 16, dtype=dtype, device=device)
         out = torch.zeros_like(X)

@@ -17,7 +17,7 @@ def eigh_with_fallback(K: Tensor, force_double: bool = False, eps: float | None 
     """Compute eigenvalues (descending) and eigenvectors (columns) of symmetric ``K [..., d, d]``.
 
     LAPACK's and cuSOLVER's float32 solvers fail to converge on some nearly singular matrices; those are tried again in
-    float64, and as a last resort in float64 on the CPU.
+    float64, and as a last resort in float64 on the CPU. No solver takes bfloat16 or float16; these go by float32.
 
     Args:
         K: symmetric matrices; only the lower triangles are read.
@@ -36,15 +36,16 @@ def eigh_with_fallback(K: Tensor, force_double: bool = False, eps: float | None 
         tensor([3., 2., 1.])
     """
     _check_square(K, "K")
+    A = K.float() if K.dtype in (torch.bfloat16, torch.float16) else K
     if eps is not None:
-        K = K + eps * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+        A = A + eps * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     try:
-        values, vectors = torch.linalg.eigh(K.double() if force_double else K)
+        values, vectors = torch.linalg.eigh(A.double() if force_double else A)
     except LinAlgError:
         try:
-            values, vectors = torch.linalg.eigh(K.double())
+            values, vectors = torch.linalg.eigh(A.double())
         except LinAlgError:
-            values, vectors = torch.linalg.eigh(K.double().cpu())
+            values, vectors = torch.linalg.eigh(A.double().cpu())
     return values.flip(-1).to(K), vectors.flip(-1).to(K)
 
 

@@ -1,8 +1,8 @@
-"""Marks on the parts of a step, so that whoever measures hears when each begins and ends.
+"""Timelines of a step: when each of its phases begins and ends.
 
-A function that does one such part is marked where it is defined, ``@phase("refresh")``. While nobody listens, a mark
-costs one look at a global variable, below a microsecond; inside a graph that torch.compile makes there is nothing
-left of it, and nothing to hear. Doctests don't look into marked functions.
+A function that performs a phase is decorated where it is defined, ``@phase("refresh")``. Without a listener the
+decorator reads one global variable, which takes less than a microsecond. It leaves no trace in a graph of
+torch.compile, so phases inside a graph are not recorded. Doctests of decorated functions are not collected.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ T = TypeVar("T")
 Mark = TypeVar("Mark")
 
 PHASES = ("gather", "feed", "refresh", "project", "orthogonalize", "elementwise", "apply")
-"""All there are, in the order of a step."""
+"""The names of all phases, in the order of a step."""
 REST = "rest"
-"""What is in no phase."""
+"""The name of the time that belongs to no phase."""
 
 _listener: Timeline[object] | None = None
 
 
 class Timeline(Generic[Mark]):
-    """What a step did when: a mark at its beginning, at every change of phase, and at its end.
+    """A record of a step: a mark at its beginning, at every change of phase, and at its end.
 
-    Phases may nest: while an inner one runs, the outer one's time stands still.
+    Phases may nest; time in an inner phase does not count for the outer one.
 
     Args:
-        mark: reads a clock, or records an event on a device.
+        mark: a function that reads a clock, or records an event on a device.
 
     Example:
         >>> ticks = iter(range(10))
@@ -50,21 +50,21 @@ class Timeline(Generic[Mark]):
         self._open = [REST]
 
     def enter(self, name: str) -> None:
-        """A phase begins."""
+        """Begin a phase."""
         self._open.append(name)
         self.note()
 
     def leave(self) -> None:
-        """The innermost phase ends."""
+        """End the innermost phase."""
         self._open.pop()
         self.note()
 
     def note(self) -> None:
-        """From here on the innermost phase runs."""
+        """Mark the time from which the innermost phase runs."""
         self.marks.append((self._open[-1], self.mark()))
 
     def spent(self, between: Callable[[Mark, Mark], float]) -> dict[str, float]:
-        """The time of each phase, given the time between two marks."""
+        """Return the time of each phase, given a function for the time between two marks."""
         found: dict[str, float] = {}
         for (name, start), (_, end) in pairwise(self.marks):
             found[name] = found.get(name, 0) + between(start, end)
@@ -73,14 +73,14 @@ class Timeline(Generic[Mark]):
 
 @contextmanager
 def listening(timeline: Timeline[Mark]) -> Iterator[None]:
-    """Inside the ``with`` block, ``timeline`` hears of every phase; it is marked at both ends.
+    """Record every phase inside a ``with`` block in ``timeline``, with a mark at both ends of the block.
 
     Raises:
-        RuntimeError: if somebody listens already.
+        RuntimeError: if there is a listener already.
     """
     global _listener
     if _listener is not None:
-        raise RuntimeError("phases have one listener at a time, and somebody listens already")
+        raise RuntimeError("phases have one listener at a time, and there is one already")
     timeline.note()
     _listener = timeline  # type: ignore[assignment]
     try:
@@ -91,7 +91,7 @@ def listening(timeline: Timeline[Mark]) -> Iterator[None]:
 
 
 def phase(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Mark a function as a phase of a step, one of `PHASES`.
+    """Decorate a function that performs a phase of a step, one of `PHASES`.
 
     >>> @phase("apply")
     ... def double(x):
@@ -108,7 +108,7 @@ def phase(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     def marked(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> T:
-            if torch.compiler.is_compiling() or _listener is None:  # in this order: a graph must not depend on it
+            if torch.compiler.is_compiling() or _listener is None:  # in this order: graphs must not depend on it
                 return function(*args, **kwargs)
             listener = _listener
             listener.enter(name)

@@ -1,9 +1,9 @@
-"""The polar factor ``U Vᵀ`` of ``G = U Σ Vᵀ``: the nearest matrix with all singular values one.
+"""The polar factor ``U Vᵀ`` of ``G = U Σ Vᵀ``, the nearest matrix whose singular values are all one.
 
-Newton-Schulz iterations reach it by products alone. A step ``X ← (a I + b X Xᵀ + c (X Xᵀ)²) X`` leaves singular vectors
-as they are and takes every singular value σ to ``a σ + b σ³ + c σ⁵``; a table of such polynomials, one per step, lifts
-all of (0, 1] towards 1. Most tables are made for Muon, which is content with values between about 0.7 and 1.3 and wants
-small ones lifted fast. A name stands for its numbers for good: better numbers get a new name.
+Newton-Schulz iterations compute it by products alone. A step ``X ← (a I + b X Xᵀ + c (X Xᵀ)²) X`` keeps the singular
+vectors and maps every singular value σ to ``a σ + b σ³ + c σ⁵``; a table of such polynomials, one per step, raises all
+of (0, 1] towards 1. Most tables are made for Muon, which needs small singular values raised fast and tolerates results
+between about 0.7 and 1.3. The numbers of a table never change: better numbers get a new name.
 """
 
 from __future__ import annotations
@@ -20,31 +20,30 @@ from steepest.linalg.precision import fp32_matmul_precision
 from steepest.linalg.symmetric import gram, plus_product, symmetric_product
 
 Polynomial = tuple[float, float, float]
-"""``(a, b, c)``: σ ↦ a σ + b σ³ + c σ⁵."""
+"""The coefficients ``(a, b, c)`` of σ ↦ a σ + b σ³ + c σ⁵."""
 
 GRAM_ASPECT = 2
-"""From this ratio of sides on, the iteration runs on the small Gram matrix. With short side s and long side l, five
-quintic steps cost 20 s²l + 10 s³ FLOPs, in Gram form 4 s²l + 34 s³: even at l = 1.5 s. Measured on one CPU thread for
-s = 256 and 768: 1.3 of the time at l = s, 0.85 at 2 s, 0.67 at 3 s, 0.56 at 4 s."""
+"""The ratio of sides from which the iteration runs on the smaller Gram matrix. With short side s and long side l, five
+quintic steps cost 20 s²l + 10 s³ FLOPs, in Gram form 4 s²l + 34 s³, which is equal at l = 1.5 s. On one CPU thread, for
+s = 256 and 768, the Gram form takes 1.3 of the time at l = s, 0.85 at 2 s, 0.67 at 3 s, 0.56 at 4 s."""
 
 GRAM_STEPS = 5
-"""Steps from one Gram matrix before it is formed anew. Its zero eigenvalues are rounding noise, which every step
-multiplies by a²; once negative noise comes near -1 the iteration diverges, as ten steps do. After five, the tables'
-results are within 4e-3 of float64's, at condition numbers up to 1e12."""
-
+"""The number of steps before the Gram matrix is computed again. Its zero eigenvalues are rounding errors, which every
+step multiplies by a²; when a negative one comes near -1 the iteration diverges, as it does in ten steps. After five
+steps the tables' results are within 4e-3 of float64's, at condition numbers up to 1e12."""
 
 BFLOAT16_ROWS, BFLOAT16_ASPECT = 128, 4
-"""Which matrices gain by bfloat16 on a CPU that has units for it; see `iteration_dtype`."""
+"""The least short side and the largest ratio of sides at which bfloat16 is faster on a CPU with units for it."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A sequence of polynomials, and what belongs to it."""
+    """A sequence of Newton-Schulz polynomials with its source and its conditions of use."""
 
     source: str
     steps: Sequence[Polynomial]
     safety: float = 1.0
-    """G is divided by this times its Frobenius norm: room for rounding, where polynomials explode just above 1."""
+    """The factor of the Frobenius norm by which G is divided: a margin for rounding if polynomials diverge above 1."""
     bfloat16: bool = True
     """Whether the iteration survives bfloat16's rounding."""
 
@@ -75,7 +74,7 @@ TABLES = {
     ),
     "polar_express_5": Table(
         source="Amsel et al., arXiv:2505.16932, Algorithm 1, the first five steps",
-        # As they print it, for σ from 1e-3 on; every polynomial is shrunk so that σ up to 1.01 stays within its domain.
+        # The paper's numbers are for σ from 1e-3 on; every polynomial is scaled so that σ up to 1.01 is in its domain.
         steps=tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR_EXPRESS),
         safety=1.01,
     ),
@@ -99,7 +98,7 @@ TABLES = {
             (3.2866, -2.4647, 0.5074),
             (2.2737, -1.6447, 0.4162),
         ),
-        bfloat16=False,  # its polynomials fill their domains to the edge: matrices near rank one end at 1e17
+        bfloat16=False,  # its polynomials leave no margin at 1: matrices near rank one end at 1e17
     ),
     "cubic5": Table(
         source="H. Huang, How much orthogonalization does Muon need?, arXiv:2606.00371",
@@ -112,28 +111,28 @@ TABLES = {
         ),
     ),
     "deepseekv4": Table(
-        source="DeepSeek-V4 technical report (2026): eight steps to come near, two that converge",
+        source="DeepSeek-V4 technical report (2026): eight steps that approach 1, two that converge",
         steps=(JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2,
     ),
 }
 
 METHODS = (*TABLES, "exact")
-"""What `polar_factor` takes: the tables by name, and "exact", by singular value decomposition."""
+"""The methods of `polar_factor`: the names of the tables, and "exact" for singular value decomposition."""
 
 
 def polar_factor(G: Tensor, method: str = "keller", *, eps: float = 1e-7, dtype: torch.dtype | None = None) -> Tensor:
-    """The polar factor of each matrix of a batch, or what a Newton-Schulz table makes of it.
+    """Return the polar factor of each matrix of a batch, or its approximation by a Newton-Schulz table.
 
     Args:
         G: ``[..., m, n]``. A zero matrix (in float32, one of norm below 1e-18) gives zero.
-        method: the name of a table in `TABLES`, or "exact": singular value decomposition, slow, for tests. There,
-            singular values below rounding give zero, not an arbitrary direction.
-        eps: added to the Frobenius norm by which G is divided. It has the gradient's units: matrices of a smaller norm
-            give proportionally less than their polar factor. Not used by "exact".
-        dtype: what the iteration computes in; by default `working_dtype`.
+        method: the name of a table in `TABLES`, or "exact" for singular value decomposition, which is slow and meant
+            for tests. With "exact", singular values below rounding give zero, not an arbitrary direction.
+        eps: a number added to the Frobenius norm by which G is divided, in the gradient's units: matrices of a smaller
+            norm give proportionally less than their polar factor. Not used by "exact".
+        dtype: the dtype of the iteration; by default `working_dtype`.
 
     Returns:
-        ``[..., m, n]`` in G's dtype. By "exact", NaN for a matrix that no solver can decompose.
+        ``[..., m, n]`` in G's dtype. With "exact", NaN for a matrix that no solver can decompose.
 
     Raises:
         ValueError: for an unknown method.
@@ -157,15 +156,15 @@ def polar_factor(G: Tensor, method: str = "keller", *, eps: float = 1e-7, dtype:
 
 
 def negligible_norm(dtype: torch.dtype) -> float:
-    """Below this (1e-18 in float32) squares underflow, and a Frobenius norm is not to be divided by."""
+    """Return the Frobenius norm below which squares underflow, so that one cannot divide by it: 1e-18 in float32."""
     return 10 * math.sqrt(torch.finfo(dtype).tiny)
 
 
 def iteration_dtype(G: Tensor, word: str) -> torch.dtype | None:
-    """What "float32", "bfloat16" or "auto" (`working_dtype`) mean for matrices ``G [..., m, n]``.
+    """Return the dtype that "float32", "bfloat16" or "auto" means for ``G [..., m, n]``; None is `working_dtype`.
 
-    float64 stays float64. On a CPU, bfloat16 is for those that gain by it: at least `BFLOAT16_ROWS` long on the short
-    side, and not so far from square that float32's Gram form does as well.
+    float64 stays float64. On a CPU, "bfloat16" means float32 for matrices with fewer than `BFLOAT16_ROWS` on the short
+    side, and for matrices so far from square that float32's Gram form is as fast.
     """
     short, long = sorted(G.shape[-2:])
     if word == "auto" or G.dtype == torch.float64:
@@ -197,8 +196,8 @@ def _by_svd(G: Tensor) -> Tensor:
 
 
 def _iterate(X: Tensor, steps: Sequence[Polynomial]) -> Tensor:
-    """All ``steps`` on a batch ``X [N, m, n]``, or on one matrix, by products on its shorter side."""
-    if len(X) == 1 and X.dim() == 3 and X.dtype == torch.bfloat16:  # torch's batched products of one are slower
+    """``X [N, m, n]``, or one matrix, after all ``steps``, by products on its shorter side."""
+    if len(X) == 1 and X.dim() == 3 and X.dtype == torch.bfloat16:  # torch's batched products of one matrix are slower
         return _iterate(X[0], steps).unsqueeze(0)
     short, long = sorted(X.shape[-2:])
     if long >= GRAM_ASPECT * short and X.dtype != torch.bfloat16:
@@ -206,13 +205,13 @@ def _iterate(X: Tensor, steps: Sequence[Polynomial]) -> Tensor:
     tall = X.shape[-2] > X.shape[-1]
     for a, b, c in steps:
         P = _polynomial(_gram(X), 0.0, b, c)  # [..., s, s]
-        # Were a on the diagonal of the polynomial, bfloat16 would round it there: 2.5 times the error.
+        # With a on the diagonal of the polynomial, bfloat16 would round it there, at 2.5 times the error.
         X = plus_product(X, *((X, P) if tall else (P, X)), beta=a)  # [..., m, n]
     return X
 
 
 def _iterate_gram(X: Tensor, steps: Sequence[Polynomial]) -> Tensor:
-    """The same on the Gram matrix A: a step takes X to ``P X`` and A to ``P A P`` with ``P = a I + b A + c A²``."""
+    """`_iterate` by the Gram matrix A: a step maps X to ``P X`` and A to ``P A P``, with ``P = a I + b A + c A²``."""
     for start in range(0, len(steps), GRAM_STEPS):
         first, *others = steps[start : start + GRAM_STEPS]
         A = _gram(X)  # [..., s, s]
@@ -226,7 +225,7 @@ def _iterate_gram(X: Tensor, steps: Sequence[Polynomial]) -> Tensor:
 
 
 def _gram(X: Tensor) -> Tensor:
-    """``X Xᵀ``, or ``Xᵀ X`` if X is tall: the smaller one."""
+    """The smaller Gram matrix: ``X Xᵀ``, or ``Xᵀ X`` if X is tall."""
     return gram(X.mT if X.shape[-2] > X.shape[-1] else X)
 
 

@@ -1,4 +1,4 @@
-"""How exactly float32 products are computed, as a scope; and TF32 for machines that don't have it."""
+"""The precision of float32 products as a context manager, and an emulation of TF32 on machines without it."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PRECISIONS = ("highest", "high", "medium")
-"""torch's names: full float32; TF32 (10 mantissa bits); bfloat16 (7 bits), each where the device has it."""
+"""torch's names for full float32, TF32 (10 mantissa bits) and bfloat16 (7 bits), where the device has them."""
 
 ATEN = torch.ops.aten
 FACTORS = {
     **dict.fromkeys((ATEN.mm, ATEN.bmm), (0, 1)),
     **dict.fromkeys((ATEN.addmm, ATEN.addmm_, ATEN.baddbmm, ATEN.baddbmm_, ATEN.addbmm, ATEN.addbmm_), (1, 2)),
 }
-"""The products that tensor cores compute, which ``@``, `torch.matmul`, `torch.einsum` and linear layers end in; and
-which of their arguments are multiplied. A matrix times a vector and a dot product run on other units, in float32."""
+"""The operations that tensor cores compute, with the indices of the arguments that are multiplied.
+
+``@``, `torch.matmul`, `torch.einsum` and linear layers call them. Products of a matrix and a vector and dot products
+run on other units, in float32."""
 
 _scope: str | None = None
-"""The precision of the innermost `fp32_matmul_precision`; inside a graph, torch can't be asked."""
+"""The precision of the innermost `fp32_matmul_precision`, since torch's setting cannot be read inside a graph."""
 
 
 @contextmanager
 def fp32_matmul_precision(precision: str = "highest") -> Iterator[None]:
-    """Compute float32 products at ``precision`` inside the ``with`` block, and restore what was set before.
+    """Compute float32 products at ``precision`` inside a ``with`` block, and restore the previous setting.
 
     Args:
         precision: "highest" (float32), "high" (TF32 on GPUs that have it) or "medium" (bfloat16 where it exists). On
             CPUs without such units all three are the same.
 
     Raises:
-        ValueError: if ``precision`` is none of the three.
+        ValueError: if ``precision`` is another word.
 
     Example:
         >>> before = torch.get_float32_matmul_precision()
@@ -47,12 +49,12 @@ def fp32_matmul_precision(precision: str = "highest") -> Iterator[None]:
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: must be one of {', '.join(map(repr, PRECISIONS))}")
     global _scope
-    if torch.compiler.is_compiling() and precision == _scope:  # else the graph breaks, and what follows is set
+    if torch.compiler.is_compiling() and precision == _scope:  # otherwise the graph breaks, and torch is set below
         yield
         return
     try:
         overall: str | None = torch.get_float32_matmul_precision()
-    except RuntimeError:  # somebody set the backends one by one: torch refuses to name one precision for all
+    except RuntimeError:  # torch names no overall precision if the backends were set one by one
         overall = None
     changes = overall != precision
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if changes else ()  # type: ignore[attr-defined]
@@ -71,7 +73,7 @@ def fp32_matmul_precision(precision: str = "highest") -> Iterator[None]:
 
 
 def has_tf32(device: torch.device | str) -> bool:
-    """Whether products on this device are really computed in TF32 at "high": NVIDIA GPUs from Ampere on.
+    """Return whether this device computes products in TF32 at the precision "high": NVIDIA GPUs from Ampere on.
 
     >>> has_tf32("cpu")
     False
@@ -83,9 +85,9 @@ def has_tf32(device: torch.device | str) -> bool:
 
 
 def round_to_tf32(x: Tensor) -> Tensor:
-    """Float32 numbers ``x`` rounded to TF32's 10 mantissa bits, to nearest and ties to even; the exponent stays 8 bits.
+    """Round float32 numbers to TF32's 10 mantissa bits, to nearest with ties to even.
 
-    Infinities and NaN stay what they are. Other dtypes come back as they are, too.
+    Infinities, NaN and tensors of other dtypes are returned as they are.
 
     Example:
         >>> x = 1 + torch.tensor([2**-10, 2**-11, 3 * 2**-11, 2**-12])
@@ -95,18 +97,18 @@ def round_to_tf32(x: Tensor) -> Tensor:
     if x.dtype != torch.float32:
         return x
     bits = x.view(torch.int32)
-    # Half a unit of the last bit that stays, less one below it where that bit is 0: of two at a tie, the even one.
+    # Adds half a unit of the last bit kept, or one bit less than that where this bit is 0, so that ties go to even.
     rounded = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
     return torch.where(x.isnan(), x, rounded)
 
 
 @contextmanager
 def tf32_emulated() -> Iterator[None]:
-    """Compute float32 products as TF32 does where ``fp32_matmul_precision`` asks for less than "highest".
+    """Emulate TF32 inside a ``with`` block, for studies on machines without it; never used in ordinary training.
 
-    For studies on machines without TF32, and never on in ordinary training: inside the ``with`` block the factors of
-    matrix products pass through `round_to_tf32`, whenever the precision in force is one at which a GPU would use TF32.
-    Products and sums are float32, as on tensor cores; decompositions are left alone, as they are there.
+    The factors of float32 matrix products pass through `round_to_tf32` wherever the precision in force is one at which
+    a GPU would use TF32. Products and sums are computed in float32, as on tensor cores. Decompositions are not
+    affected, as on a GPU.
 
     Example:
         >>> x = torch.tensor([[1 + 2**-12]])
@@ -122,13 +124,13 @@ def tf32_emulated() -> Iterator[None]:
 
 
 class _RoundedFactors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation on its way to a kernel, and rounds what products multiply."""
+    """A dispatch mode that rounds the factors of matrix products to TF32."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         factors = FACTORS.get(func.overloadpacket)
-        # The switch that TF32 itself obeys; torch sets it for "high" and "medium" alike.
+        # TF32 obeys this setting on a GPU; torch makes it for "high" and "medium" alike.
         if factors is not None and torch.backends.cuda.matmul.fp32_precision == "tf32":
             args = tuple(round_to_tf32(arg) if i in factors else arg for i, arg in enumerate(args))
         return func(*args, **(kwargs or {}))

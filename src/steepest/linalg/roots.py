@@ -1,4 +1,4 @@
-"""Powers of symmetric positive semidefinite matrices: the inverse roots by which Shampoo whitens."""
+"""Powers of symmetric positive semidefinite matrices, such as the inverse roots with which Shampoo whitens."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch.nn.functional import pad
 from steepest.linalg.attempts import attempt
 
 LANES = 16
-"""A multiple of the numbers in any processor's widest registers."""
+"""A number of entries that fills whole vector registers on any processor."""
 
 
 def matrix_power(K: Tensor, exponent: float, *, eps: float = 0.0, relative: bool = False) -> Tensor:
-    """``(K + damping I)^exponent`` for symmetric positive semidefinite ``K``, by its eigendecomposition.
+    """Return ``(K + damping I)^exponent`` for symmetric positive semidefinite ``K``, by eigendecomposition.
 
-    Directions in which the damped matrix is zero (all if K is, at ``eps=0`` those below the largest eigenvalue's
-    rounding) get zero, as in a pseudo-inverse: nothing was seen there, so nothing is amplified.
+    Directions in which the damped matrix is zero get zero, as in a pseudo-inverse, since nothing is known of them. With
+    ``eps=0`` these are the eigenvalues below the rounding of the largest one, and all of them if K is zero.
 
     Args:
-        K: ``[..., d, d]``; negative eigenvalues are rounding and count as zero.
+        K: ``[..., d, d]``; negative eigenvalues are rounding errors and count as zero.
         exponent: any real number; -1/4 is Shampoo's for a matrix, -1/2 whitens.
         eps: the damping, >= 0.
         relative: whether ``eps`` is a fraction of each matrix's largest eigenvalue, which makes the power exactly
@@ -45,7 +45,7 @@ def matrix_power(K: Tensor, exponent: float, *, eps: float = 0.0, relative: bool
 
 
 def spectral_power(eigenvalues: Tensor, exponent: float, *, eps: float = 0.0, relative: bool = False) -> Tensor:
-    """What `matrix_power` makes of the eigenvalues ``[..., d]``, in any order: ``(λ + damping)^exponent``, or zero.
+    """Return the eigenvalues of `matrix_power`, ``(λ + damping)^exponent`` or zero, for λ ``[..., d]`` in any order.
 
     Example:
         >>> spectral_power(torch.tensor([4.0, 0.0]), -0.5)
@@ -55,8 +55,8 @@ def spectral_power(eigenvalues: Tensor, exponent: float, *, eps: float = 0.0, re
     largest = eigenvalues.amax(dim=-1, keepdim=True)  # [..., 1]
     damped = eigenvalues + (eps * largest if relative else eps)
     rounding = eigenvalues.shape[-1] * torch.finfo(eigenvalues.dtype).eps * largest if eps == 0 else 0.0
-    # Powers round differently in whole vector registers and in what remains of them, and a matrix would get other bits
-    # in another stack. So each gets whole registers; and float64, where such a difference is below float32's rounding.
+    # Powers round differently in whole vector registers and in partly filled ones, so a matrix would get other bits in
+    # another stack. Padding fills registers, and in float64 such differences are below float32's rounding.
     d = damped.shape[-1]
     powers = pad(damped.double(), (0, -d % LANES), value=1.0).pow(exponent)[..., :d]
     return powers.to(damped.dtype).where(damped > rounding, 0.0)

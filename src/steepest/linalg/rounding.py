@@ -1,13 +1,13 @@
-"""Stochastic rounding to bfloat16: up or down at random, so that the mean is exact.
+"""Stochastic rounding to bfloat16, whose mean is exact.
 
-bfloat16 keeps 8 bits, so plain rounding loses every update below 1/512 of its weight, and a small learning rate trains
-nothing. Rounded up with a probability of (distance from below) / (gap), a weight moves by the update on average
-(Gupta et al., arXiv:1502.02551). A bfloat16 is the upper half of a float32: adding 16 random bits below and cutting
-them off is just that.
+bfloat16 keeps 8 bits, so rounding to nearest loses every update below 1/512 of its weight, and a small learning rate
+trains nothing. Stochastic rounding goes up with the probability (distance from the lower neighbour) / (gap), so on
+average a weight moves by the update (Gupta et al., arXiv:1502.02551). Since a bfloat16 is the upper half of a float32,
+it suffices to add 16 random bits to the lower half and cut it off.
 
-The random bits are a hash of where an entry lies in its parameter, of the parameter's name, a seed, and the number of
-its step. Nothing is drawn from a generator: the global random state stays, a resumed run rounds as the unbroken one,
-and a part of a parameter can be rounded by itself as it is with the whole.
+The random bits are a hash of the entry's position in its parameter, the parameter's name, a seed, and the number of the
+step. No generator is used: the global random state is unchanged, a resumed run rounds as an uninterrupted one, and a
+shard of a parameter is rounded as it is within the whole.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ MASK = 0xFFFFFFFF
 
 
 def round_stochastically(x: Tensor, index: Tensor, key: Tensor) -> Tensor:
-    """``x``, float32, rounded to numbers that bfloat16 has; still float32.
+    """Round float32 ``x`` to numbers that bfloat16 represents; the result is still float32.
 
-    What bfloat16 has already, infinity and NaN stay as they are; what is finite stays finite.
+    Numbers that bfloat16 represents, infinity and NaN stay as they are. Finite numbers stay finite.
 
     Args:
-        x: any shape.
-        index: int64, of x's shape: where each entry lies in the whole parameter, see `positions`.
-        key: int64 scalar, see `rounding_key`.
+        x: float32, of any shape.
+        index: the position of each entry in the whole parameter, int64 of x's shape; see `positions`.
+        key: an int64 scalar; see `rounding_key`.
 
     Example:
         >>> x = torch.full((1000,), 1 + 0.25 * 2**-7)    # a quarter of the way from 1 to the next bfloat16
@@ -43,23 +43,23 @@ def round_stochastically(x: Tensor, index: Tensor, key: Tensor) -> Tensor:
 
 
 def rounding_key(name: str, seed: int, step: Tensor) -> Tensor:
-    """The key of one parameter in one step, on the step's device: an int64 scalar below 2³².
+    """Return the key of one parameter in one step: an int64 scalar below 2³² on the device of ``step``.
 
     Args:
-        name: the parameter's.
-        seed: tells runs apart.
-        step: the count of the parameter's updates, on whatever device; of several, the first counts.
+        name: the name of the parameter.
+        seed: a number that differs between runs.
+        step: the number of updates of the parameter; the first entry if there are several.
     """
     return mixed(step.reshape(-1)[0].long() & MASK ^ zlib.crc32(f"{seed}, {name}".encode()))
 
 
 def positions(part: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Where the entries of a part of a parameter lie in the whole, counted row by row: int64, of the part's shape.
+    """Return the positions of a shard's entries in the whole parameter, counted row by row: int64 of its shape.
 
     Args:
         part: a view of a contiguous tensor of the whole's shape, such as one on the meta device; only its layout is
             read.
-        device: where the numbers are wanted.
+        device: the device of the result.
 
     >>> positions(torch.empty(4, 3, device="meta")[1:3, 2:])
     tensor([[5],
@@ -72,9 +72,10 @@ def positions(part: Tensor, device: torch.device | str = "cpu") -> Tensor:
 
 
 def mixed(x: Tensor) -> Tensor:
-    """A 32-bit hash of each number in ``x``, int64 in [0, 2³²): "lowbias32", whose output bits flip by half.
+    """Return a 32-bit hash of each number in ``x``, int64 in [0, 2³²).
 
-    C. Wellons, "Prospecting for hash functions", https://nullprogram.com/blog/2018/07/31/ (2018).
+    The hash is "lowbias32" of C. Wellons, "Prospecting for hash functions" (2018),
+    https://nullprogram.com/blog/2018/07/31/.
 
     >>> mixed(torch.tensor([0, 1]))
     tensor([         0, 1753845952])

@@ -1,7 +1,7 @@
-"""Products that are symmetric by construction, at little more than half the price of general ones.
+"""Symmetric products, at little more than half the cost of general ones.
 
-On a CPU only the blocks on and below the diagonal are multiplied, and mirrored; on a GPU a Triton kernel does so where
-`steepest.kernels` says that it pays. Everything else is torch's whole product.
+Only the blocks on and below the diagonal are multiplied, and then mirrored: by torch on a CPU, and on a GPU by a Triton
+kernel where `steepest.kernels` expects it to be faster. Other products are torch's whole ones.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from torch import Tensor
 from steepest import kernels
 
 BLOCK = 64
-"""Rows per block on a CPU, at least. There are at most four blocks."""
+"""The least number of rows per block on a CPU. There are at most four blocks."""
 ENTRIES = 2**16
-"""Of a factor from which a product is done in blocks: smaller ones lose more than symmetry saves."""
+"""The number of entries of a factor from which products are computed in blocks, which are slower for smaller ones."""
 
 
 def accumulate_gram(
     K: Tensor, X: Tensor, beta: float | Tensor, scale: float = 1.0, weights: Tensor | None = None
 ) -> None:
-    """``K ← β K + (1-β) · scale · X diag(weights) Xᵀ``, in place.
+    """Compute ``K ← β K + (1-β) · scale · X diag(weights) Xᵀ`` in place.
 
-    On a CPU, from 2¹⁶ entries of X up, only the blocks on and below the diagonal are multiplied, and mirrored: in 0.79
-    to 0.86 of the time of the whole product at 128 to 1024 rows by 256 to 1024 columns.
+    On a CPU, an X of 2¹⁶ entries or more is multiplied in blocks, which takes 0.79 to 0.86 of the time of the whole
+    product, at 128 to 1024 rows by 256 to 1024 columns.
 
     Args:
         K: ``[..., d, d]``, symmetric.
         X: ``[..., d, n]``.
         beta: a number, or one per matrix ``[..., 1, 1]``.
-        scale: a factor on the product.
-        weights: of X's columns, ``[..., n]``, not negative; all 1 if not given.
+        scale: a factor of the product.
+        weights: nonnegative weights of X's columns, ``[..., n]``; by default 1.
 
     Example:
         >>> import torch
@@ -66,7 +66,7 @@ def accumulate_gram(
 
 
 def gram(X: Tensor) -> Tensor:
-    """``X Xᵀ`` as ``[..., d, d]`` for ``X [..., d, n]``, a matrix or a batch ``[N, d, n]``.
+    """Return the Gram matrix ``X Xᵀ`` for a matrix ``X [d, n]`` or a batch ``[N, d, n]``.
 
     >>> gram(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     tensor([[ 5., 11.],
@@ -78,17 +78,17 @@ def gram(X: Tensor) -> Tensor:
 
 
 def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """``β C + α A B`` where ``A B``, B and C are symmetric, as products of polynomials of one symmetric matrix are.
+    """Return ``β C + α A B`` where ``A B``, B and C are symmetric, as polynomials of one symmetric matrix are.
 
-    Blocks below the diagonal are mirrored as in `accumulate_gram`: five quintic steps of `steepest.linalg.polar` then
-    take 0.91 of the time at 512 rows, 0.76 at 768, 0.77 at 1024 (float32, square, one CPU thread; docs/kernels.md).
+    With blocks, as in `accumulate_gram`, five quintic steps of `steepest.linalg.polar` take 0.91 of the time at 512
+    rows, 0.76 at 768, 0.77 at 1024 (float32, square, one CPU thread; docs/kernels.md).
 
     Args:
         A: ``[d, d]`` or ``[N, d, d]``.
-        B: likewise.
-        C: likewise, or None.
-        beta: on C.
-        alpha: on the product; 1 without C.
+        B: of A's shape.
+        C: of A's shape, or None for zero.
+        beta: the factor of C.
+        alpha: the factor of the product; 1 without C.
 
     Example:
         >>> A = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
@@ -97,16 +97,16 @@ def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, beta: float
                 [3., 2.]])
     """
     if kernels.product_pays(A):
-        return _by_kernel(A, B, C, beta, alpha)  # Bᵀ is B, whose rows the kernel reads faster than its columns
+        return _by_kernel(A, B, C, beta, alpha)  # with B for Bᵀ, since the kernel reads rows faster than columns
     return _product(A, B, C, beta, alpha)
 
 
 def triangle_product(R: Tensor, U: Tensor) -> Tensor:
-    """``R U``, symmetric to the last bit, where that is symmetric and R upper triangular ``[..., d, d]``.
+    """Return the symmetric product ``R U`` of an upper triangular R and U, ``[..., d, d]``, symmetric to the last bit.
 
-    What is below R's diagonal is not read. What is computed is the half on and below the result's diagonal, where the
-    fewest terms are: if R's rows fall off, as an eigenbasis makes them, small entries are not made of large ones. On a
-    CPU, from 256 rows up, products with zeros are left out; with four blocks 5/16 of them all remain.
+    Entries below R's diagonal are not read. The half on and below the result's diagonal is computed, whose sums have
+    the fewest terms: where the rows of R decrease, as in an eigenbasis, small entries are not differences of large
+    ones. On a CPU, from 256 rows on, products with zeros are left out; four blocks compute 5/16 of all products.
 
     Example:
         >>> U = torch.tensor([[0.6, 0.8], [0.8, -0.6]])
@@ -117,10 +117,10 @@ def triangle_product(R: Tensor, U: Tensor) -> Tensor:
     if not _in_blocks(R):
         return mirrored(R.triu() @ U)
     d = R.shape[-1]
-    Rt, Ut = R.reshape(-1, d, d).mT, U.reshape(-1, d, d).mT  # whose rows lie contiguous, if R and U come from LAPACK
+    Rt, Ut = R.reshape(-1, d, d).mT, U.reshape(-1, d, d).mT  # their rows are contiguous if R and U come from LAPACK
     out = R.new_empty(len(Rt), d, d)
     for start, stop in _blocks(d):
-        above = Ut[:, :stop, start:] @ Rt[:, start:, start:stop].tril()  # the transpose of what is to the left
+        above = Ut[:, :stop, start:] @ Rt[:, start:, start:stop].tril()  # rows start:stop, transposed
         out[:, start:stop, :start] = above[:, :start].mT
         out[:, :start, start:stop] = above[:, :start]
         out[:, start:stop, start:stop] = mirrored(above[:, start:].mT)
@@ -128,7 +128,7 @@ def triangle_product(R: Tensor, U: Tensor) -> Tensor:
 
 
 def mirrored(A: Tensor) -> Tensor:
-    """``A [..., d, d]`` with what is below its diagonal also above it.
+    """Return ``A [..., d, d]`` with the entries below its diagonal mirrored above it.
 
     >>> mirrored(torch.tensor([[1.0, 5.0], [2.0, 3.0]]))
     tensor([[1., 2.],
@@ -161,7 +161,7 @@ def _product(A: Tensor, B: Tensor, C: Tensor | None, beta: float, alpha: float) 
 
 
 def plus_product(C: Tensor | None, A: Tensor, B: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """``β C + α A B``, of matrices or batches; just ``A B`` without C.
+    """Return ``β C + α A B`` for matrices or batches, or ``A B`` without C.
 
     >>> plus_product(torch.ones(1, 1), torch.ones(1, 2), torch.ones(2, 1), beta=3.0)
     tensor([[5.]])
@@ -173,13 +173,13 @@ def plus_product(C: Tensor | None, A: Tensor, B: Tensor, beta: float = 1.0, alph
 
 
 def _in_blocks(A: Tensor) -> bool:
-    """Whether a product of these rows, ``[..., d, n]``, is done in blocks."""
+    """Whether a product of ``A [..., d, n]`` is computed in blocks."""
     d, n = A.shape[-2:]
     return A.device.type == "cpu" and d >= 2 * BLOCK and d * n >= ENTRIES
 
 
 def _blocks(d: int) -> list[tuple[int, int]]:
-    """First row and end of each block.
+    """The first row and the end of each block.
 
     >>> _blocks(130), _blocks(1024)[-1]
     ([(0, 65), (65, 130)], (768, 1024))
@@ -189,6 +189,6 @@ def _blocks(d: int) -> list[tuple[int, int]]:
 
 
 def _mirror(K: Tensor, start: int, stop: int) -> None:
-    """What stands left of the diagonal block, written above it."""
+    """Write the transpose of the blocks to the left of a diagonal block above it."""
     if start:
         K[:, :start, start:stop] = K[:, start:stop, :start].mT
