@@ -25,7 +25,7 @@ from steepest.exchange.lot import Lot, Tensors
 from steepest.exchange.placement import local, put
 from steepest.exchange.sharing import domains, held_gradient, share
 from steepest.rule import Elementwise, Rule, nearest
-from steepest.rules import RULES
+from steepest.rules import RULES, respelled
 from steepest.stack.names import parameter_name
 from steepest.stack.stack import Stack, spread, state_dtype
 from steepest.view import View
@@ -63,6 +63,8 @@ class Optimizer(torch.optim.Optimizer):
         self._phases: dict[tuple[int, int], dict[tuple[int, int, int], int]] = {}
         self._homes: list[tuple[Tensor, torch.device]] = []  # whom state was laid out for, and where
         self._skipped = torch.zeros((), dtype=torch.int64)
+        options = respelled({"rule": rule} | options)
+        rule = options.pop("rule")
         known = option_defaults(rule)
         for name in options:
             if name not in known:
@@ -73,7 +75,8 @@ class Optimizer(torch.optim.Optimizer):
         """Add parameters, with options of their own; whatever the group leaves out is filled in."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group={param_group!r}: must be a dict")
-        rule = param_group.get("rule", self.defaults["rule"])
+        param_group = respelled({"rule": self.defaults["rule"]} | param_group)
+        rule = param_group["rule"]
         known = option_defaults(rule)
         shared = self.defaults if rule == self.defaults["rule"] else {"lr": self.defaults["lr"]}
         group = known | shared | param_group

@@ -51,7 +51,7 @@ class Shampoo(Refreshing):
     graft_eps: float = at_least(0, 1e-8)
     use_kl_shampoo: bool = False
     kl_floor: float = checked(1e-4, lambda x: 0 <= x < 1, "in [0, 1); 0 means the absolute eps")
-    refresh: str = one_of(("qr", "eigh"), "qr")
+    solver: str = one_of(("qr", "eigh"), "qr")
     power_iter_steps: int = at_least(1, 1)
     fp32_matmul_prec: str = one_of(PRECISIONS, "highest")
     precondition_1d: bool = False
@@ -94,7 +94,7 @@ class Shampoo(Refreshing):
         first = step.stage == "first"
         for side in state.keys() & {"L", "R"}:
             K, Q = state[side][slots], state[f"Q_{side}"][slots]
-            if first or self.refresh == "eigh":
+            if first or self.solver == "eigh":
                 new = eigenvectors(K, force_double=first)
             else:
                 new = orthogonal_iteration(K, Q, self.power_iter_steps)
@@ -114,7 +114,7 @@ class Shampoo(Refreshing):
         every = 4 * along
         if self.use_kl_shampoo and len(sides) == 2:
             every += product(m, min(m, n), n)
-        solve = total(eigh(d) if self.refresh == "eigh" else iteration(d, self.power_iter_steps) for d in sides)
+        solve = total(eigh(d) if self.solver == "eigh" else iteration(d, self.power_iter_steps) for d in sides)
         return (every + (solve + cubes).every(self.last_period)).at(self.fp32_matmul_prec)
 
     def whiten(self, projected: Tensor, state: State, t: Tensor) -> Tensor:
@@ -140,3 +140,13 @@ class Shampoo(Refreshing):
             v = v / correction(self.betas[1], t) if self.graft == "adam" else v
             other = M / (v.sqrt() + self.graft_eps)
         return with_norm(D, frobenius(other))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KlShampoo(Shampoo):
+    """Stub."""
+
+    name: ClassVar[str] = "kl_shampoo"
+    paper: ClassVar[str] = "Lin et al., arXiv:2509.03378"
+
+    use_kl_shampoo: bool = True

@@ -65,7 +65,7 @@ class Soap(Refreshing):
     correct_bias: bool = True
     correct_shampoo_beta_bias: bool | None = None
     fp32_matmul_prec: str = one_of(PRECISIONS, "highest")
-    refresh: str = one_of(REFRESHES, "auto")
+    solver: str = one_of(REFRESHES, "auto")
     match_columns: bool = True
     qr_fp32_matmul_prec: str = one_of(PRECISIONS, "high")
     power_iter_steps: int = at_least(1, 1)
@@ -76,7 +76,7 @@ class Soap(Refreshing):
     kl_floor: float = checked(1e-4, lambda x: 0 <= x < 1, "in [0, 1); 0 means the absolute eps")
     basis_timing: str = one_of(("before", "after"), "before")
     noise_floor: float | str = checked(
-        "auto", lambda x: x == "auto" or (isinstance(x, int | float) and x >= 0), '"auto" or a number >= 0'
+        NOISE_FLOOR, lambda x: x == "auto" or (isinstance(x, int | float) and x >= 0), '"auto" or a number >= 0'
     )
     momentum_floor: bool = True
     precondition_1d: bool = False
@@ -136,7 +136,7 @@ class Soap(Refreshing):
             if side in state:
                 d = state[side].shape[-1]
                 turns = MARK in state  # a factor in its basis tells the turn by itself
-                work = (turn if turns else refresh)(d, self.solver, self.power_iter_steps)
+                work = (turn if turns else refresh)(d, self.settled_solver, self.power_iter_steps)
                 work = work.at(self.qr_fp32_matmul_prec).every(self.last_period)
                 found[side] = Errand((side,) if turns else (side, f"Q_{side}"), 3 if turns else 2, d, work)
         return found
@@ -146,20 +146,20 @@ class Soap(Refreshing):
         with fp32_matmul_precision(self.qr_fp32_matmul_prec):
             if len(needs) == 2:
                 K, Q = needs
-                return next_basis(K, Q, self.power_iter_steps, self.refresh)
-            U, order, K = next_turn(needs[0], self.power_iter_steps, self.refresh)
+                return next_basis(K, Q, self.power_iter_steps, self.solver)
+            U, order, K = next_turn(needs[0], self.power_iter_steps, self.solver)
             assert order is not None  # as where second moments follow their columns
             return U, order, K
 
     def follow(self, factors: Factors, slots: Slots, first: bool, solved: Mapping[str, Solved] | None = None) -> None:
         """The bases of these slots follow their covariances, and Adam's moments follow the bases."""
         with fp32_matmul_precision(self.qr_fp32_matmul_prec):
-            if first and self.refresh != "qr":
+            if first and self.solver != "qr":
                 factors.start(slots, in_float64=self.basis_timing == "before")
             else:
                 if self.use_adaptive_criteria and not first:
                     slots, solved = factors.outdated(slots, self.adaptive_update_tolerance), None
-                factors.refresh(slots, self.refresh, self.power_iter_steps, self.match_columns, solved)
+                factors.refresh(slots, self.solver, self.power_iter_steps, self.match_columns, solved)
 
     def act(self, G: Tensor, factors: Factors, step: Step, in_basis: bool) -> Tensor:
         """Adam's direction, taken in the eigenbases and brought back."""
@@ -191,22 +191,22 @@ class Soap(Refreshing):
         if self.use_kl_shampoo:
             polish = self.basis_dtype != "float32"
             slow = along.at(self.qr_fp32_matmul_prec) + (along if self.basis_timing == "before" else Work())
-            slow += total(turning(d, self.solver, self.power_iter_steps, polish) for d in sides)
+            slow += total(turning(d, self.settled_solver, self.power_iter_steps, polish) for d in sides)
         else:
             slow = 2 * along
-            if self.solver == "eigh" and not self.match_columns:
+            if self.settled_solver == "eigh" and not self.match_columns:
                 slow += total(eigh(d) for d in sides)
             else:
-                slow += total(refresh(d, self.solver, self.power_iter_steps) for d in sides)
+                slow += total(refresh(d, self.settled_solver, self.power_iter_steps) for d in sides)
             if self.use_adaptive_criteria:
                 slow += total(product(d, d, d) for d in sides)
             slow = slow.at(self.qr_fp32_matmul_prec)
         return (3 * along + slow.every(self.last_period)).at(self.fp32_matmul_prec)
 
     @property
-    def solver(self) -> str:
+    def settled_solver(self) -> str:
         """How bases follow, "auto" as on a CPU."""
-        return choose("cpu") if self.refresh == "auto" else self.refresh
+        return choose("cpu") if self.solver == "auto" else self.solver
 
     @property
     def seeds(self) -> bool:
@@ -231,3 +231,13 @@ class Soap(Refreshing):
         """The factors' decay: shampoo_beta, or 1 - (1-b)/(1-b^t), which makes the average unbiased; 0 at t = 1."""
         corrects = self.correct_bias if self.correct_shampoo_beta_bias is None else self.correct_shampoo_beta_bias
         return corrected_beta(self.shampoo_beta, t) if corrects else self.shampoo_beta
+
+
+@dataclass(frozen=True, kw_only=True)
+class KlSoap(Soap):
+    """Stub."""
+
+    name: ClassVar[str] = "kl_soap"
+    paper: ClassVar[str] = "Lin et al., arXiv:2509.03378"
+
+    use_kl_shampoo: bool = True
