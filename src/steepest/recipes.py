@@ -69,8 +69,8 @@ _ALL = (
         "https://kellerjordan.github.io/posts/muon",
         "2024-12",
         "Defaults of the post's code, https://github.com/KellerJordan/Muon, whose example decays by 0.01. It runs "
-        "Newton-Schulz in bfloat16; here that is so where bfloat16 is fast. A record with the same code (2025-05) takes "
-        "a rate of 0.05, and for AdamW 0.22 in the head, 0.6 in embeddings and 0.04 in vectors, with betas of 0.8 and "
+        "Newton-Schulz in bfloat16, here only where bfloat16 is fast. A record with the same code (2025-05) takes a "
+        "rate of 0.05, and for AdamW 0.22 in the head, 0.6 in embeddings and 0.04 in vectors, with betas of 0.8 and "
         "0.95.",
     ),
     Recipe(
@@ -99,8 +99,8 @@ _ALL = (
         "arXiv:2510.05491",
         "2025-10",
         "No learning rate and no weight decay: the paper tunes both. Nesterov momentum and AdamW's betas are from the "
-        "authors' code, https://github.com/zichongli5/NorMuon. Its other defaults are those of \"muon/keller\", with the "
-        'scale "original"; here the scale is the paper\'s.',
+        "authors' code, https://github.com/zichongli5/NorMuon. Its other defaults are those of Muon's author, scale "
+        "included; here the scale is the paper's.",
     ),
     Recipe(
         "soap/paper",
@@ -206,7 +206,7 @@ _ALL = (
         "arXiv:2302.06675",
         "2023-02",
         "The rate is the authors' example where AdamW has 1e-3, https://github.com/google/automl/tree/master/lion. "
-        "Weight decay is not set: they recommend 3 to 10 times AdamW's, and betas of 0.95 and 0.98 for language models.",
+        "Weight decay is not set: they recommend 3 to 10 times AdamW's; for language models, betas of 0.95 and 0.98.",
     ),
     Recipe(
         "adamw/nanogpt",

@@ -28,7 +28,7 @@ from steepest.lab.shared.files import import_file
 from steepest.optimizers import NAMES, group_options
 from steepest.optimizers.torch_optim import PAPERS, TORCH
 from steepest.recipes import RECIPES
-from steepest.routing.judge import state_bytes
+from steepest.routing.classify import state_bytes
 from steepest.rule import Rule
 from steepest.rules import RULES
 from steepest.stack.storage import laid_out
