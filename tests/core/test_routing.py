@@ -59,12 +59,11 @@ def test_the_table_in_full() -> None:
 
 
 def test_long_reasons_go_on_in_the_next_line() -> None:
-    model = nn.Sequential(Attention(in_projection=nn.Linear(32, 96)), nn.Linear(32, 4))
-    lines = repr(route(model)).splitlines()
+    lines = repr(route(nn.Sequential(Attention(in_proj=nn.Linear(32, 96)), nn.Linear(32, 4)))).splitlines()
     assert all(len(line) <= 80 for line in lines)
-    assert lines[1:3] == [
-        "0.in_projection.weight  3 × 32×32 (q, k, v)  soap   73.7 kB  fused, one matrix",
-        "                                                             each",
+    assert lines[3:5] == [
+        "1.weight          4×32                 adamw  1.0 kB   output head: the last",
+        "                                                       projection",
     ]
 
 

@@ -151,9 +151,7 @@ class SOAP(Optimizer):
         **options: Unpack[SOAPOptions],
     ) -> None:
         if "form" in options:
-            raise ValueError(
-                "form: SOAP has one form; L^(-1/root) Adam(G) R^(-1/root) is steepest.InverseRootSOAP"
-            )
+            raise ValueError("form: SOAP has one form; L^(-1/root) Adam(G) R^(-1/root) is steepest.InverseRootSOAP")
         if preconditioner_decay is not None and shampoo_beta == 0.95:
             shampoo_beta = preconditioner_decay
         if use_eigh and solver == "auto":

@@ -18,7 +18,7 @@ from steepest.rule import nearest
 from steepest.view import OPTIONS, View
 
 TITLES = ("parameter", "shape", "rule", "state", "why")
-WIDTH, NARROWEST = 80, 20
+WIDTH, NARROWEST = 80, 22
 """Characters of a printed line, and of its last column at least."""
 INDEX = re.compile(r"(?<![^._])\d+(?![^.])")
 """A number in a parameter's name: ``h.7.attn``, ``expert_7``."""
