@@ -73,6 +73,12 @@ def test_a_later_override_changes_or_replaces_an_earlier_one() -> None:
     assert (by_name["2.weight"]["rule"], by_name["2.weight"]["lr"]) == ("adamw", 0.1)
 
 
+def test_an_override_may_give_other_names_of_options() -> None:
+    by_name = settings(route(mlp(), overrides={"2.weight": {"use_eigh": True, "guards": False}}), {"lr": 0.1})
+    assert [by_name["2.weight"][name] for name in ("solver", "noise_floor", "momentum_floor")] == ["eigh", 0.0, False]
+    assert route(mlp(), overrides={"2.weight": {"use_kl_shampoo": True}})["2.weight"].rule == "kl_soap"
+
+
 def test_an_override_of_what_is_no_matrix_by_itself() -> None:
     model = Holder(strange=torch.randn(3, 8, 8), head=nn.Linear(8, 2))
     assert seen(model, overrides={"strange": "soap"}) == {"strange": "3×(8·8)"}

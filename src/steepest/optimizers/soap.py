@@ -56,8 +56,8 @@ class SOAP(Optimizer):
         eps: The constant that keeps Adam's division finite.
         weight_decay: The strength of the weight decay ``wd``.
         weight_decay_method: "decoupled": ``W *= 1 - lr·wd``. "independent": ``W *= 1 - wd``. "palm":
-            ``W *= 1 - lr²·wd``. "cautious": as decoupled, only for entries that the step shrinks too
-            (arXiv:2510.12402). "l2": ``wd·W`` is added to the gradient that Adam sees, not to the covariances.
+            ``W *= 1 - lr²·wd``. "cautious": as decoupled, only for entries that the step shrinks
+            too (arXiv:2510.12402). "l2": ``wd·W`` is added to the gradient that Adam sees, not to the covariances.
         nesterov: Whether Adam uses Nesterov momentum.
         precondition_frequency: The number of steps from one refresh of the eigenvectors to the next, or a function from
             the step to that number (`steepest.schedules`). Per step, 1 is best, at nearly three times the cost of 5; 10
@@ -87,10 +87,11 @@ class SOAP(Optimizer):
             nothing. They train alike (docs/soap.md).
         guards: Whether the guards of the first steps are on (docs/first-steps.md). False turns them off, for comparison
             with other implementations; `SOAPOptions` has them one by one.
-        solver: How a refresh updates the basis. "qr": orthogonal iteration by Householder reflections. All others start
-            with a full decomposition and go on so: "cholesky": as "qr", by Cholesky-QR. "first_order": a correction by
-            matrix products that turns no two columns by more than 0.1 of each other, and leaves less off the diagonal.
-            "eigh": a full decomposition. "auto": "qr" on a CPU, "first_order" on accelerators.
+        solver: How a refresh updates the basis. "qr": orthogonal iteration by Householder reflections, from the
+            identity on. All others start with a full decomposition. Then "cholesky" iterates by Cholesky-QR;
+            "first_order" corrects the basis by matrix products, which turn no two columns by more than 0.1 of each
+            other and leave less off the diagonal; "eigh" decomposes again. "auto" is "first_order" on accelerators; on
+            a CPU it goes on by "qr".
         refresh_async: Whether a refresh follows its step, on a GPU in a stream of its own beside the next forward and
             backward pass. All but the first then take effect one step later. Don't read ``state`` on the GPU between
             steps, except through `state_dict`.
