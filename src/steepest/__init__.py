@@ -25,6 +25,7 @@ from steepest.functional import (
 from steepest.linalg.precision import fp32_matmul_precision
 from steepest.optimizers import create
 from steepest.optimizers.dion import Dion, Dion2
+from steepest.optimizers.inverse_root import InverseRootSOAP
 from steepest.optimizers.lion import Lion
 from steepest.optimizers.moso import MOSO
 from steepest.optimizers.muon import AdaMuon, Muon, NorMuon
@@ -44,6 +45,7 @@ __all__ = [
     "CosineSchedule",
     "Dion",
     "Dion2",
+    "InverseRootSOAP",
     "KLShampoo",
     "LinearSchedule",
     "Lion",

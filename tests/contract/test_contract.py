@@ -33,7 +33,6 @@ SOAP_VARIANTS: dict[str, dict[str, Any]] = {
     "soap warmup": {"adam_warmup_steps": 3},
     "soap one-sided": {"max_precond_dim": 3},
     "soap adaptive": {"use_adaptive_criteria": True, "adaptive_update_tolerance": 0.1},
-    "soap inverse_root": {"form": "inverse_root"},
     "soap async": {"refresh_async": True, "precondition_frequency": 2},
     "soap in fewer bytes": {"basis_dtype": "bfloat16", "moment_dtype": "int8", "precondition_frequency": 2},
     "soap vectors": {"precondition_1d": True, "merge_dims": False},

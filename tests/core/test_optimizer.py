@@ -23,7 +23,7 @@ MAKERS = {
     "soap": lambda p, **k: steepest.SOAP(p, lr=1e-2, **k),
     "rekls": lambda p, **k: steepest.REKLS(p, lr=1e-2),
     "moso": lambda p, **k: steepest.MOSO(p, lr=1e-2, **k),
-    "inverse_root": lambda p, **k: steepest.SOAP(p, lr=1e-2, form="inverse_root", **k),
+    "inverse_root": lambda p, **k: steepest.InverseRootSOAP(p, lr=1e-2, **k),
 }
 
 
@@ -122,8 +122,7 @@ BAD = [
     ({"noise_floor": "high"}, "noise_floor='high'"),
     ({"kl_floor": 1.0}, "kl_floor=1.0"),
     ({"refresh": "svd"}, "refresh='svd'"),
-    ({"form": "newton"}, "form='newton'"),
-    ({"form": "inverse_root", "graft": "sgd"}, "graft='sgd'"),
+    ({"form": "inverse_root"}, "form: .*InverseRootSOAP"),
     ({"max_precond_dim": -1}, "max_precond_dim=-1"),
     ({"nonfinite": "ignore"}, "nonfinite='ignore': must be one of 'skip', 'raise'"),
 ]

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from steepest.lab.spike.study import GRADIENTS, GUARDS, SOLVERS, Case, Path, Setup, draw, follow, quotients_at
+from steepest.rule.words import Precision
 
-BOTH = ("high", "highest")
+BOTH: tuple[Precision, Precision] = ("high", "highest")
 OFFSETS = (1, 2, 5, 10)
 """Steps before and after the last basis without the spike, at which angles are listed; at 1 after, the spike is in."""
 FLOORS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 """Relative floors, to see how large one must be."""
-ONLY_QUOTIENTS, ALL_BUT_QUOTIENTS = ("highest", "high"), ("high", "highest")
+ONLY_QUOTIENTS: tuple[Precision, Precision] = ("highest", "high")
+ALL_BUT_QUOTIENTS: tuple[Precision, Precision] = ("high", "highest")
 """Precisions of everything else and of the quotients in KL-Shampoo's feed."""
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from steepest.linalg.eigenbasis import conjugate
 from steepest.linalg.precision import fp32_matmul_precision, has_tf32, tf32_emulated
 from steepest.optimizers.soap import SOAP
+from steepest.rule.words import Precision
 from steepest.rules.parts import kronecker
 from steepest.rules.soap import Soap
 
@@ -107,7 +108,7 @@ def draw(gradients: str, setup: Setup) -> tuple[Tensor, Tensor | None]:
     return A @ G @ B.mT, U[:, : setup.top]
 
 
-def follow(case: Case, precision: str, setup: Setup) -> Path:
+def follow(case: Case, precision: Precision, setup: Setup) -> Path:
     """The path of one case at one precision."""
     device = torch.device(setup.device)
     G, _ = draw(case.gradients, setup)

@@ -102,7 +102,10 @@ def eigenvalues(study: Study, guard: str, precision: str) -> Table:
 
 def products(study: Study) -> Table:
     """What the angles are when only some of the products are in TF32."""
-    names = {ONLY_QUOTIENTS: "only the Rayleigh quotients", ALL_BUT_QUOTIENTS: "all but the Rayleigh quotients"}
+    names: dict[tuple[str, str], str] = {
+        ONLY_QUOTIENTS: "only the Rayleigh quotients",
+        ALL_BUT_QUOTIENTS: "all but the Rayleigh quotients",
+    }
     rows = [
         [names[precisions], solver, *(both(study, trace, n) for n in OFFSETS)]
         for solver, traces in study.quotients.items()
