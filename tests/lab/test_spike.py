@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from steepest.cli import app
+from steepest.lab.shared.device import one_thread
 from steepest.lab.spike import command as spike_session
 from steepest.lab.spike.measures import (
     ALL_BUT_QUOTIENTS,
@@ -36,13 +37,13 @@ SMALL = Setup(shape=(32, 16), steps=32, spike_at=12, top=4)
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    with spike_session.one_thread():
+    with one_thread():
         yield
 
 
 @pytest.fixture(scope="module")
 def found() -> Study:
-    with spike_session.one_thread():
+    with one_thread():
         return study(SMALL)
 
 

@@ -17,10 +17,11 @@ from steepest.lab.race import results as findings
 from steepest.lab.race.console import Board, table
 from steepest.lab.race.pool import Crew
 from steepest.lab.race.race import Entry, Plan, Results
-from steepest.lab.race.store import Store, write
+from steepest.lab.race.store import Store
 from steepest.lab.race.text import as_json, headline, notes, poisoned
 from steepest.lab.shared.contenders import Contender, parse_contenders, parse_sweep, preset
 from steepest.lab.shared.errors import BadInput, one_line
+from steepest.lab.shared.files import write
 from steepest.lab.shared.fingerprints import machine, versions
 from steepest.lab.shared.presets import PRESETS, QUICK
 from steepest.lab.workloads.workload import Workload, load_workload

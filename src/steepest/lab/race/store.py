@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from steepest.lab.race.trial import Record, Run, Trial
-from steepest.lab.shared.errors import BadInput
+from steepest.lab.shared.files import make_folder, write
 from steepest.lab.shared.fingerprints import digest, library_hash, machine, versions
-
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""What the system says when a disk, a quota, or a limit to the size of files is exhausted."""
 
 
 class Store:
@@ -24,13 +18,7 @@ class Store:
 
     def __init__(self, folder: Path, fingerprint: str, fresh: bool = False) -> None:
         self.folder, self.fingerprint, self.fresh = folder, fingerprint, fresh
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".writable-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise BadInput(f"{_complaint(folder, error)}, or give another folder by --out") from error
+        make_folder(folder)
 
     def identity(self, trial: Trial) -> dict[str, Any]:
         """All that decides the trial's result, its times too."""
@@ -74,32 +62,3 @@ class Store:
             "record": run.record.as_json(),
         }
         write(path, json.dumps(content))
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file such that nobody ever sees half of it, whenever the process or the machine is stopped.
-
-    Raises:
-        BadInput: if the disk is full or the folder can't be written to. What was in it is as before.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # some file systems only say here that they are full
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise BadInput(f"{_complaint(path.parent, error)}, and the same command continues: runs are kept") from error
-
-
-def _complaint(folder: Path, error: OSError) -> str:
-    """What is wrong, and its remedy.
-
-    >>> _complaint(Path("runs"), OSError(errno.ENOSPC, "No space left on device"))
-    "can't write to runs: No space left on device; make room there"
-    """
-    remedy = "make room there" if error.errno in FULL else "make it writable"
-    return f"can't write to {folder}: {error.strerror}; {remedy}"

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from steepest.lab.race.store import write
-from steepest.lab.shared.errors import BadInput
+from steepest.lab.shared.device import one_thread, pick_device
+from steepest.lab.shared.files import make_folder, write
 from steepest.lab.shared.fingerprints import machine, versions
 from steepest.lab.spike.measures import study
 from steepest.lab.spike.report import page, tf32
 from steepest.lab.spike.study import Setup
 from steepest.lab.spike.text import Table, angles, as_json, eigenvalues, findings, headline, products
-
-DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -41,11 +36,8 @@ def run(request: Request, console: Console) -> None:
     Raises:
         BadInput: if there is no such device, or the folder can't be made.
     """
-    setup = replace(Setup(), seed=request.seed, device=pick_device(request.device))
-    try:
-        request.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {request.out}: {error.strerror}") from error
+    setup = replace(Setup(), seed=request.seed, device=str(pick_device(request.device, allow_auto=True)))
+    make_folder(request.out)
     with one_thread(), console.status("") as status:
         found = study(setup, lambda what: status.update(escape(what)))
     m, n = setup.shape
@@ -70,33 +62,6 @@ def run(request: Request, console: Console) -> None:
     path = request.out / "report.html"
     write(path, page(found, request.command))
     console.print(f"report: {escape(str(path))}", highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums must not depend on the number of cores, and these matrices are too small for more than one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def pick_device(device: str) -> str:
-    """A name of torch's for what was asked for.
-
-    >>> pick_device("tpu")
-    Traceback (most recent call last):
-    steepest.lab.shared.errors.BadInput: --device tpu: must be one of auto, cpu, cuda
-    """
-    if device not in DEVICES:
-        raise BadInput(f"--device {device}: must be one of {', '.join(DEVICES)}")
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: torch sees no CUDA device here; --device cpu emulates TF32")
-    return device
 
 
 def grid(found: Table, labels: int = 3) -> Grid:
