@@ -1,4 +1,4 @@
-"""The store: one JSON file per run, found again by all that decided its result, so a broken-off race continues."""
+"""The store keeps one JSON file per run, named by a hash of all that decides its result, so that races can continue."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from steepest.lab.shared.fingerprints import digest, library_hash, machine, vers
 
 
 class Store:
-    """A folder of records. With ``fresh``, what was there before this race is not looked at."""
+    """A folder of records. With ``fresh``, records from before this race are not used."""
 
     def __init__(self, folder: Path, fingerprint: str, fresh: bool = False) -> None:
         self.folder, self.fingerprint, self.fresh = folder, fingerprint, fresh
         make_folder(folder)
 
     def identity(self, trial: Trial) -> dict[str, Any]:
-        """All that decides the trial's result, its times too."""
+        """Return all that decides the trial's result, its times included."""
         return {
             "workload": trial.workload,
             "data": self.fingerprint,
@@ -35,14 +35,14 @@ class Store:
         }
 
     def path(self, trial: Trial) -> Path:
-        """Where the trial's record is kept; the name is for people, the hash in it decides."""
+        """Return the path of the trial's record; its name is for people, and the hash in it decides."""
         label = re.sub(r"[^a-z0-9.]+", "-", trial.contender.label.lower()).strip("-")[:48]
         poisoned = f"-poison{trial.poison:g}" if trial.poison else ""
         name = f"{label}-lr{trial.contender.lr:g}-{trial.steps}-seed{trial.seed}{poisoned}"
         return self.folder / f"{name}-{digest(self.identity(trial))[:12]}.json"
 
     def find(self, trial: Trial) -> Run | None:
-        """The trial's run, if it was run before, under whatever label."""
+        """Return the trial's run if it was run before, under whatever label."""
         if self.fresh:
             return None
         ending = self.path(trial).name[-len("0123456789ab.json") :]
@@ -50,15 +50,14 @@ class Store:
             try:
                 return Run(trial, Record(**json.loads(path.read_text())["record"]))
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # not a record of ours: run the trial again
+                continue  # the file holds no record: run the trial again
         return None
 
     def save(self, run: Run) -> None:
-        """Keep the run. The file appears complete or not at all."""
-        path = self.path(run.trial)
+        """Write the run to a file, which appears complete or not at all."""
         content = {
             "identity": self.identity(run.trial),
             "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
             "record": run.record.as_json(),
         }
-        write(path, json.dumps(content))
+        write(self.path(run.trial), json.dumps(content))
