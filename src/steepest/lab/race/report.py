@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+import steepest
 from steepest.lab.race import figures, text
 from steepest.lab.race.results import Result, Results
 from steepest.lab.race.text import loss, settings
 from steepest.lab.race.training import DIVERGED
 from steepest.lab.race.trial import Run
-from steepest.lab.shared.contenders import routing_table
 from steepest.lab.shared.fingerprints import machine, versions
 from steepest.lab.shared.report import render
 from steepest.lab.shared.table import Table
@@ -55,7 +55,7 @@ def page(results: Results, workload: Workload, command: str) -> str:
         trials=_trials(results),
         diverged=f"{DIVERGED:g}",
         provenance_facts=provenance,
-        routing=routing_table(model),
+        routing=str(steepest.route(model)),
     )
 
 
