@@ -1,8 +1,8 @@
-"""What the spike study measures on its paths: angles, eigenvalues, and how far two precisions are apart."""
+"""What the spike study measures: angles, eigenvalues, and how far two precisions differ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,37 +10,37 @@ from torch import Tensor
 
 from steepest.lab.spike.study import GRADIENTS, GUARDS, SOLVERS, Case, Path, Setup, draw, follow, quotients_at
 
-BOTH = ("high", "highest")
+PRECISIONS = ("high", "highest")
 OFFSETS = (1, 2, 5, 10)
-"""Steps before and after the last basis without the spike, at which angles are listed; at 1 after, the spike is in."""
+"""Steps before and after the last basis without the spike, at which angles are listed; 1 after, the spike is in."""
 FLOORS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
-"""Relative floors, to see how large one must be."""
+"""Relative floors, to see how large a floor must be."""
 ONLY_QUOTIENTS, ALL_BUT_QUOTIENTS = ("highest", "high"), ("high", "highest")
-"""Precisions of everything else and of the quotients in KL-Shampoo's feed."""
+"""Precisions of KL-Shampoo's Rayleigh quotients (second) and of everything else (first)."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One path in numbers, one per step; angles in degrees."""
+    """The numbers of one path, one per step; angles are in degrees."""
 
     top1: list[float]
-    """The top eigenvector against the one before the spike."""
+    """Angle of the top eigenvector to the one before the spike."""
     leading: list[float]
-    """The leading eigenvectors against those: the largest principal angle."""
+    """Largest principal angle of the leading eigenvectors to those before the spike."""
     to_first: list[float]
-    """The leading eigenvectors against the leading left singular vectors of the very first gradient."""
+    """Largest principal angle of the leading eigenvectors to the first gradient's leading left singular vectors."""
     to_truth: list[float]
-    """Against the leading eigenvectors of the covariance that the gradients are drawn with; empty if it has none."""
+    """Largest principal angle to the leading eigenvectors of the gradients' true covariance; empty if it has none."""
     eigenvalues: list[list[float]]
-    """All of L's, descending."""
+    """All eigenvalues of L, descending."""
     lost_left: list[int]
     """Rayleigh quotients of L at or below the floor."""
     lost_right: list[int]
-    """The same of R."""
+    """Rayleigh quotients of R at or below the floor."""
     smallest_right: list[float]
     """The smallest Rayleigh quotient of R, relative to the largest."""
     update_rms: list[float]
-    """In learning rates."""
+    """Root mean square of the update, in learning rates."""
 
 
 @dataclass(frozen=True)
@@ -59,60 +59,55 @@ class Study:
     setup: Setup
     pairs: dict[Case, Pair] = field(default_factory=dict)
     quotients: dict[str, dict[tuple[str, str], Trace]] = field(default_factory=dict)
-    """By solver: only the quotients in TF32, and everything but them, with the absolute eps."""
+    """By solver: only the quotients in TF32, and everything but the quotients, with the absolute eps."""
     floors: dict[float, float] = field(default_factory=dict)
-    """By relative floor: how far REKLS' L is apart between precisions, at the last of the offsets."""
+    """By relative floor: how far REKLS' L differs between the precisions at the last of the offsets."""
 
     def trace(self, solver: str, guard: str, precision: str, gradients: str = "isotropic") -> Trace:
-        """One path's numbers."""
+        """Return the numbers of one path."""
         return self.pairs[Case(solver, guard, gradients)].traces[precision]
 
     def after(self, series: Sequence[float], offset: int) -> float:
-        """A series' value so many steps after the last basis without the spike (before it if negative)."""
+        """Return a series' value so many steps after the last basis without the spike, or before if negative."""
         return series[self.setup.spike_at - 1 + offset]
 
 
-def study(setup: Setup, news: Callable[[str], None] = lambda what: None) -> Study:
-    """Follow every case; ``news`` hears of each before it starts."""
+def study(setup: Setup, progress: Callable[[str], None] = lambda case: None) -> Study:
+    """Follow all cases, and call ``progress`` with the name of each before it starts."""
     found = Study(setup)
-    for case in cases():
-        news(f"{case.gradients}, {GUARDS[case.guard]}, {case.solver}")
+    for case in (Case(solver, guard, gradients) for gradients in GRADIENTS for guard in GUARDS for solver in SOLVERS):
+        progress(f"{case.gradients}, {GUARDS[case.guard]}, {case.solver}")
         found.pairs[case] = compare(case, setup)
     short = cut(setup)
     for solver in SOLVERS:
-        news(f"which product, {solver}")
+        progress(f"which product, {solver}")
         found.quotients[solver] = {}
         for rest, quotients in (ONLY_QUOTIENTS, ALL_BUT_QUOTIENTS):
             case = Case(solver, "absolute")
             with quotients_at(quotients):
                 found.quotients[solver][rest, quotients] = trace(follow(case, rest, short), case, short)
     for floor in FLOORS:
-        news(f"floor {floor:g}")
+        progress(f"floor {floor:g}")
         pair = compare(Case("REKLS", "relative", floor=floor), short)
         found.floors[floor] = found.after(pair.apart, OFFSETS[-1])
     return found
 
 
-def cases() -> Iterator[Case]:
-    """Those that are followed all the way."""
-    return (Case(solver, guard, gradients) for gradients in GRADIENTS for guard in GUARDS for solver in SOLVERS)
-
-
 def cut(setup: Setup) -> Setup:
-    """The same study, no longer than the tables look."""
+    """Return the setup with only as many steps as the tables show."""
     return replace(setup, steps=setup.spike_at + OFFSETS[-1])
 
 
 def compare(case: Case, setup: Setup) -> Pair:
     """Follow a case at both precisions."""
-    paths = {precision: follow(case, precision, setup) for precision in BOTH}
-    high, highest = (paths[precision].L for precision in BOTH)
+    paths = {precision: follow(case, precision, setup) for precision in PRECISIONS}
+    high, highest = (paths[precision].L for precision in PRECISIONS)
     apart = torch.linalg.matrix_norm(high - highest) / torch.linalg.matrix_norm(highest)
     return Pair({precision: trace(path, case, setup) for precision, path in paths.items()}, apart.tolist())
 
 
 def trace(path: Path, case: Case, setup: Setup) -> Trace:
-    """A path's numbers."""
+    """Return the numbers of a path."""
     G, truth = draw(case.gradients, setup)
     before = path.Q[setup.spike_at - 1]  # [m, m]
     leading = path.Q[..., : setup.top]  # [T, m, top]
@@ -131,9 +126,9 @@ def trace(path: Path, case: Case, setup: Setup) -> Trace:
 
 
 def largest_angle(P: Tensor, Q: Tensor) -> Tensor:
-    """The largest principal angle between the column spaces of P and Q ``[..., m, k]``, orthonormal, in degrees.
+    """Return the largest principal angle between the spans of orthonormal P and Q ``[..., m, k]``, in degrees.
 
-    From its sine and its cosine: float32's arccosine knows no angles between 0 and 0.02 degrees.
+    Sine and cosine both count, because float32's arccosine returns no angles between 0 and 0.02 degrees.
 
     >>> P, Q = torch.eye(3)[:, :2], torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
     >>> largest_angle(P, Q), largest_angle(P, P)

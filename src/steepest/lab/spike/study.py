@@ -1,12 +1,12 @@
 """What one gradient, a thousand times too large, does to the eigenbases of KL-Shampoo's covariances.
 
-A study of one matrix. Its gradients are drawn, not computed: the weight goes nowhere, and L, the covariance of its
-rows, is watched with its eigenbasis Q_L. The same gradients are followed at two precisions, "high" (TF32, emulated
-where the device has none) and "highest" (float32), by two solvers, under three guards against the spike. L is the
-covariance as the formula has it, not in its eigenbasis. docs/spike.md tells what comes out and why.
+A study of one matrix, whose gradients are drawn and do not depend on its weight. It follows L, the covariance of the
+matrix' rows, and its eigenbasis Q_L: for the same gradients at two precisions, "high" (TF32, emulated where the device
+has none) and "highest" (float32), by two solvers, under three guards against the spike. L is the covariance itself, not
+in its eigenbasis. docs/spike.md explains the findings.
 
-  G       [T, m, n]  the gradients of T steps
-  L, Q_L  [T, m, m]  as they are after each step
+  G       [T, m, n]  gradients of T steps
+  L, Q_L  [T, m, m]  covariance and eigenbasis after each step
 """
 
 from __future__ import annotations
@@ -26,75 +26,75 @@ from steepest.rules.parts import kronecker
 from steepest.rules.soap import Soap
 
 SOLVERS = ("SOAP-KL", "REKLS")
-"""One orthogonal iteration a step, or a full eigendecomposition."""
+"""One orthogonal iteration a step, and a full eigendecomposition."""
 GUARDS = {"absolute": "absolute eps", "relative": "relative floor", "clipped": "floor, clipped"}
-"""What keeps the whitening from dividing by nothing; "clipped" also clips gradients to the norm of the first."""
+"""Lower bounds on what the whitening divides by; "clipped" also clips gradients to the norm of the first."""
 GRADIENTS = ("isotropic", "directional")
-"""Independent normal entries, whose covariance prefers no direction; or a few strong directions on either side."""
+"""Independent normal entries, whose covariance prefers no direction, and a few strong directions on either side."""
 
 EPS: float = Soap.defaults()["eps"]
 FLOOR: float = Soap.defaults()["kl_floor"]
 STRONG = (15.0, 10.0)
-"""The strongest and the weakest strong direction of directional gradients, beside 1 for the rest."""
+"""Scales of the strongest and the weakest strong direction of directional gradients; the others have scale 1."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Sizes and times, by default those of the study that this one follows, cut short. Steps count from 0."""
+    """Sizes and times of the study. Steps count from 0."""
 
     shape: tuple[int, int] = (128, 64)
     steps: int = 100
     spike_at: int = 50
     scale: float = 1000.0
     top: int = 8
-    """How many leading eigenvectors are watched; and how many directions of directional gradients are strong."""
+    """Number of leading eigenvectors that are followed, and of strong directions in directional gradients."""
     seed: int = 0
     device: str = "cpu"
 
     @property
     def emulated(self) -> bool:
-        """Whether TF32 is, on this device."""
+        """Whether TF32 is emulated on this device."""
         return not has_tf32(self.device)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to meet the spike; it is followed at each precision."""
+    """A solver, a guard and a kind of gradients, which are followed at each precision."""
 
     solver: str
     guard: str
     gradients: str = "isotropic"
     floor: float = FLOOR
-    """Of the guards that are relative."""
+    """The relative floor, unless the guard is absolute."""
 
     @property
     def kl_floor(self) -> float:
-        """The option: 0 is the absolute eps."""
+        """The optimizer's option of this name; 0 means the absolute eps."""
         return 0.0 if self.guard == "absolute" else self.floor
 
 
 @dataclass(frozen=True)
 class Path:
-    """What was seen on the way, on the CPU."""
+    """The covariance, its basis and the updates along one run, on the CPU."""
 
     Q: Tensor
-    """``[T, m, m]``, the basis of L."""
+    """``[T, m, m]``: eigenbasis of L."""
     L: Tensor
-    """``[T, m, m]``."""
+    """``[T, m, m]``: covariance of the rows."""
     lost: Tensor
-    """``[T, 2]``: how many Rayleigh quotients of L and of R the next step will find at or below the floor. Under the
-    absolute eps each of them becomes a weight of 1/eps."""
+    """``[T, 2]``: how many Rayleigh quotients of L and of R lie at or below the floor for the next step. With the
+    absolute eps each of these becomes a weight of 1/eps."""
     smallest: Tensor
-    """``[T, 2]``: the smallest of them, relative to the largest."""
+    """``[T, 2]``: the smallest Rayleigh quotient of L and of R, relative to the largest."""
     update_rms: Tensor
-    """``[T]``: root mean square of the weight's change, in learning rates."""
+    """``[T]``: root mean square of the update, in learning rates."""
 
 
 def draw(gradients: str, setup: Setup) -> tuple[Tensor, Tensor | None]:
-    """The gradients ``[T, m, n]``, with the spike, and the leading eigenvectors ``[m, top]`` of their covariance.
+    """Draw the gradients ``[T, m, n]``, with the spike, and return the leading eigenvectors ``[m, top]`` too, if any.
 
-    Directional ones are ``A Z Bᵀ`` with normal Z, so KL-Shampoo's L should become proportional to ``A Aᵀ``. Isotropic
-    ones have no leading eigenvectors. All are drawn on the CPU: every device gets the same.
+    Directional gradients are ``A Z Bᵀ`` with normal Z, so KL-Shampoo's L should become proportional to ``A Aᵀ``. The
+    covariance of isotropic gradients has no leading eigenvectors. Drawn on the CPU, they are the same for all devices.
     """
     generator = torch.Generator().manual_seed(setup.seed)
     G = torch.randn(setup.steps, *setup.shape, generator=generator)  # [T, m, n]
@@ -108,7 +108,7 @@ def draw(gradients: str, setup: Setup) -> tuple[Tensor, Tensor | None]:
 
 
 def follow(case: Case, precision: str, setup: Setup) -> Path:
-    """The path of one case at one precision."""
+    """Run one case at one precision, and return its path."""
     device = torch.device(setup.device)
     G, _ = draw(case.gradients, setup)
     W = torch.zeros(setup.shape, device=device, requires_grad=True)
@@ -123,8 +123,8 @@ def follow(case: Case, precision: str, setup: Setup) -> Path:
         kl_floor=case.kl_floor,
         fp32_matmul_prec=precision,
     )
-    # Switched on once the state is laid out: so L and R are the covariances themselves, and what whitens is computed
-    # from them by a product, as the formula has it.
+    # Set after the state was allocated, so that L and R are the covariances themselves and not in their eigenbases, and
+    # their Rayleigh quotients are computed by a product, as in the formula.
     optimizer.param_groups[0]["use_kl_shampoo"] = True
     limit = torch.linalg.matrix_norm(G[0]).item() if case.guard == "clipped" else float("inf")
     m = setup.shape[0]
@@ -153,7 +153,7 @@ def follow(case: Case, precision: str, setup: Setup) -> Path:
 
 
 def lost(quotients: Tensor, kl_floor: float) -> Tensor:
-    """How many of the quotients lie at or below the floor.
+    """Return how many of the quotients lie at or below the floor.
 
     >>> quotients = torch.tensor([1.0, 1e-5, -1e-9])
     >>> lost(quotients, 0.0).item(), lost(quotients, 1e-4).item()
@@ -164,9 +164,9 @@ def lost(quotients: Tensor, kl_floor: float) -> Tensor:
 
 @contextmanager
 def quotients_at(precision: str) -> Iterator[None]:
-    """Compute the quotients of KL-Shampoo's feed at a precision of their own, whatever the rest is computed at.
+    """Compute the Rayleigh quotients in KL-Shampoo's update of the covariances at a precision of their own.
 
-    They come from one product of the feed, K Q. Nothing else is changed.
+    They come from one product, K Q. The precision of everything else is unchanged.
     """
 
     def at(a: Tensor, p: Tensor, diag: bool = False) -> Tensor:
