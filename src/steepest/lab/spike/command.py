@@ -12,10 +12,9 @@ from rich.markup import escape
 from steepest.lab.shared.device import one_thread, pick_device
 from steepest.lab.shared.files import make_folder, write
 from steepest.lab.shared.fingerprints import machine, versions
-from steepest.lab.spike.measures import study
 from steepest.lab.spike.report import page
-from steepest.lab.spike.study import Setup
-from steepest.lab.spike.text import angles, as_json, eigenvalues, findings, headline, products, tf32
+from steepest.lab.spike.study import Setup, study
+from steepest.lab.spike.text import angles, as_json, floors, headline, products, tf32
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,10 @@ def run(request: Request, console: Console) -> None:
         f"[bold]steepest spike[/]: {m}×{n}, {setup.steps} steps, {spike}; {tf32(found)} on {setup.device}",
         f"\nAngle to the basis before the spike, degrees: top eigenvector / top {setup.top}",
         angles(found, before=(10,), after=(1, 2, 10)).for_console(gap=0),
-        "\nEigenvalues of L: REKLS, absolute eps, high",
-        eigenvalues(found, "absolute", "high").for_console(),
-        "\nThe same angles, absolute eps, with TF32 in some products only",
+        "\nThe same angles, absolute eps, with only some products in TF32",
         products(found).for_console(gap=0),
-        "",
-        *(f"[dim]{escape(finding)}[/]" for finding in findings(found)),
+        "\nDifference of L between the precisions, REKLS",
+        floors(found).for_console(),
         "\n[bold]{}[/] {}".format(*map(escape, headline(found))),
     ]
     for line in lines:

@@ -8,8 +8,7 @@ from steepest.lab.shared.charts import GREY, blank, curve
 from steepest.lab.shared.fingerprints import machine, versions
 from steepest.lab.shared.report import render
 from steepest.lab.spike import text
-from steepest.lab.spike.measures import OFFSETS, PRECISIONS, Study
-from steepest.lab.spike.study import GRADIENTS, SOLVERS
+from steepest.lab.spike.study import GRADIENTS, OFFSETS, PRECISIONS, SOLVERS, Study
 
 PATHS = [(solver, precision) for precision in PRECISIONS for solver in SOLVERS]
 COLOURS = dict(zip(PATHS, ("#f0842c", "#d6478f", "#2f7de1", "#12a48b"), strict=True))
@@ -33,11 +32,9 @@ def page(study: Study, command: str) -> str:
             "relative_to_truth": angles(study, "relative", "directional", "to_truth"),
         },
         angles={gradients: text.angles(study, gradients) for gradients in GRADIENTS},
-        findings=text.findings(study),
         products=text.products(study),
         floors=text.floors(study),
         last=OFFSETS[-1],
-        eigenvalues=text.all_eigenvalues(study),
         facts=facts | {"steps": steps, "seed": str(setup.seed), "device": setup.device},
     )
 
