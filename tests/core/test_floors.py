@@ -16,7 +16,7 @@ FLOORS = [
     {"exchange"},
     {"engine"},
     {"functional", "optimizers", "recipes", "routing"},
-    {"lab", "testing"},
+    {"api", "lab", "testing"},
     {"__main__", "cli"},
 ]
 
