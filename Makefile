@@ -38,12 +38,11 @@ types: .venv/.ready
 	$(BIN)/mypy
 
 .venv/.ready: EXTRAS := lab,dev
-.venv/.ready: SIZE   := 0.4 GB to download, 1.7 GB on disk
+.venv/.ready: SIZE   := 0.4 GB to download, 1.5 GB on disk
 .venv-race/.ready: EXTRAS := lab
 .venv-race/.ready: SIZE   := 0.1 GB to download, 0.4 GB on disk
 
-INSTALL = $(if $(UV),$(UV) pip install --python $(@D)/bin/python --torch-backend=auto,\
-	$(@D)/bin/python -m pip install --disable-pip-version-check) -c constraints.txt
+PIP = $(@D)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
 # torch goes first and exactly: a range would fetch the newest build with its GPU libraries.
 .venv/.ready .venv-race/.ready: pyproject.toml constraints.txt
@@ -51,10 +50,10 @@ INSTALL = $(if $(UV),$(UV) pip install --python $(@D)/bin/python --torch-backend
 		"Python 3.11 or newer is needed; name one: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	@echo '== 1/3 A virtual environment in $(@D)'
 	$(PYTHON) -m venv $(@D)
-	@echo '== 2/3 $(TORCH): 0.2 GB to download for CPUs, up to 3 GB for CUDA, which pip takes on Linux unless uv is there'
-	$(INSTALL) '$(TORCH)'
+	@echo '== 2/3 $(TORCH): 0.2 GB to download for CPUs, up to 3 GB with CUDA (on Linux, unless uv is installed)'
+	$(if $(UV),$(UV) pip install --python $(@D)/bin/python --torch-backend=auto,$(PIP)) '$(TORCH)'
 	@echo '== 3/3 steepest[$(EXTRAS)]: $(SIZE)'
-	$(INSTALL) -e '.[$(EXTRAS)]'
+	$(PIP) -e '.[$(EXTRAS)]'
 	touch $@
 
 clean:
