@@ -28,7 +28,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 ModelFile = Annotated[str, typer.Argument(help="A Python file with a function model() that returns a module.")]
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(invoke_without_command=True, epilog="Example: steepest race --optimizers 'adamw, soap'")
 def steepest(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
