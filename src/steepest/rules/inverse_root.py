@@ -49,6 +49,7 @@ class InverseRoot(Refreshing):
     correct_shampoo_beta_bias: bool | None = None
     max_update_rms: float = at_least(0, 0.0, "0: no limit")
     precondition_1d: bool = False
+    fp32_matmul_prec: str = "highest"
 
     def init(self, G: Tensor) -> State:
         state = Factors.init(G, self.max_precond_dim, self.precondition_1d, bases=False)
