@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
 from steepest.optimizers.shared import Params, SharedOptions
-from steepest.rule.words import DecayMethod
+from steepest.rule.words import DecayMethod, Precision
 
 
 @final
@@ -42,6 +42,7 @@ class InverseRootSOAP(Optimizer):
         correct_bias: Whether the bias of Adam's moments, and of the covariances by default, is corrected.
         correct_shampoo_beta_bias: Whether the bias of the covariances is corrected; None: as ``correct_bias``.
         max_update_rms: The largest root mean square of a matrix's update; larger ones are scaled down. 0: no limit.
+        fp32_matmul_prec: The precision of float32 products: "highest", "high" (TF32) or "medium" (bfloat16).
         options: `SharedOptions`.
 
     Raises:
@@ -79,6 +80,7 @@ class InverseRootSOAP(Optimizer):
         correct_bias: bool = True,
         correct_shampoo_beta_bias: bool | None = None,
         max_update_rms: float = 0.0,
+        fp32_matmul_prec: Precision = "highest",
         **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
@@ -101,5 +103,6 @@ class InverseRootSOAP(Optimizer):
             correct_bias=correct_bias,
             correct_shampoo_beta_bias=correct_shampoo_beta_bias,
             max_update_rms=max_update_rms,
+            fp32_matmul_prec=fp32_matmul_prec,
             **options,
         )
