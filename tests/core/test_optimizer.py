@@ -1,11 +1,11 @@
-"""The engine: any parameter, options that are wrong, state in view, refreshes spread over steps."""
+"""Tests of the engine: any parameter, wrong options, state as views, and staggered refreshes."""
 
 import pytest
 import torch
 
 import steepest
 from steepest.engine.optimizer import Optimizer
-from steepest.stack.stack import spread
+from steepest.stack.stagger import stagger_offsets
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -63,7 +63,7 @@ def test_a_thawed_parameter_joins():
 
 
 def test_stacking_changes_nothing():
-    """Matrices of one shape together are what each is alone; so are convolutions and experts."""
+    """Matrices that are stepped in one stack end where each ends alone; so do convolutions and experts."""
     shapes = [(4, 6), (4, 6), (4, 3, 1, 2), (3, 4, 6)]
     together = [torch.nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate(shapes)]
     groups = [{"params": together[:3]}, {"params": together[3:], "merge_dims": False}]
@@ -181,7 +181,7 @@ def test_staggered_refreshes_cover_every_matrix_once_a_period(period):
     shapes = [(8, 4), (4, 4), (16, 4), (4, 16)] * 2
     params = [torch.nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate(shapes)]
     opt = steepest.SOAP(params, lr=1e-2, precondition_frequency=period, stagger=True)
-    train(opt, params, period)  # every matrix has had its first basis, and is past the start
+    train(opt, params, period)  # every matrix has had its first basis by then
     refreshed = []
     for t in range(period, 3 * period):
         before = [opt.state[p]["Q_R"].clone() for p in params]
@@ -202,10 +202,9 @@ def test_a_lone_matrix_is_as_if_unstaggered():
     assert torch.equal(*results)
 
 
-def test_phases_balance_their_costs():
+def test_offsets_balance_their_costs():
     costs = [1024.0**3] * 4 + [768.0**3] * 2 + [256.0**3] * 2
-    phases = spread(costs, 10)
-    assert len(set(phases)) == 8
+    assert len(set(stagger_offsets(costs, 10))) == 8
 
 
 def test_a_tensor_learning_rate():

@@ -1,4 +1,4 @@
-"""The options of a parameter group: the engine's own, a rule's, their defaults, and whether values are in range."""
+"""The options of a parameter group: those of the engine and those of its rule, their defaults, and their checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONS: dict[str, Any] = {
     "stochastic_rounding": False,
     "rounding_seed": 0,
 }
-"""What every group has, whatever its rule."""
+"""The options of every group, whatever its rule."""
 STACK_OPTIONS: dict[str, Any] = {
     "weight_decay_method": "decoupled",
     "stagger": False,
@@ -28,14 +28,14 @@ STACK_OPTIONS: dict[str, Any] = {
     "block_size": 0,
     **VIEW_OPTIONS,
 }
-"""What groups have whose rule steps matrices."""
+"""The further options of groups whose rule steps matrices."""
 
 
 def option_defaults(rule: str) -> dict[str, Any]:
-    """Every option of a group under ``rule``, the engine's and the rule's, with its default.
+    """Return every option of a group under ``rule``, those of the engine and those of the rule, with its default.
 
     Raises:
-        ValueError: for a rule that does not exist; it names the nearest.
+        ValueError: for a rule that does not exist; the message names the nearest one.
 
     >>> option_defaults("adamw")["betas"]
     (0.9, 0.999)
@@ -47,7 +47,7 @@ def option_defaults(rule: str) -> dict[str, Any]:
 
 
 def check_options(group: Mapping[str, Any]) -> None:
-    """Raise the ValueError that names the first option of a group that is out of range."""
+    """Raise a ValueError that names the first option of a group that is out of range."""
     lr, wd, seed = group["lr"], group["weight_decay"], group["rounding_seed"]
     if lr is None:
         raise ValueError("lr=None: a group needs a learning rate, of its own or from the optimizer")

@@ -1,4 +1,4 @@
-"""Tensors from every rank to every rank, as bytes, in one ``all_to_all_single``."""
+"""An all-to-all exchange of tensors: from every rank to every rank, as bytes, in one ``all_to_all_single``."""
 
 from __future__ import annotations
 
@@ -8,46 +8,43 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from steepest.exchange.domain import Domain
+from steepest.exchange.peers import Peers
 
 
-class Shipment:
-    """Tensors on their way to other ranks, and others on their way from there. They set out when it is made.
+class AllToAll:
+    """An all-to-all is issued when it is made; `wait` fills the tensors that are received.
 
-    All tensors of one shipment have one dtype. What comes from this rank itself is copied, and sent to nobody.
+    All tensors of one exchange have one dtype. A rank copies what it sends to itself, without communication.
     """
 
     def __init__(
-        self, domain: Domain, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]], like: Tensor
+        self, peers: Peers, outgoing: Sequence[list[Tensor]], incoming: Sequence[list[Tensor]], like: Tensor
     ) -> None:
-        """``outgoing[r]`` leaves for rank r; ``incoming[r]``, in rank r's order, is filled when it is unloaded."""
-        me = domain.me
-        self.own = [(place, x) for place, x in zip(incoming[me], outgoing[me], strict=True)]
-        self.places = [place for rank, places in enumerate(incoming) if rank != me for place in places]
+        """Send the tensors in ``outgoing[r]`` to rank r, which fills its ``incoming`` of this rank with them."""
+        me = peers.me
+        self.targets = [x for rank, xs in enumerate(incoming) if rank != me for x in xs]
         leaving = [x.reshape(-1) for rank, xs in enumerate(outgoing) if rank != me for x in xs]
         self.sent = torch.cat(leaving) if leaving else like.new_empty(0)
-        self.received = self.sent.new_empty(sum(place.numel() for place in self.places))
-        self.arrival = dist.all_to_all_single(
-            self.received.view(torch.uint8),  # as bytes: not every backend knows every dtype
+        self.received = self.sent.new_empty(sum(x.numel() for x in self.targets))
+        self.work = dist.all_to_all_single(
+            self.received.view(torch.uint8),  # as bytes, because not every backend knows every dtype
             self.sent.view(torch.uint8),
             _bytes(incoming, me),
             _bytes(outgoing, me),
-            group=domain.group,
+            group=peers.group,
             async_op=True,
         )
-        if self.own:
-            torch._foreach_copy_([place for place, _ in self.own], [x for _, x in self.own])
+        if outgoing[me]:
+            torch._foreach_copy_(incoming[me], outgoing[me])
 
-    def unload(self) -> None:
-        """Wait until everything is there, and fill the places."""
-        self.arrival.wait()
-        pieces = torch.split(self.received, [place.numel() for place in self.places])
-        if pieces:
-            torch._foreach_copy_(
-                self.places, [piece.view(place.shape) for place, piece in zip(self.places, pieces, strict=True)]
-            )
+    def wait(self) -> None:
+        """Wait until everything has arrived, and fill the tensors that are received."""
+        self.work.wait()
+        parts = torch.split(self.received, [x.numel() for x in self.targets])
+        if parts:
+            torch._foreach_copy_(self.targets, [part.view_as(x) for part, x in zip(parts, self.targets, strict=True)])
 
 
-def _bytes(sides: Sequence[Sequence[Tensor]], me: int) -> list[int]:
-    """How many bytes each rank's share has; this rank's own is not sent."""
-    return [0 if rank == me else sum(x.numel() * x.element_size() for x in xs) for rank, xs in enumerate(sides)]
+def _bytes(tensors: Sequence[Sequence[Tensor]], me: int) -> list[int]:
+    """Return the number of bytes for each rank; what stays on this rank is not sent."""
+    return [0 if rank == me else sum(x.nbytes for x in xs) for rank, xs in enumerate(tensors)]

@@ -1,8 +1,9 @@
-"""A lot: matrices of one parameter group that take a step together, wherever that is.
+"""Buckets: matrices of one parameter group that are gathered, stepped and scattered together.
 
-The engine takes every lot on the same trip: *gather*, rule, *spread*. A `steepest.exchange.local.Here` lot is stepped
-where its parameters are, and its trip has no way to go. A `steepest.exchange.mesh.Shared` lot holds parameters of which
-several ranks have parts or replicas: gradients travel to owners, directions back, and the trip pauses meanwhile.
+The engine steps every bucket alike: *gather* gradients, ask the rule for directions, *scatter* them, and apply them. A
+`steepest.exchange.local.LocalBucket` is stepped where its parameters are, and communicates nothing. A
+`steepest.exchange.sharded.ShardedBucket` has parameters of which several ranks hold shards or replicas: gradients are
+sent to owners, directions are sent back, and the step pauses in between.
 """
 
 from __future__ import annotations
@@ -10,53 +11,50 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from steepest.rule import LowRank, Rule
-from steepest.stack.stack import Answers, Seat, Stack, Windows, to_device
-
-if TYPE_CHECKING:
-    from steepest.exchange.domain import Domain
+from steepest.exchange.peers import Peers
+from steepest.rule import LowRank
+from steepest.stack.stack import Pieces, Segment, Stack, to_device
 
 Tensors = Sequence[Tensor | None]
-"""One per parameter of a group: what this rank holds of it, or of its gradient. None takes no part in the step."""
+"""For each parameter of a group, this rank's shard of it or of its gradient; None if it takes no part in the step."""
 
 
 @dataclass(frozen=True)
 class Directions:
-    """What a rule made of the gradients of one stack."""
+    """The directions that a rule has computed for one stack."""
 
     stack: Stack
     D: Tensor
-    """``[B, m, n]``; read only where ``moved``."""
+    """``[B, m, n]``; only the slots in ``moved`` hold directions."""
     moved: Sequence[bool]
-    """For every slot, whether it takes this step."""
+    """For each slot, whether its matrix takes this step."""
     low_rank: LowRank | None
-    """The same in factors, if the rule gave them so."""
+    """The same directions as factors, if the rule has returned factors."""
     finite: Tensor | None
     """``[B, 1, 1]`` on the device, False where the step must leave no trace; None if it is True everywhere."""
 
-    def stays(self, seat: Seat) -> bool:
-        """Whether some matrix in a seat may stay as it is."""
-        return self.finite is not None or not all(self.moved[seat.start : seat.stop])
+    def may_stay(self, segment: Segment) -> bool:
+        """Return whether some matrix of a segment may stay where it is."""
+        return self.finite is not None or not all(self.moved[segment.slots])
 
-    def marked(self, seat: Seat) -> Tensor:
-        """The directions of a seat ``[b, m, n]``, NaN in matrices that stay: a mark that travels with them."""
-        return self._marked(self.D, seat)
+    def of(self, segment: Segment) -> Tensor:
+        """Return the directions of a segment ``[b, m, n]``; matrices that stay are marked by NaN, which travels."""
+        return self._marked(self.D, segment)
 
-    def factors(self, seat: Seat) -> LowRank:
-        """The same as ``marked``, in factors: NaN in one of them is NaN in the product."""
+    def factors_of(self, segment: Segment) -> LowRank:
+        """Return the same directions as factors; NaN in one factor is NaN in the product."""
         assert self.low_rank is not None
-        return LowRank(self._marked(self.low_rank.left, seat), self.low_rank.right[seat.slots])
+        return LowRank(self._marked(self.low_rank.left, segment), self.low_rank.right[segment.slots])
 
-    def _marked(self, x: Tensor, seat: Seat) -> Tensor:
-        x = x[seat.slots]
+    def _marked(self, x: Tensor, segment: Segment) -> Tensor:
+        x = x[segment.slots]
         if self.finite is not None:
-            x = x.masked_fill(~self.finite[seat.slots], torch.nan)
-        moved = self.moved[seat.start : seat.stop]
+            x = x.masked_fill(~self.finite[segment.slots], torch.nan)
+        moved = self.moved[segment.slots]
         if not all(moved):
             x = x.masked_fill(~to_device(moved, x.device).view(-1, 1, 1), torch.nan)
         return x
@@ -64,57 +62,57 @@ class Directions:
 
 @dataclass(slots=True)
 class Move:
-    """A part of a parameter that moves."""
+    """A part of a parameter's shard, and the direction in which it moves."""
 
     index: int
-    """The parameter's position in its group."""
+    """The position of the parameter in its group."""
     W: Tensor
-    """The part, a view of the weights."""
+    """The part, as a view of the weights."""
     D: Tensor
     """The direction, of the same shape; NaN where weights stay as they are."""
     may_stay: bool
-    """Whether there may be NaN."""
+    """Whether there may be NaN in the direction."""
     t: Tensor | None
-    """How many updates its first matrix has had; known where the rounding of weights asks for it."""
-    place: Callable[[], Tensor]
-    """Where it lies in the whole parameter: as the same part of a tensor of that shape, on the meta device."""
+    """The number of updates that its first matrix has had, where stochastic rounding needs it."""
+    in_whole: Callable[[], Tensor]
+    """Returns the same part of a meta tensor of the whole parameter's shape; its strides and offset tell positions."""
 
 
-class Lot(ABC):
-    """Matrices of one group, and the stacks that this process steps of them."""
+class Bucket(ABC):
+    """Matrices of one group that are stepped together, and the stacks of those that this rank steps."""
 
     group: int
-    """Which parameter group."""
+    """The number of the parameter group."""
     stacks: Sequence[Stack]
-    """Of the matrices that are stepped here."""
-    domain: Domain | None
-    """The ranks that hold parts of its parameters; None: this one alone."""
-    travels: bool
-    """Whether gathering and spreading take time."""
+    """The stacks of the matrices that this rank steps."""
+    peers: Peers | None
+    """The ranks that hold shards of its parameters; None if only this rank does."""
+    communicates: bool
+    """Whether gradients and directions are sent between ranks."""
     counts: bool = True
-    """Whether what is skipped in it is this rank's to count; else another has a replica, and counts."""
+    """Whether this rank counts the updates that are skipped in it; False if the rank of another replica does."""
 
     @abstractmethod
     def state(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """What ``Optimizer.state`` shows, by position of the parameter; placeholders for what lives on other ranks."""
+        """Yield the state that ``Optimizer.state`` shows, by the position of the parameter.
 
-    @abstractmethod
-    def gather(self, tensors: Tensors) -> Callable[[], Windows]:
-        """Set out to bring tensors here; on all ranks the same ones are None.
-
-        Returns:
-            What waits for them, and returns the windows of all pieces that are stepped here and take part.
+        State that lives on other ranks is shown as a placeholder.
         """
 
     @abstractmethod
-    def spread(self, directions: Sequence[Directions]) -> Callable[[], list[Move]]:
-        """Set out to bring directions to whoever holds the weights, of the tensors that were gathered last.
+    def gather(self, grads: Tensors, weights: Tensors | None) -> Generator[None, None, tuple[Pieces, Pieces | None]]:
+        """Gather gradients, and weights if they are given; pause while they travel.
+
+        The tensors that are None are the same on all ranks.
 
         Returns:
-            What waits for them, and returns how this rank's weights move.
+            The pieces that this rank steps and that take part in the step, of gradients and of weights.
         """
 
-    def borrowed(self, rule: Rule) -> Generator[None, None, Answers]:
-        """Have done elsewhere what the step has put off and others do; pauses while that is under way."""
-        yield from ()
-        return {}
+    @abstractmethod
+    def scatter(self, directions: Sequence[Directions]) -> Generator[None, None, list[Move]]:
+        """Scatter directions, of the gradients that were gathered last, to the ranks with weights; pause meanwhile.
+
+        Returns:
+            The moves of this rank's weights.
+        """

@@ -1,4 +1,4 @@
-"""Ranks that hold parts, or replicas, of the same parameters, and what they agree on before a step."""
+"""Peers: the ranks that hold shards or replicas of the same parameters, and how they agree before a step."""
 
 from __future__ import annotations
 
@@ -10,73 +10,73 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# What is made for a process group, or found for it, is kept as long as the group lives, and doesn't keep it alive: when
-# it has been destroyed, gloo's threads must end, or may abort the process when Python ends.
-_parts: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], Domain]] = WeakKeyDictionary()
-_hosts: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+# What belongs to a process group is cached by weak reference, so that the caches don't keep the group alive: once a
+# group has been destroyed, gloo's threads must end, because they may abort the process when Python ends.
+_subgroups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], Peers]] = WeakKeyDictionary()
+_host_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class Domain:
-    """A group of ranks. Ranks count within it, from 0; ``ranks`` are their numbers in the world."""
+class Peers:
+    """The ranks of a process group, numbered from 0 within it; ``ranks`` are their numbers in the world."""
 
     group: dist.ProcessGroup
     ranks: tuple[int, ...]
 
     @classmethod
-    def over(cls, group: dist.ProcessGroup) -> Domain:
-        """The domain of a process group."""
+    def over(cls, group: dist.ProcessGroup) -> Peers:
+        """Return the peers of a process group."""
         return cls(group, tuple(dist.get_process_group_ranks(group)))
 
     @classmethod
-    def among(cls, ranks: Sequence[int]) -> Domain:
-        """The domain of some ranks; those of the whole world share its group, others get one of their own."""
+    def among(cls, ranks: Sequence[int]) -> Peers:
+        """Return the peers for some ranks: the whole world shares its group, other ranks get a group of their own."""
         everyone, ranks = world(), tuple(sorted(ranks))
         if ranks == everyone.ranks:
             return everyone
-        parts = _parts.setdefault(everyone.group, {})
-        if ranks not in parts:
-            parts[ranks] = cls.over(dist.new_group(ranks, use_local_synchronization=True))
-        return parts[ranks]
+        subgroups = _subgroups.setdefault(everyone.group, {})
+        if ranks not in subgroups:
+            subgroups[ranks] = cls.over(dist.new_group(ranks, use_local_synchronization=True))
+        return subgroups[ranks]
 
     @property
     def me(self) -> int:
-        """This rank, counted in the domain."""
+        """Return the number of this rank among its peers."""
         return self.ranks.index(dist.get_rank())
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """Return the number of ranks."""
         return len(self.ranks)
 
     @property
     def host_group(self) -> dist.ProcessGroup:
-        """A process group of the same ranks that takes tensors of the host."""
+        """Return a process group of the same ranks that communicates tensors of the host."""
         if "cpu:" in dist.get_backend_config(self.group):
             return self.group
-        if self.group not in _hosts:
-            _hosts[self.group] = dist.new_group(self.ranks, backend="gloo", use_local_synchronization=True)
-        return _hosts[self.group]
+        if self.group not in _host_groups:
+            _host_groups[self.group] = dist.new_group(self.ranks, backend="gloo", use_local_synchronization=True)
+        return _host_groups[self.group]
 
-    def agree(self, flags: Sequence[bool], count: int) -> tuple[list[bool], int]:
-        """Which flags any rank raises, and the sum of all ranks' counts.
+    def agree(self, flags: Sequence[bool], count: int = 0) -> tuple[list[bool], int]:
+        """Return the flags that any rank raises, and the sum of all ranks' counts.
 
-        Between hosts, over gloo: no device is waited for.
+        The ranks agree between hosts, over gloo, so no rank waits for a device.
         """
-        told = torch.zeros(len(flags) + self.size, dtype=torch.int64)
-        told[: len(flags)] = torch.tensor(flags, dtype=torch.int64)
-        told[len(flags) + self.me] = count
-        dist.all_reduce(told, dist.ReduceOp.MAX, self.host_group)
-        return [bool(flag) for flag in told[: len(flags)].tolist()], int(told[len(flags) :].sum())
+        message = torch.zeros(len(flags) + self.size, dtype=torch.int64)
+        message[: len(flags)] = torch.tensor(flags, dtype=torch.int64)
+        message[len(flags) + self.me] = count
+        dist.all_reduce(message, dist.ReduceOp.MAX, self.host_group)
+        return [bool(flag) for flag in message[: len(flags)].tolist()], int(message[len(flags) :].sum())
 
     def all(self, mask: Tensor) -> Tensor:
-        """Where ``mask`` is True on every rank. Between devices; no host waits."""
+        """Return where ``mask`` is True on every rank; the ranks agree between devices, and no host waits."""
         agreed = mask.to(torch.uint8)
         dist.all_reduce(agreed, dist.ReduceOp.MIN, self.group)
         return agreed.bool()
 
     def check_same(self, digest: str, what: str) -> None:
-        """Raise on every rank unless ``digest``, 16 hexadecimal digits or more, is the same on all."""
+        """Raise on every rank unless ``digest``, which has 16 hexadecimal digits or more, is the same on all."""
         mine = torch.tensor([int(digest[:15], 16)], dtype=torch.int64)
         ends = torch.cat([mine, -mine])
         dist.all_reduce(ends, dist.ReduceOp.MAX, self.host_group)
@@ -87,8 +87,8 @@ class Domain:
             )
 
 
-def world() -> Domain:
-    """All ranks."""
+def world() -> Peers:
+    """Return all ranks."""
     group = dist.group.WORLD
     assert group is not None
-    return Domain.over(group)
+    return Peers.over(group)

@@ -1,7 +1,7 @@
-"""What a rank holds of a tensor, where that lies in the whole, and how values get there.
+"""The shard of a tensor that this rank holds: where it lies in the whole tensor, and how values are copied into it.
 
-A plain tensor is whole. Of a DTensor a rank holds a part; of state that lives on one rank (`compat.Owned`), all or
-nothing. torch.distributed is imported only where something of it is met: its DTensors take half a second to import.
+A plain tensor is whole. Of a DTensor a rank holds a shard, and of state that lives on one rank (`dtensor.Owned`)
+everything or nothing. DTensors are imported only where one is met, because importing them takes half a second.
 """
 
 from __future__ import annotations
@@ -10,55 +10,68 @@ import torch
 from torch import Tensor
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-"""What most tensors are; asked first, since a step asks for each tensor several times."""
+"""The types of most tensors; they are compared first, since a step asks for each tensor several times."""
 
 
-def local(x: Tensor) -> Tensor:
-    """What this rank holds of ``x``: itself, or its part of a DTensor."""
-    part: Tensor = x.to_local() if is_shared(x) else x  # type: ignore[attr-defined]
-    return part
-
-
-def is_shared(x: Tensor) -> bool:
-    """Whether ``x`` is a DTensor."""
+def is_dtensor(x: Tensor) -> bool:
+    """Return whether ``x`` is a DTensor."""
     return type(x) not in PLAIN and hasattr(x, "to_local")
 
 
-def where(x: Tensor) -> tuple[slice, ...]:
-    """Where in the whole the part lies that this rank holds."""
-    if not is_shared(x):
-        return tuple(slice(0, n) for n in x.shape)
-    from steepest.exchange import compat
-
-    start, shape = compat.box(x)
-    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
+def local(x: Tensor) -> Tensor:
+    """Return what this rank holds of ``x``: the tensor itself, or its shard of a DTensor."""
+    if type(x) in PLAIN or not hasattr(x, "to_local"):
+        return x
+    shard: Tensor = x.to_local()
+    return shard
 
 
-def place(x: Tensor) -> Tensor:
-    """This rank's part of a tensor of the shape of ``x`` on the meta device: its strides and offset say where it lies.
+def local_gradient(p: Tensor) -> Tensor:
+    """Return the shard of p's gradient that belongs to this rank's shard of ``p``.
 
-    >>> place(torch.zeros(2, 3)).shape
+    If the rank holds nothing of ``p``, and so got no gradient, the shard is empty.
+    """
+    if p.grad is None:
+        return torch.zeros_like(local(p))
+    if is_dtensor(p) and p.grad.placements != p.placements:  # type: ignore[attr-defined]
+        return local(p.grad.redistribute(placements=p.placements))  # type: ignore[attr-defined]
+    return local(p.grad)
+
+
+def meta_shard(x: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor like ``x`` on the meta device: its strides and offset tell where it lies.
+
+    >>> meta_shard(torch.zeros(2, 3)).shape
     torch.Size([2, 3])
     """
-    return torch.empty(x.shape, device="meta")[where(x)]
+    return torch.empty(x.shape, device="meta")[_slices(x)]
 
 
 def shard_like(p: Tensor, x: Tensor) -> Tensor:
-    """``x``, which has a row for each that this rank holds of ``p``, as its part of a tensor in shards like ``p``."""
-    if not is_shared(p) or p.device_mesh.size() == 1:  # type: ignore[attr-defined]
+    """Return ``x``, which has a row for each row of this rank's shard of ``p``, as a shard of a DTensor like ``p``."""
+    if not is_dtensor(p) or p.device_mesh.size() == 1:  # type: ignore[attr-defined]
         return x
-    from steepest.exchange import compat
+    from steepest.exchange import dtensor
 
-    return compat.shard_like(p, x)
+    return dtensor.shard_like(p, x)
 
 
 def fits(here: Tensor, saved: Tensor) -> bool:
-    """Whether this rank's part of ``here`` can be had from ``saved``: it is whole, or in the same parts."""
-    return not is_shared(saved) or local(here).shape == local(saved).shape
+    """Return whether this rank's shard of ``here`` can be read from ``saved``, which is whole or in the same shards."""
+    return not is_dtensor(saved) or local(here).shape == local(saved).shape
 
 
-def put(here: Tensor, saved: Tensor) -> None:
-    """Copy into this rank's part of ``here``, if it has one, from a tensor that `fits`."""
+def copy_into(here: Tensor, saved: Tensor) -> None:
+    """Copy values into this rank's shard of ``here``, if it has one, from a tensor that `fits`."""
     mine, theirs = local(here), local(saved)
     if mine.numel():
-        mine.copy_(theirs if theirs.shape == mine.shape else theirs[where(here)])
+        mine.copy_(theirs if theirs.shape == mine.shape else theirs[_slices(here)])
+
+
+def _slices(x: Tensor) -> tuple[slice, ...]:
+    """Return the slices that cut this rank's shard out of the whole tensor."""
+    if not is_dtensor(x):
+        return tuple(slice(0, n) for n in x.shape)
+    from steepest.exchange import dtensor
+
+    return dtensor.own_shard(x).slices
