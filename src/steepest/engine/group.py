@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from steepest.rule import Rule, check, check_choice, nearest
+from steepest.exchange.shards import local
+from steepest.rule import Rule, State, check, check_choice, nearest
 from steepest.rules import RULES
+from steepest.stack.stack import ranges
 from steepest.view import OPTIONS as VIEW_OPTIONS
 
 DECAY_METHODS = ("decoupled", "independent", "palm", "cautious", "l2")
@@ -29,6 +31,8 @@ STACK_OPTIONS: dict[str, Any] = {
     **VIEW_OPTIONS,
 }
 """The further options of groups whose rule steps matrices."""
+MOST_LINES = 8
+"""The most lines that `describe` has for groups."""
 
 
 def option_defaults(rule: str) -> dict[str, Any]:
@@ -62,3 +66,33 @@ def check_options(group: Mapping[str, Any]) -> None:
     for name in ("compile", "cuda_graph"):
         check(isinstance(group.get(name, False), bool), name, group.get(name), "a bool")
     RULES[group["rule"]].from_group(group)
+
+
+def describe(name: str, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, State]) -> str:
+    """Describe an optimizer: a line for each group, or for several groups that have the same options.
+
+    A line has the rule, the learning rate, the options that differ from their defaults, the number of parameters and of
+    their entries, and the bytes of state on this rank.
+    """
+    alike: dict[str, list[int]] = {}
+    for number, group in enumerate(groups):
+        defaults = option_defaults(group["rule"])
+        del defaults["rule"], defaults["lr"]
+        changed = {k: group[k] for k, default in defaults.items() if repr(group.get(k, default)) != repr(default)}
+        words = [group["rule"], *(f"{k}={value!r}" for k, value in ({"lr": group["lr"]} | changed).items())]
+        alike.setdefault(", ".join(words), []).append(number)
+    lines = []
+    for options, numbers in alike.items():
+        params = [p for number in numbers for p in groups[number]["params"]]
+        entries = sum(p.numel() for p in params)
+        nbytes = sum(local(x).nbytes for p in params for x in state.get(p, {}).values())
+        counts = [_count(len(params), "parameter"), _count(entries, "entry", "entries"), f"{nbytes:,} bytes of state"]
+        which = [str(r.start) if r.stop == r.start + 1 else f"{r.start}-{r.stop - 1}" for r in ranges(numbers)]
+        lines.append(f"  group{'s' * (len(numbers) > 1)} {', '.join(which)}: {', '.join([options, *counts])}")
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES:] = [f"  ... and {len(lines) - MOST_LINES} more kinds of groups"]
+    return "\n".join([f"{name}(", *lines, ")"])
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

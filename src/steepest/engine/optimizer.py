@@ -18,7 +18,7 @@ from torch import Tensor
 
 from steepest.engine import checkpoint, consolidate, participants
 from steepest.engine.elementwise import step_elementwise
-from steepest.engine.group import check_options, option_defaults
+from steepest.engine.group import check_options, describe, option_defaults
 from steepest.engine.participants import Gradients
 from steepest.engine.step import apply, finish, safe_norm, step_stack
 from steepest.exchange.assign import assign, peers_of
@@ -52,6 +52,11 @@ class Optimizer(torch.optim.Optimizer):
         >>> b
         Parameter containing:
         tensor([-0.1000, -0.1000], requires_grad=True)
+        >>> opt
+        Optimizer(
+          group 0: soap, lr=0.1, 1 parameter, 4 entries, 108 bytes of state
+          group 1: adamw, lr=0.1, 1 parameter, 2 entries, 20 bytes of state
+        )
     """
 
     def __init__(self, params: Iterable[Any], rule: str = "adamw", **options: Any) -> None:
@@ -72,6 +77,9 @@ class Optimizer(torch.optim.Optimizer):
         self._offsets: dict[tuple[int, int], Offsets] = {}  # by group and period
         self._devices: list[tuple[Tensor, torch.device]] = []  # the parameters that state was laid out for
         self._skipped = torch.zeros((), dtype=torch.int64)
+
+    def __repr__(self) -> str:
+        return describe(type(self).__name__, self.param_groups, self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own; options that the group leaves out are filled in."""
