@@ -264,7 +264,7 @@ def test_parameters_do_not_appear_from_nowhere() -> None:
     """A parameter that is written into a group has no state: an error says so, where it would never be trained."""
     optimizer = trained()
     optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2)))
-    with pytest.raises(RuntimeError, match="there were 1 parameters, now 2: add_param_group"):
+    with pytest.raises(RuntimeError, match="the groups have 2 parameters, and had 1: add"):
         optimizer.step()
 
 

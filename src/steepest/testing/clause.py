@@ -5,12 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from steepest.testing.subject import Subject
-
-Check = Callable[["Subject"], None]
+Check = Callable[[Any], None]
+"""A function of a `steepest.testing.subject.Subject`, which is not imported here because it imports this module."""
 
 
 class Broken(AssertionError):
