@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from steepest import kernels
 from steepest.engine.optimizer import Optimizer
-from steepest.linalg.phases import Timeline, listening
+from steepest.engine.phases import Timeline, listening
 from steepest.linalg.precision import FACTORS, round_to_tf32
 from steepest.rules.parts.kl_factors import MARK
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import steepest
-from steepest.linalg.phases import REST, Timeline, listening, phase
+from steepest.engine.phases import REST, Timeline, listening, phase
 
 
 def clock():

@@ -22,7 +22,7 @@ from steepest.lab.bench.speed import Speed, floor, measure_speed
 from steepest.lab.bench.text import rows, times, yardstick
 from steepest.lab.plan.models import GPT2, rule_of
 from steepest.lab.shared.errors import BadInput
-from steepest.linalg.phases import PHASES, REST
+from steepest.engine.phases import PHASES, REST
 from steepest.rule.work import work
 
 CPU = torch.device("cpu")

@@ -94,7 +94,7 @@ def test_a_trace_of_a_nan_is_found(name, monkeypatch):
 
 def test_factors_are_rounded_in_their_phase_alone():
     x = torch.full((2, 2), 1 + 2.0**-12)
-    from steepest.linalg.phases import phase
+    from steepest.engine.phases import phase
 
     with gpu_precision.rounded({"feed": "tf32", "project": "bfloat16"}):
         outside, feed, project = x @ x, phase("feed")(lambda: x @ x)(), phase("project")(lambda: (x + 2**-9) @ x)()

@@ -13,7 +13,6 @@ from steepest.engine.step import safe_norm, write
 from steepest.exchange.peers import Peers
 from steepest.exchange.shards import is_dtensor, local, meta_shard
 from steepest.linalg import attempts
-from steepest.linalg.phases import phase
 from steepest.rule import Elementwise, State
 from steepest.stack.names import parameter_name
 from steepest.stack.undo import undoing
@@ -22,7 +21,6 @@ LANES = 16
 """The numbers in the widest vector registers, which are AVX-512's, in float32."""
 
 
-@phase("elementwise")
 def step_elementwise(
     rule: Elementwise,
     group: Mapping[str, Any],

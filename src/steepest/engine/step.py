@@ -15,7 +15,6 @@ from torch import Tensor
 
 from steepest.exchange.bucket import Directions, Move
 from steepest.linalg import attempts
-from steepest.linalg.phases import phase
 from steepest.linalg.rounding import positions, round_stochastically, rounding_key
 from steepest.rule import LowRank, Rule, Step
 from steepest.stack.graphs import Inputs, compiled
@@ -163,9 +162,6 @@ def safe_norm(dtype: torch.dtype) -> float:
 
 
 # The weights.
-
-
-@phase("apply")
 def apply(group: Mapping[str, Any], number: int, moves: Sequence[Move], decay_follows: bool) -> None:
     """Move weights in place: ``W ← (1 - decay) W - lr · D``.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steepest.exchange.bucket import Bucket, Directions, Move, Tensors
 from steepest.exchange.peers import Peers
-from steepest.exchange.shards import local, meta_shard, shard_like
+from steepest.exchange.shards import PLAIN, local, meta_shard, shard_like
 from steepest.stack.stack import Pieces, Segment, Stack
 
 
@@ -53,7 +53,7 @@ class LocalBucket(Bucket):
                 else:
                     continue
                 p, view, piece = self.params[segment.index], segment.view, segment.piece
-                W, D = view.cut(local(p), piece), view.unbatch(D, piece)
+                W, D = view.cut(p if type(p) in PLAIN else local(p), piece), view.unbatch(D, piece)
                 t = made.stack.t[segment.start]
                 moves.append(Move(segment.index, W, D, may_stay, t, partial(_in_whole, p, segment)))
         return moves

@@ -56,17 +56,22 @@ def fp32_matmul_precision(precision: str = "highest") -> Iterator[None]:
         overall: str | None = torch.get_float32_matmul_precision()
     except RuntimeError:  # torch names no overall precision if the backends were set one by one
         overall = None
-    changes = overall != precision
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if changes else ()  # type: ignore[attr-defined]
+    if overall == precision:
+        outer, _scope = _scope, precision
+        try:
+            yield
+        finally:
+            _scope = outer
+        return
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     per_backend = [backend.fp32_precision for backend in backends]
-    if changes:
-        torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision(precision)
     outer, _scope = _scope, precision
     try:
         yield
     finally:
         _scope = outer
-        if changes and overall is not None:
+        if overall is not None:
             torch.set_float32_matmul_precision(overall)
         for backend, value in zip(backends, per_backend, strict=True):
             backend.fp32_precision = value

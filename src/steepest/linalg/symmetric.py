@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steepest import kernels
+from steepest.kernels.precision import INTERPRETED
 
 BLOCK = 64
 """The least number of rows per block on a CPU. There are at most four blocks."""
@@ -46,7 +47,7 @@ def accumulate_gram(
         beta = beta.reshape(-1, 1, 1) if isinstance(beta, Tensor) else beta
     if weights is not None:
         weights = weights.reshape(-1, 1, weights.shape[-1])
-    if K.dtype == X.dtype and kernels.product_pays(X):
+    if (INTERPRETED or not X.is_cpu) and K.dtype == X.dtype and kernels.product_pays(X):
         from steepest.kernels.symmetric import ema_syrk
 
         ema_syrk(K, X if weights is None else X * weights.sqrt(), beta, (1 - beta) * scale)
@@ -72,7 +73,7 @@ def gram(X: Tensor) -> Tensor:
     tensor([[ 5., 11.],
             [11., 25.]])
     """
-    if kernels.product_pays(X):
+    if (INTERPRETED or not X.is_cpu) and kernels.product_pays(X):
         return _by_kernel(X, X, None, 1.0, 1.0)
     return _product(X, X.mT, None, 1.0, 1.0)
 
@@ -96,7 +97,7 @@ def symmetric_product(A: Tensor, B: Tensor, C: Tensor | None = None, beta: float
         tensor([[2., 3.],
                 [3., 2.]])
     """
-    if kernels.product_pays(A):
+    if (INTERPRETED or not A.is_cpu) and kernels.product_pays(A):
         return _by_kernel(A, B, C, beta, alpha)  # with B for Bᵀ, since the kernel reads rows faster than columns
     return _product(A, B, C, beta, alpha)
 

@@ -21,7 +21,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from steepest.linalg.phases import phase
 from steepest.linalg.roots import matrix_power
 from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, betas, flag, one_of
 from steepest.rules.parts.factors import SIDES, Factors, into
@@ -59,7 +58,6 @@ class InverseRoot(Refreshing[Factors]):
         corrects = self.correct_bias if self.correct_shampoo_beta_bias is None else self.correct_shampoo_beta_bias
         factors.accumulate(G, corrected_beta(self.shampoo_beta, step.t) if corrects else self.shampoo_beta)
 
-    @phase("refresh")
     def update_bases(self, factors: Factors, slots: Slots, step: Step) -> None:
         state = factors.state
         for side, _ in SIDES:

@@ -13,7 +13,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from steepest.linalg.phases import phase
 from steepest.linalg.symmetric import accumulate_gram
 from steepest.linalg.whitening import root_mean_square, whitening_weights
 from steepest.rule import Step, checked, number
@@ -33,7 +32,6 @@ class KLShampoo(RootsInBasis):
     )
     kl_floor: float = checked(1e-4, lambda x: number(x) and 0 <= x < 1, "in [0, 1); 0 means the absolute eps")
 
-    @phase("feed")
     def update_factors(self, G: Tensor, factors: Factors, step: Step) -> None:
         state, beta, rms = factors.state, self.factor_beta(step.t), root_mean_square(G)
         Q_L, Q_R, (m, n) = state.get("Q_L"), state.get("Q_R"), G.shape[1:]

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from steepest.linalg.eigenbasis import conjugate, eigenvectors
-from steepest.linalg.phases import phase
 from steepest.linalg.roots import spectral_power
 from steepest.linalg.solvers import orthogonal_iteration
 from steepest.rule import Refreshing, Slots, State, Step, at_least, betas, checked, flag, number, one_of
@@ -66,7 +65,6 @@ class RootsInBasis(Refreshing[Factors], ABC):
         """β of the covariances, ``[B, 1, 1]``, which makes them unbiased averages at every step."""
         return corrected_beta(self.shampoo_beta, t) if self.shampoo_beta < 1 else 1 - 1 / t
 
-    @phase("refresh")
     def update_bases(self, factors: Factors, slots: Slots, step: Step) -> None:
         state, first = factors.state, step.stage == "first"
         for side, _ in SIDES:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steepest.linalg.phases import phase
 from steepest.rule import Rule, Slots, State, Step
 from steepest.stack.graphs import Recorder
 from steepest.stack.storage import Storage, laid_out
@@ -130,7 +129,6 @@ class Stack:
         suffix = f".{segment.piece}" if len(segment.view.pieces) > 1 else ""
         return {name + suffix: tensor[slots] for name, tensor in named.items()}
 
-    @phase("gather")
     def fill(self, pieces: Pieces) -> Tensor:
         """Return the pieces as one tensor ``[B, m, n]`` in the state's dtype; slots without a piece stay unset."""
         out = torch.empty(self.size, *self.shape, dtype=self.dtype, device=self.device)

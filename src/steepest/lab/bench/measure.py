@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from steepest.engine.phases import Timeline, listening
 from steepest.lab.bench.entrants import Entrant
 from steepest.lab.shared.errors import one_line
-from steepest.linalg.phases import Timeline, listening
 
 SEED = 0
 QUIET = "6"

@@ -9,10 +9,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from steepest.engine.phases import PHASES, REST
 from steepest.lab.bench.text import FOOTNOTE, PHASES_NOTE, Row, Table, comparisons, failures, phases, times
 from steepest.lab.shared.charts import COLOURS, FAINT, GREY, blank
 from steepest.lab.shared.page import figure, render, row, section, table
-from steepest.linalg.phases import PHASES, REST
 
 INK = "#d9483b"
 """Of the floor."""

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from steepest.engine.phases import PHASES, REST
 from steepest.lab.bench.measure import Measured, summary
 from steepest.lab.bench.shapes import ShapeSet
 from steepest.lab.bench.speed import Speed, floor
-from steepest.linalg.phases import PHASES, REST
 
 Row = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from steepest.linalg.eigenbasis import eigenbasis_error, eigenvectors
-from steepest.linalg.phases import phase
 from steepest.linalg.solvers import SOLVERS, choose, reordered
 from steepest.linalg.symmetric import accumulate_gram
 from steepest.rule import Slots, State
@@ -64,7 +63,6 @@ class Factors:
         """Whether both sides are the identity."""
         return "L" not in self.state and "R" not in self.state
 
-    @phase("feed")
     def accumulate(self, G: Tensor, beta: float | Tensor) -> None:
         """Take a gradient into the covariances: ``L ← β L + (1-β) G Gᵀ``, ``R ← β R + (1-β) Gᵀ G``."""
         if "L" in self.state:
@@ -72,21 +70,18 @@ class Factors:
         if "R" in self.state:
             accumulate_gram(self.state["R"], G.mT, beta)
 
-    @phase("project")
     def project(self, G: Tensor) -> Tensor:
         """``Q_Lᵀ G Q_R``."""
         state = self.state
         G = torch.bmm(state["Q_L"].mT, G) if "Q_L" in state else G
         return torch.bmm(G, state["Q_R"]) if "Q_R" in state else G
 
-    @phase("project")
     def unproject(self, u: Tensor) -> Tensor:
         """``Q_L u Q_Rᵀ``."""
         state = self.state
         u = torch.bmm(state["Q_L"], u) if "Q_L" in state else u
         return torch.bmm(u, state["Q_R"].mT) if "Q_R" in state else u
 
-    @phase("refresh")
     def start(self, slots: Slots, in_float64: bool = False) -> None:
         """Compute the first bases of these slots by full decompositions; ``exp_avg`` turns into them.
 
@@ -96,7 +91,6 @@ class Factors:
         part = {name: x[slots] for name, x in self.state.items()}
         self._turn(slots, part, {side: eigenvectors(part[side], in_float64) for side, _ in SIDES if side in part})
 
-    @phase("refresh")
     def refresh(self, slots: Slots, solver: str = "auto", steps: int = 1, match_columns: bool = True) -> None:
         """Let the bases of these slots follow their covariances; ``exp_avg`` turns, ``exp_avg_sq`` is reordered.
 
@@ -118,7 +112,6 @@ class Factors:
                 part["exp_avg_sq"] = reordered(part["exp_avg_sq"], order, dim)
         self._turn(slots, part, bases)
 
-    @phase("refresh")
     def outdated(self, slots: Slots, tolerance: float) -> Slots:
         """The indices of those slots whose bases no longer diagonalize their covariances within ``tolerance``."""
         if self.identity:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from steepest.linalg import attempts
 from steepest.linalg.eigenbasis import eigenbasis_error
-from steepest.linalg.phases import phase
 from steepest.linalg.solvers import choose, reordered
 from steepest.linalg.symmetric import accumulate_gram
 from steepest.linalg.turning import Turn, decomposed, turn, turned
@@ -63,12 +62,10 @@ class KLFactors(Factors):
         K, Q = self.state[side], self.state[f"Q_{side}"]
         return Q @ K @ Q.mT
 
-    @phase("feed")
     def accumulate(self, G: Tensor, beta: float | Tensor) -> None:
         """Take in the projected gradient P: ``L ← β L + (1-β) P Pᵀ``, ``R ← β R + (1-β) Pᵀ P``."""
         Factors(self.state).accumulate(self.project(G), beta)
 
-    @phase("feed")
     def accumulate_whitened(self, G: Tensor, beta: float | Tensor, eps: float, relative_floor: float) -> None:
         """Take in P whitened: ``L ← β L + (1-β) P diag(1/λ_R) Pᵀ / n`` with λ_R the diagonal of R, and R likewise.
 
@@ -84,7 +81,6 @@ class KLFactors(Factors):
             if side in λ:
                 accumulate_gram(self.state[side], X, beta, scale=1 / X.shape[-1], weights=weights.get(other))
 
-    @phase("project")
     def project(self, G: Tensor) -> Tensor:
         """``Q_Lᵀ G Q_R``, computed once for a gradient, and again only where bases have turned since."""
         Q_L, Q_R = self.state.get("Q_L"), self.state.get("Q_R")
@@ -96,13 +92,11 @@ class KLFactors(Factors):
             self._stale = None
         return P
 
-    @phase("refresh")
     def start(self, slots: Slots, in_float64: bool = False) -> None:
         """Compute the first bases of these slots by full decompositions; see `Factors.start`."""
         sides = [side for side, _ in SIDES if side in self.state]
         self._turn_by(slots, {side: decomposed(self.state[side][slots], in_float64) for side in sides})
 
-    @phase("refresh")
     def refresh(self, slots: Slots, solver: str = "auto", steps: int = 1, match_columns: bool = True) -> None:
         """Let the bases of these slots follow their factors, which turn along; see `Factors.refresh`."""
         turns: dict[str, Turn] = {}

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from steepest import kernels
-from steepest.linalg.phases import phase
+from steepest.kernels.precision import INTERPRETED
 from steepest.rule import State
 
 
-@phase("elementwise")
 def adam(
     g: Tensor,
     state: State,
@@ -48,8 +47,8 @@ def adam(
         noise_floor: τ. With d = sqrt(v̂) the denominator becomes ``d + τ² mean(v̂)/d``, as in a Wiener filter: entries
             far below τ times the root mean square vanish quadratically, the rest is untouched.
     """
-    if kernels.adam_pays(g, state["exp_avg"], state["exp_avg_sq"]):  # on a GPU: the same in one pass or two
-        from steepest.kernels.adam import adam as fused
+    if (INTERPRETED or not g.is_cpu) and kernels.adam_pays(g, state["exp_avg"], state["exp_avg_sq"]):
+        from steepest.kernels.adam import adam as fused  # on a GPU: the same in one pass or two
 
         return fused(
             *(g, state["exp_avg"], state["exp_avg_sq"], t, betas, eps),

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from steepest.linalg.phases import phase
 from steepest.linalg.polar import TABLES, iteration_dtype, polar_factor
 from steepest.linalg.stopwatch import bfloat16_pays
 from steepest.rule import Rule, Step, at_least, check, one_of
@@ -42,7 +41,6 @@ class NewtonSchulz(Rule, ABC):
         pays = survives_bfloat16(group["ns"]) and all(bfloat16_pays(device) for device in devices)
         return {"ns_dtype": "bfloat16" if agreed(pays) else "float32"}
 
-    @phase("orthogonalize")
     def polar(self, M: Tensor, step: Step) -> Tensor:
         """The polar factor of ``M [B, m, n]`` by the table that the options name; zero where "exact" finds none."""
         O = polar_factor(M, self.ns, eps=self.eps, dtype=iteration_dtype(M, self.ns_dtype))

@@ -1,15 +1,17 @@
 """Timelines of a step: when each of its phases begins and ends.
 
-A function that performs a phase is decorated where it is defined, ``@phase("refresh")``. Without a listener the
-decorator reads one global variable, which takes less than a microsecond. It leaves no trace in a graph of
-torch.compile, so phases inside a graph are not recorded. Doctests of decorated functions are not collected.
+The code of a step knows nothing of this. `install`, which `listening` calls, puts a mark around each function of
+`MARKED`. While nobody listens, a mark reads one global variable. It leaves no trace in a graph of torch.compile, so
+phases inside a graph are not recorded; a graph that was made before the marks were installed is made anew.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import pairwise
 from typing import Generic, ParamSpec, TypeVar
 
@@ -23,6 +25,35 @@ PHASES = ("gather", "feed", "refresh", "project", "orthogonalize", "elementwise"
 """The names of all phases, in the order of a step."""
 REST = "rest"
 """The name of the time that belongs to no phase."""
+
+PARTS = "steepest.rules.parts"
+MARKED: dict[str, Sequence[str]] = {
+    "gather": ["steepest.stack.stack:Stack.fill"],
+    "feed": [
+        f"{PARTS}.factors:Factors.accumulate",
+        f"{PARTS}.kl_factors:KLFactors.accumulate",
+        f"{PARTS}.kl_factors:KLFactors.accumulate_whitened",
+        "steepest.rules.kl_shampoo:KLShampoo.update_factors",
+    ],
+    "refresh": [
+        f"{PARTS}.factors:Factors.start",
+        f"{PARTS}.factors:Factors.refresh",
+        f"{PARTS}.factors:Factors.outdated",
+        f"{PARTS}.kl_factors:KLFactors.start",
+        f"{PARTS}.kl_factors:KLFactors.refresh",
+        "steepest.rules.shampoo:RootsInBasis.update_bases",
+        "steepest.rules.inverse_root:InverseRoot.update_bases",
+    ],
+    "project": [
+        f"{PARTS}.factors:Factors.project",
+        f"{PARTS}.factors:Factors.unproject",
+        f"{PARTS}.kl_factors:KLFactors.project",
+    ],
+    "orthogonalize": [f"{PARTS}.newton_schulz:NewtonSchulz.polar"],
+    "elementwise": [f"{PARTS}.moments:adam", "steepest.engine.elementwise:step_elementwise"],
+    "apply": ["steepest.engine.step:apply"],
+}
+"""The functions that perform each phase, as ``module:name``."""
 
 _listener: Timeline[object] | None = None
 
@@ -81,6 +112,7 @@ def listening(timeline: Timeline[Mark]) -> Iterator[None]:
     global _listener
     if _listener is not None:
         raise RuntimeError("phases have one listener at a time, and there is one already")
+    install()
     timeline.note()
     _listener = timeline  # type: ignore[assignment]
     try:
@@ -120,3 +152,20 @@ def phase(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         return run
 
     return marked
+
+
+@functools.cache
+def install() -> None:
+    """Put a mark around every function of `MARKED`, wherever a module of steepest holds it; once and for all."""
+    for name, places in MARKED.items():
+        for place in places:
+            module, _, path = place.partition(":")
+            owner: object = import_module(module)
+            *outer, last = path.split(".")
+            for part in outer:
+                owner = getattr(owner, part)
+            function: Callable[..., object] = vars(owner)[last]
+            holders = [owner] if outer else [m for n, m in sys.modules.items() if n.startswith("steepest.")]
+            for holder in holders:
+                if vars(holder).get(last, None) is function:
+                    setattr(holder, last, phase(name)(function))
