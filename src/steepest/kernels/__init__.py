@@ -32,7 +32,7 @@ HAS_TRITON = find_spec("triton") is not None
 
 @dataclass(frozen=True)
 class Gates:
-    """From which sizes on a kernel is used. `steepest.lab.bench.gates.measure_gates` measures what they should be.
+    """From which sizes on a kernel is used. benchmarks/gates.py measures what they should be.
 
     None of the defaults was measured here. A symmetric product in Triton is reported to pay from about 2048 rows up and
     to lose below. The others are arithmetic: see `steepest.kernels.symmetric` and `steepest.kernels.adam`.
