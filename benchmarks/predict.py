@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from steepest.lab.bench.entrants import Entrant, entrants
+from steepest.lab.bench.entrants import Entrant, parse_entrants
 from steepest.lab.bench.measure import measure
 from steepest.lab.bench.shapes import ShapeSet, shape_set
 from steepest.lab.plan.here import here
@@ -39,7 +39,7 @@ STEPS = 10
 
 
 def model_of(entrant: Entrant, shapes: ShapeSet) -> Model:
-    """The matrices of a set as a model to plan for, float32."""
+    """Return the matrices of a set as a model to plan for, float32."""
     weights = tuple(
         Weight(f"{number:03}", shape, View(shape) if isinstance(entrant.rule, Rule) else None, 4)
         for number, shape in enumerate(shapes.matrices)
@@ -49,7 +49,7 @@ def model_of(entrant: Entrant, shapes: ShapeSet) -> Model:
 
 
 def predicted(entrant: Entrant, shapes: ShapeSet) -> tuple[float, float, int]:
-    """Milliseconds on the average and of the longest step; bytes of state."""
+    """Return milliseconds on the average and of the longest step, and bytes of state."""
     model = model_of(entrant, shapes)
     found = look(model, mesh("fsdp", 1), tokens=1, device=here(model, CPU))
     assert found.forecast is not None
@@ -57,17 +57,19 @@ def predicted(entrant: Entrant, shapes: ShapeSet) -> tuple[float, float, int]:
     return 1e3 * found.forecast.step, 1e3 * longest, round(found.state_max)
 
 
-def rounds(crew: Sequence[Entrant], shapes: ShapeSet, count: int) -> Iterator[list[dict[str, Any]]]:
-    """A row for each optimizer, after each round."""
-    rows = [{"optimizer": one.label, "predicted_ms": [], "measured_ms": [], "predicted_longest_ms": []} for one in crew]
-    warmup = 1 + max(period_of(one.rule) for one in crew)
+def rounds(entrants: Sequence[Entrant], shapes: ShapeSet, count: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield a row for each optimizer, after each round."""
+    rows = [
+        {"optimizer": one.label, "predicted_ms": [], "measured_ms": [], "predicted_longest_ms": []} for one in entrants
+    ]
+    warmup = 1 + max(period_of(one.rule) for one in entrants)
     for _ in range(count):
-        for row, one in zip(rows, crew, strict=True):
+        for row, one in zip(rows, entrants, strict=True):
             mean, longest, state = predicted(one, shapes)
             row["predicted_ms"].append(mean)
             row["predicted_longest_ms"].append(longest)
             row["predicted_state_bytes"] = state
-        found = measure(crew, shapes.matrices, CPU, STEPS, warmup)
+        found = measure(entrants, shapes.matrices, CPU, STEPS, warmup)
         for row, one in zip(rows, found, strict=True):
             if one.error:
                 raise SystemExit(f"{one.entrant.label}: {one.error}")
@@ -77,7 +79,7 @@ def rounds(crew: Sequence[Entrant], shapes: ShapeSet, count: int) -> Iterator[li
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:
-    """Medians over the rounds."""
+    """Return the medians over the rounds."""
     means = [fmean(steps) for steps in row["measured_ms"]]
     ratios = [p / m for p, m in zip(row["predicted_ms"], means, strict=True)]
     return {
@@ -92,7 +94,7 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """What docs/scaling.md shows."""
+    """Return the table of docs/scaling.md."""
     lines = [
         ("", "predicted", "measured", "ratio", "of rounds", "longest, predicted", "measured"),
         ("---", *["--:"] * 6),
@@ -115,11 +117,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     shapes = shape_set(args.shapes, args.depth)
-    crew = entrants(args.optimizers, max(map(max, shapes.matrices)))
+    entrants = parse_entrants(args.optimizers, shapes.longest)
     print(f"{shapes}; predicted, measured and their ratio, ms of CPU time; longest step; state")
     machine = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
     rows: list[dict[str, Any]] = []
-    for rows in rounds(crew, shapes, args.rounds):
+    for rows in rounds(entrants, shapes, args.rounds):
         if args.json:  # as far as it came
             args.json.write_text(json.dumps(machine | {"shapes": str(shapes), "rows": rows}, indent=1) + "\n")
     for row in rows:

@@ -23,7 +23,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +78,30 @@ def timed(call: Callable[[], Any], device: str) -> tuple[Any, float]:
 
 def off_diagonal(K: Tensor, Q: Tensor) -> float:
     """``‖offdiag(Qᵀ K Q)‖ / ‖K‖``, of the first of the batch."""
-    C = Q[0].mT @ K[0] @ Q[0]
-    return float((C - C.diagonal().diag()).norm() / K[0].norm())
+    C = Q[0].mT.double() @ K[0].double() @ Q[0].double()
+    return float((C - C.diagonal().diag()).norm() / K[0].double().norm())
 
 
-def solve(d: int, every: int, refreshes: int, batch: int, device: str) -> list[dict[str, Any]]:
-    """A row for each solver."""
+def solve(
+    d: int,
+    every: int,
+    refreshes: int,
+    batch: int,
+    device: str,
+    solvers: Mapping[str, Callable[..., Any]] = SOLVERS,
+    start: Callable[[Tensor], Tensor] = eigenvectors,
+) -> list[dict[str, Any]]:
+    """A row for each solver, of bases that begin as ``start`` says."""
     matrices = drifting(d, batch, every, device)
-    first = eigenvectors(next(matrices))
-    bases = dict.fromkeys(SOLVERS, first)
-    seen: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in SOLVERS}
+    bases = dict.fromkeys(solvers, start(next(matrices)))
+    seen: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in solvers}
     for _ in range(refreshes + 1):
         K = next(matrices)
-        for name, follow in SOLVERS.items():
+        for name, follow in solvers.items():
             before = off_diagonal(K, bases[name])
             (Q, _), ms = timed(lambda f=follow, Q=bases[name], K=K: f(K, Q, 1), device)  # type: ignore[misc]
-            error = float((Q.mT @ Q - torch.eye(d, device=device)).abs().max())
+            gram = Q.mT.double() @ Q.double()
+            error = float((gram - torch.eye(d, device=device)).abs().max())
             seen[name].append((ms, before, off_diagonal(K, Q), error))
             bases[name] = Q
     rows = []

@@ -4,10 +4,15 @@ Triton decides when it is imported whether it interprets, and other tests import
 starts a process with TRITON_INTERPRET=1 for the files test_*_kernel.py; in others they are collected only on a GPU.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from steepest import kernels
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # where gates.py is
 
 collect_ignore_glob = [] if kernels.INTERPRETED or torch.cuda.is_available() else ["test_*_kernel.py"]
 

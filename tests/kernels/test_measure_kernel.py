@@ -1,21 +1,19 @@
 """The measurement that gates should follow, at sizes at which it means nothing."""
 
 import pytest
+from gates import Figure, measure_gates, suggest
 
 from steepest import kernels
-from steepest.lab.bench.gates import Figure, measure_gates, suggest
-from steepest.rules.parts.moments import adam
 
 
 def test_each_kernel_is_timed_against_its_twin(launched, device):
-    figures = measure_gates(device, adam, sizes=(16,), batches=(1, 2), repeats=1)
+    figures = measure_gates(device, sizes=(16,), batches=(1, 2), repeats=1)
     assert {figure.what for figure in figures} == {"gram", "gram of a transpose", "polynomial", "adam"}
     assert {figure.batch for figure in figures} == {1, 2}
     assert {figure.precision for figure in figures} >= {"bfloat16", "float32"}
     assert all(figure.kernel > 0 and figure.twin > 0 for figure in figures)
     assert launched.count("_launch") >= 12
     assert launched.count("adam") >= 2
-    assert len(measure_gates(device, sizes=(16,), batches=(1,), repeats=1)) < len(figures) / 2
 
 
 def test_a_device_without_kernels_is_named(device):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from gates import measure_blocks
 
-from steepest.lab.bench.gates import measure_blocks
 from steepest.linalg import symmetric
 from steepest.linalg.polar import polar_factor
 from steepest.linalg.symmetric import BLOCK, ENTRIES, gram, symmetric_product

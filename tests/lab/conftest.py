@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from steepest.lab.bench import speed as bench_speed
+from steepest.lab.plan import here as plan_here
 from steepest.lab.race.race import Entry, Plan, Runs
 from steepest.lab.race.trial import Record, Run, Trial
 from steepest.lab.shared.contenders import Contender, preset
 
-# What test files share is imported by name, and so are the files of benchmarks/gpu.py, as by each other.
+# Files that tests share and those in benchmarks/ are imported by name.
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -113,7 +113,7 @@ def make_runs() -> Callable[..., Runs]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds are measured in a millisecond each: they are figures all the same, if rough ones."""
-    monkeypatch.setattr(bench_speed, "ENOUGH", 1e-3)
+    monkeypatch.setattr(plan_here, "ENOUGH", 1e-3)
 
 
 FORK_SERVER = """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from plans_made_up import FILES, steepest_plan
 
 from steepest.lab.plan import here as plan_here
-from steepest.lab.plan.devices import GPUS, IDEAL, Assumed, gpu, interpolated, key
+from steepest.lab.plan.devices import GPUS, PRODUCTS, gpu, interpolated, key
 from steepest.lab.plan.here import here
 from steepest.lab.plan.models import from_file, preset
 from steepest.lab.plan.plan import look, mesh
@@ -16,9 +18,18 @@ from steepest.lab.shared.errors import BadInput
 from steepest.rule.work import counted, work
 
 
+def ideal(name):
+    """A GPU on which everything runs at its peak."""
+    device, peaks = gpu(name), GPUS[name]
+    products = {"highest": peaks.float32, "high": peaks.tf32, "medium": peaks.tf32, "bfloat16": peaks.bfloat16}
+    speeds = {kind: ((1, products.get(kind, peaks.float32)),) for kind in device.speeds}
+    bandwidths = dict.fromkeys(("bandwidth", "entrywise", "passes"), peaks.bandwidth)
+    return replace(device, speeds=speeds, **bandwidths, per_stack=0.0, per_matrix=0.0)
+
+
 def test_at_its_peak_a_gpu_takes_flops_by_peak_and_bytes_by_bandwidth():
-    model = preset("124m", "soap", {"precondition_frequency": 10, "refresh": "first_order"}, itemsize=4)
-    whole = look(model, mesh("fsdp", 1), 2**19, device=gpu("h200", IDEAL)).forecast
+    model = preset("124m", "soap", {"precondition_frequency": 10, "solver": "first_order"}, itemsize=4)
+    whole = look(model, mesh("fsdp", 1), 2**19, device=ideal("h200")).forecast
     peaks = GPUS["h200"]
     matrices = [(768, 768)] * 48 + [(3072, 768)] * 24
     entries = sum(m * n for m, n in matrices)
@@ -34,23 +45,23 @@ def test_at_its_peak_a_gpu_takes_flops_by_peak_and_bytes_by_bandwidth():
 
 @pytest.mark.parametrize("name", GPUS)
 def test_assumptions_never_beat_the_peak(name):
-    guessed, ideal = gpu(name), gpu(name, IDEAL)
-    for kind in ideal.speeds:
+    guessed, peak = gpu(name), ideal(name)
+    for kind in peak.speeds:
         for size in (1, 100, 1000, 10**5):
-            assert 0 < guessed.speeds[kind][-1][1] <= ideal.speeds[kind][-1][1]
-            assert interpolated(guessed.speeds[kind], size) <= interpolated(ideal.speeds[kind], size)
+            assert 0 < guessed.speeds[kind][-1][1] <= peak.speeds[kind][-1][1]
+            assert interpolated(guessed.speeds[kind], size) <= interpolated(peak.speeds[kind], size)
     for what in ("bandwidth", "entrywise", "passes"):
-        assert getattr(guessed, what) < getattr(ideal, what)
+        assert getattr(guessed, what) < getattr(peak, what)
     for optimizer in ("soap", "muon", "shampoo", "inverse_root", "dion", "adamw"):
         found = [
-            look(preset("124m", optimizer, {}), mesh("fsdp", 4), 2**19, device=d).forecast for d in (guessed, ideal)
+            look(preset("124m", optimizer, {}), mesh("fsdp", 4), 2**19, device=d).forecast for d in (guessed, peak)
         ]
         assert 0 < found[1].step < found[0].step
         assert found[0].training == found[1].training
 
 
 def test_curves_ascend():
-    for curve in (Assumed().products, *gpu("h200").speeds.values()):
+    for curve in (PRODUCTS, *gpu("h200").speeds.values()):
         assert [size for size, _ in curve] == sorted({size for size, _ in curve})
         assert [value for _, value in curve] == sorted(value for _, value in curve)
 
@@ -70,8 +81,8 @@ def brief(hasty, monkeypatch):
     ("optimizer", "options", "speeds"),
     [
         ("soap", {"precondition_frequency": 10}, {"highest", "high", "qr"}),
-        ("soap", {"refresh": "cholesky"}, {"highest", "high", "cholesky"}),
-        ("shampoo", {"refresh": "eigh"}, {"highest", "eigh"}),
+        ("soap", {"solver": "cholesky"}, {"highest", "high", "cholesky"}),
+        ("shampoo", {"solver": "eigh"}, {"highest", "eigh"}),
         ("muon", {"ns": "exact"}, {"highest", "svd"}),
         ("muon", {"ns_dtype": "bfloat16"}, {"bfloat16"}),
         ("dion", {}, {"highest", "qr", "cholesky"}),

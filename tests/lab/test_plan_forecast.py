@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from plans_made_up import steepest_plan
 
-from steepest.lab.plan.command import in_ms
 from steepest.lab.plan.devices import GPUS, gpu
 from steepest.lab.plan.models import preset
 from steepest.lab.plan.plan import look, mesh
+from steepest.lab.plan.text import milliseconds
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/scaling.md").read_text()
@@ -31,7 +31,7 @@ def test_the_table_and_the_figures():
         preset("124m", "soap", {"precondition_frequency": 10}), mesh("fsdp", 8), 2**19, device=gpu("h200")
     ).forecast
     assert found[0]["forecast"] == asdict(direct) | {"share": direct.share, "fits": True}
-    assert f" {in_ms(direct.step)} " in done.output
+    assert f" {milliseconds(1e3 * direct.step)} " in done.output
     assert f"{direct.share:.1%}" in done.output
 
 

@@ -5,6 +5,7 @@ No time is judged here; benchmarks/predict.py does that.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ import steepest
 from steepest.lab.bench.measure import state_bytes
 from steepest.lab.plan.devices import gpu, interpolated
 from steepest.lab.plan.models import Model, Weight, from_file, preset
-from steepest.lab.plan.plan import _turns, look, mesh
+from steepest.lab.plan.plan import _refresh_offsets, look, mesh
 from steepest.lab.plan.time import Load, forecast, settled
 from steepest.rule.work import Part, Work
 from steepest.rules.adamw import AdamW
@@ -166,7 +167,7 @@ def test_phases_are_the_engines():
     (engine,) = optimizer._offsets.values()
     weights = tuple(Weight(name, shape, View(shape), 4) for name, shape in shapes.items())
     model = Model("", weights, "", Soap(precondition_frequency=3), AdamW())
-    ours = _turns(model)
+    ours = _refresh_offsets(model)
     assert [engine[i, 0, 0] for i in range(5)] == [ours[name, 0][0] for name in shapes]
     assert len(set(engine.values())) == 3
 
@@ -202,7 +203,8 @@ def test_bases_in_fewer_bytes_are_moved_in_fewer():
 
 def test_no_rank_is_forgotten():
     """The mean's busiest rank need not be the one that holds most."""
-    loads = [Load({(4, 2, 0): 1.0}, 1, 0.0, 8.0, 1.0), Load({}, 0, 1.0, 800.0, 7.0)]
+    busy = Load(matrices=Counter({(4, 2, 0): 1}), stacks={(0, 4, 2)}, parameters=8.0, state=1.0)
+    loads = [busy, Load(entries=1.0, parameters=800.0, state=7.0)]
     seen = forecast((Muon(ns_dtype="float32"), AdamW()), loads, 1.0, DEVICE, 4)
     assert seen.step == predict(Muon(ns_dtype="float32"), (4, 2)).step
     assert seen.held == 2 * 4 * 800 + 7

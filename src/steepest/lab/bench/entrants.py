@@ -1,18 +1,18 @@
-"""Who takes part in ``steepest bench``: optimizers of ours, each with the work that it does."""
+"""The entrants of ``steepest bench``: optimizers of this library, each with its rule and the family of its peers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from steepest.engine.optimizer import Optimizer
 from steepest.lab.plan.models import rule_of
-from steepest.lab.shared.contenders import Contender, parse_contenders, split
+from steepest.lab.shared.contenders import parse_contenders, split
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.presets import PRESETS
 from steepest.linalg.polar import TABLES
@@ -21,24 +21,24 @@ from steepest.rule import Elementwise, Refreshing, Rule
 from steepest.rules.parts.newton_schulz import NewtonSchulz
 
 DEFAULT = "soap-f10, soap-f10(stagger=True), soap-f1, kl-soap-f10, moso, muon, adamw"
-"""Who runs when nobody is named."""
+"""The entrants if none are named."""
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class Family:
-    """Optimizers that do the same work: only these are compared."""
+    """Optimizers that do the same work. Only these are compared."""
 
     kind: str
-    """soap, kl-soap, muon, ..."""
+    """The algorithm: soap, kl-soap, muon, ..."""
     frequency: int = 0
-    """Steps from refresh to refresh; 0 where there is none."""
+    """The number of steps from one refresh to the next; 0 if there is none."""
     max_precond_dim: int = 0
-    """Longer sides have no factor; 0 where a rule has no such limit, or the limit cuts nothing at hand."""
+    """The longest side that has a factor; 0 if that limits no matrix at hand."""
 
     def __str__(self) -> str:
-        """For people.
+        """Return the family in words.
 
         >>> str(Family("soap", 10, 256)), str(Family("muon"))
         ('soap, f = 10, sides to 256', 'muon')
@@ -49,22 +49,22 @@ class Family:
 
 @dataclass(frozen=True)
 class Entrant:
-    """One that steps."""
+    """An optimizer that takes part: how it is made, and what it is compared with."""
 
     label: str
     family: Family
     rule: Rule | Elementwise
-    """Whose work its floor counts: of a peer, that of ours in its family."""
+    """The rule whose work its floor counts. A peer has the rule of ours in its family."""
     make: Make
     settings: Mapping[str, Any]
-    """By which it was made."""
+    """The options that it is made with."""
     ours: bool = True
     scope: Callable[[], AbstractContextManager[object]] = nullcontext
-    """Around its construction and each of its steps: what a library would otherwise set for everybody."""
+    """A context around its construction and each of its steps, for settings that its library makes globally."""
 
 
-def entrants(text: str, longest: int) -> list[Entrant]:
-    """Ours, from a list as `steepest.lab.shared.contenders` reads it; ``-f10`` behind a name sets its frequency.
+def parse_entrants(text: str, longest: int) -> list[Entrant]:
+    """Parse a list as `steepest.lab.shared.contenders` does; ``-f10`` behind a name sets its frequency.
 
     Args:
         text: the list.
@@ -73,38 +73,31 @@ def entrants(text: str, longest: int) -> list[Entrant]:
     Raises:
         BadInput: for an unknown name or option, or one out of range.
 
-    >>> [(e.label, str(e.family)) for e in entrants("kl-soap-f5, soap(max_precond_dim=64), muon", longest=256)]
+    >>> [(e.label, str(e.family)) for e in parse_entrants("kl-soap-f5, soap(max_precond_dim=64), muon", longest=256)]
     [('kl-soap-f5', 'kl-soap, f = 5'), ('soap(max_precond_dim=64)', 'soap, f = 1, sides to 64'), ('muon', 'muon')]
     """
-    found = parse_contenders(", ".join(map(_with_frequency, split(text))))
-    labels = iter([part.strip() for part in split(text) if part.strip()])
-    return [_entrant(replace(contender, label=label), longest) for contender, label in zip(found, labels, strict=True)]
+    labels = [part.strip() for part in split(text) if part.strip()]
+    contenders = parse_contenders(", ".join(map(_with_frequency, labels)))
+    return [_entrant(label, c.rule, c.options, longest) for label, c in zip(labels, contenders, strict=True)]
 
 
 def family_of(rule: Rule | Elementwise, longest: int) -> Family:
-    """Whom a rule is compared with."""
+    """Return the family of a rule, where no matrix at hand has a longer side than ``longest``."""
     if isinstance(rule, Elementwise):
         return Family(rule.name)
     kind = rule.name.replace("_", "-") + (" by eigh" if getattr(rule, "solver", "") == "eigh" else "")
-    if isinstance(rule, NewtonSchulz) and not _usual(rule.ns):
-        kind += f" by {rule.ns}"
+    if isinstance(rule, NewtonSchulz):
+        steps = TABLES[rule.ns].steps if rule.ns in TABLES else ()
+        usual = len(steps) == 5 and all(c for _, _, c in steps)  # five quintic steps, as in every library's Muon
+        kind += "" if usual else f" by {rule.ns}"
     if not isinstance(rule, Refreshing):
         return Family(kind)
     return Family(kind, rule.last_period, rule.max_precond_dim if rule.max_precond_dim < longest else 0)
 
 
-def _usual(ns: str) -> bool:
-    """Whether it is five quintic steps, as in every Muon.
-
-    >>> _usual("keller"), _usual("polar_express_5"), _usual("cubic5"), _usual("exact")
-    (True, True, False, False)
-    """
-    return ns in TABLES and len(TABLES[ns].steps) == 5 and all(c for _, _, c in TABLES[ns].steps)
-
-
-def _entrant(contender: Contender, longest: int) -> Entrant:
-    rule = rule_of(contender.rule, contender.options)
-    settings = group_options(contender.rule, dict(contender.options))
+def _entrant(label: str, name: str, options: Mapping[str, Any], longest: int) -> Entrant:
+    rule = rule_of(name, options)
+    settings = group_options(name, dict(options))
 
     def make(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return Optimizer(params, **settings)
@@ -112,17 +105,16 @@ def _entrant(contender: Contender, longest: int) -> Entrant:
     try:
         make([torch.nn.Parameter(torch.zeros(2, 2))])
     except (TypeError, ValueError) as error:
-        raise BadInput(f"optimizer {contender.label}: {one_line(error)}") from error
-    return Entrant(contender.label, family_of(rule, longest), rule, make, settings)
+        raise BadInput(f"optimizer {label}: {one_line(error)}") from error
+    return Entrant(label, family_of(rule, longest), rule, make, settings)
 
 
 def _with_frequency(spec: str) -> str:
-    """``kl-soap-f5(lr=1)`` as ``kl-soap(precondition_frequency=5,lr=1)``; presets keep their names.
+    """Rewrite ``kl-soap-f5(lr=1)`` as ``kl-soap(precondition_frequency=5, lr=1)``. Names of presets stay.
 
-    >>> _with_frequency(" kl-soap-f5(lr=1)"), _with_frequency("soap-f10"), _with_frequency("soap-f1")
+    >>> _with_frequency("kl-soap-f5(lr=1)"), _with_frequency("soap-f10"), _with_frequency("soap-f1")
     ('kl-soap(precondition_frequency=5, lr=1)', 'soap-f10', 'soap(precondition_frequency=1)')
     """
-    spec = spec.strip()
     found = re.fullmatch(r"([^(]+)-f(\d+)\s*(?:\((.*)\))?", spec, re.DOTALL)
     if found is None or f"{found[1]}-f{found[2]}".lower() in PRESETS:
         return spec

@@ -1,4 +1,4 @@
-"""What ``steepest check`` does: find an optimizer by name, put it to the contract, show the table."""
+"""The command ``steepest check``: it finds an optimizer by name and checks the contract, clause by clause."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ LOOKS = {Verdict.KEPT: "green", Verdict.BROKEN: "bold red", Verdict.NOT_APPLICAB
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be checked."""
+    """The options of the command line."""
 
     spec: str
-    """``module:Class``, or the name of one of ours."""
+    """``module:Class``, or the name of one of our optimizers."""
     options: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     device: str = "cpu"
@@ -45,7 +45,7 @@ class Request:
 
 
 def run(request: Request, console: Console) -> bool:
-    """Check, print, and say whether every clause is kept.
+    """Check an optimizer, print the verdicts, and return whether every clause is kept.
 
     Raises:
         BadInput: if there is no such optimizer, or it can't be built with these options.
@@ -63,7 +63,7 @@ def run(request: Request, console: Console) -> bool:
     if request.as_json:
         console.print_json(json.dumps(plain(report, request.spec)))
         return report.ok
-    found = ", ".join(f"{package} {version}" for package, version in versions(request.spec).items())
+    found = ", ".join(f"{package} {version}" for package, version in _versions(request.spec).items())
     console.print(f"[bold]{request.spec}[/]  [dim]{found}[/]", highlight=False)
     console.print(table(report))
     for shape, why in (report.refused or {}).items():
@@ -73,7 +73,7 @@ def run(request: Request, console: Console) -> bool:
 
 
 def find(spec: str, options: Mapping[str, Any]) -> Factory:
-    """The factory of an optimizer, given as ``module:Class`` or by one of our names.
+    """Find the factory of an optimizer, by ``module:Class`` or by one of our names.
 
     >>> find("torch.optim:SGD", {"lr": 0.1})([torch.zeros(1, requires_grad=True)]).defaults["lr"]
     0.1
@@ -98,7 +98,7 @@ def find(spec: str, options: Mapping[str, Any]) -> Factory:
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Options from the command line, each ``name=value``.
+    """Parse options from the command line, each ``name=value``.
 
     >>> parse_options(["betas=(0.9, 0.95)", "nesterov=True", "graft=adam"])
     {'betas': (0.9, 0.95), 'nesterov': True, 'graft': 'adam'}
@@ -116,26 +116,24 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def table(report: Report) -> Table:
-    """A line for each clause; below it the evidence, if it is broken, or the reason why it doesn't apply."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    grid.add_column("", justify="right")
-    grid.add_column("clause")
-    grid.add_column("", no_wrap=True)
+    """Return a line for each clause, and below it the evidence if it is broken, or the reason why it doesn't apply."""
+    shown = Table("", "clause", "", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown.columns[0].justify, shown.columns[2].no_wrap = "right", True
     for finding in report.findings:
         words = Text(finding.clause.title)
         if finding.why:
             words.append(f"\n  {finding.why}", style="dim")
         verdict = Text(finding.verdict.value, style=LOOKS[finding.verdict])
-        grid.add_row(str(finding.clause.number), words, verdict)
-    return grid
+        shown.add_row(str(finding.clause.number), words, verdict)
+    return shown
 
 
 def plain(report: Report, spec: str) -> dict[str, Any]:
-    """The report as plain values: verdict and evidence, clause by clause."""
+    """Return the report as JSON has it: verdict and evidence, clause by clause."""
     findings = {f.clause.name: {"verdict": f.verdict.value, "why": f.why} for f in report.findings}
     return {
         "optimizer": spec,
-        "versions": versions(spec),
+        "versions": _versions(spec),
         "kept": len(report.kept),
         "broken": len(report.broken),
         "not_applicable": len(report.not_applicable),
@@ -144,11 +142,15 @@ def plain(report: Report, spec: str) -> dict[str, Any]:
     }
 
 
-def versions(spec: str) -> dict[str, str]:
-    """The versions of what was measured: the optimizer's package, if it is one, and torch."""
-    package = spec.partition(":")[0].partition(".")[0] if ":" in spec else "steepest"
+def versions(*packages: str) -> dict[str, str]:
+    """Return the version of each of these packages that is installed."""
     found = {}
-    for name in dict.fromkeys([package, "torch"]):
+    for name in packages:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def _versions(spec: str) -> dict[str, str]:
+    """Return the versions of an optimizer's package, if it is installed, and of torch."""
+    return versions(spec.partition(":")[0].partition(".")[0] if ":" in spec else "steepest", "torch")

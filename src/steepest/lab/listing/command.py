@@ -1,16 +1,14 @@
-"""What ``steepest optimizers`` and ``steepest routes`` print: every optimizer with its costs, and a model's routing.
+"""The commands ``steepest optimizers`` and ``steepest routes``: all optimizers with their costs, a model's routing.
 
-Nothing in the list is copied from a paper: state is what a rule's ``init`` lays out (torch.optim's: what the first step
-leaves), work is what `steepest.rule.work` counts.
+No figure in the list is copied from a paper. State is what a rule's ``init`` lays out, or what the first step of an
+optimizer of torch.optim leaves; work is what `steepest.rule.work` counts.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich import box
@@ -32,12 +30,9 @@ from steepest.rules import RULES
 from steepest.stack.storage import laid_out
 
 SIDE = 256
-"""Rows and columns of the matrix for which work is counted."""
-UNUSUAL = {
-    "lbfgs": "any shape, by a closure",
-    "sparseadam": "sparse gradients",
-}
-"""What those take that can't be measured by a step like the others'."""
+"""Work is counted on matrices of so many rows and columns."""
+UNUSUAL = {"lbfgs": "any shape, by a closure", "sparseadam": "sparse gradients"}
+"""The input of those optimizers that a step like the others' can't measure."""
 FOOTNOTE = (
     "m=n, n=4m: bytes of state per entry of a float32 matrix m × n. products: what one step multiplies, for a matrix "
     f"of {SIDE}×{SIDE}, in units of one product of two such matrices; FLOPs of decompositions come beside them, in the "
@@ -58,26 +53,45 @@ class Cost:
 
 @dataclass(frozen=True)
 class Line:
-    """One optimizer."""
+    """An optimizer in the list."""
 
     name: str
     paper: str
     takes: str
-    """What it is for."""
+    """The parameters that it takes."""
     square: float | None
-    """State, in bytes per entry of a square matrix; None where that is not fixed."""
+    """State in bytes per entry of a square matrix; None where that is not fixed."""
     wide: float | None
-    """The same for four times as many columns as rows."""
+    """State in bytes per entry of a matrix with four times as many columns as rows."""
     cost: Cost | None
 
 
 def print_optimizers(console: Console) -> None:
     """Print every optimizer that `steepest.create` knows, and every recipe."""
     for title, lines in (("steepest", ours()), ("torch.optim", torchs())):
-        console.print(_table(title, lines))
+        shown = _table(title, ("m=n", "n=4m", "products"), ("and", "takes", "paper"))
+        for line in lines:
+            work = ("", "") if line.cost is None else (_short(line.cost.products), line.cost.decompositions)
+            paper = line.paper.replace("https://", "")
+            shown.add_row(line.name, _short(line.square), _short(line.wide), *work, line.takes, paper)
+        console.print(shown)
     console.print(FOOTNOTE, style="dim", highlight=False)
     console.print()
-    console.print(_recipes())
+    recipes = _table("recipes", (), ("date", "source"))
+    for one in RECIPES.values():
+        recipes.add_row(one.name, one.date, one.source)
+    console.print(recipes)
+
+
+def _table(title: str, numbers: tuple[str, ...], texts: tuple[str, ...]) -> Table:
+    """Return an empty table with a column of names, columns of numbers, and texts that are folded."""
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown.add_column(title, no_wrap=True)
+    for head in numbers:
+        shown.add_column(head, justify="right", no_wrap=True)
+    for head in texts:
+        shown.add_column(head, overflow="fold")
+    return shown
 
 
 def print_routes(file: str, rule: str, console: Console) -> None:
@@ -95,7 +109,11 @@ def print_routes(file: str, rule: str, console: Console) -> None:
 
 
 def build_model(path: Path) -> nn.Module:
-    """What ``model()`` in the file returns; BadInput unless that is a module."""
+    """Return the module that ``model()`` in a Python file makes.
+
+    Raises:
+        BadInput: if it makes none.
+    """
     make = getattr(import_file(path, "model file"), "model", None)
     if not callable(make):
         raise BadInput(f"model file {path}: defines no function model()")
@@ -109,19 +127,19 @@ def build_model(path: Path) -> nn.Module:
 
 
 def ours() -> list[Line]:
-    """The optimizers of this library, those first that have a class."""
+    """Return the optimizers of this library; those with a class come first."""
     named = {entry.rule for entry in NAMES.values()}
     names = [*NAMES, *(name for name in RULES if name not in named and name not in TORCH)]
     return [_our_line(name) for name in names]
 
 
 def torchs() -> list[Line]:
-    """torch.optim's; those that ours hide behind the same name go by "torch." and theirs."""
+    """Return the optimizers of torch.optim. A name that one of ours has, too, begins with "torch."."""
     return [_torch_line(name) for name in sorted(TORCH)]
 
 
 def bytes_per_entry(name: str, m: int, n: int) -> float:
-    """What one of ours keeps for an m × n matrix; nothing is allocated.
+    """Return the bytes of state per entry of an m × n matrix under one of our optimizers. Nothing is allocated.
 
     >>> bytes_per_entry("soap", 64, 64), bytes_per_entry("muon", 64, 256)
     (24.0, 4.0)
@@ -143,7 +161,7 @@ def cost(name: str) -> Cost:
     (Cost(products=0.0, decompositions=''), Cost(products=6.0, decompositions='qr 1.3'))
     """
     options = group_options(name, {})
-    rule = RULES[options.pop("rule")](**options)
+    rule = RULES[options["rule"]].from_group(option_defaults(options["rule"]) | options)
     if not isinstance(rule, Rule):
         return Cost(0.0, "")
     kinds: defaultdict[str, float] = defaultdict(float)
@@ -173,45 +191,14 @@ def _torch_line(key: str) -> Line:
 
 def _bytes_left_by_a_step(optimizer: type[Optimizer], m: int, n: int) -> int:
     W = nn.Parameter(torch.ones(m, n))
-    with_rate = inspect.signature(optimizer).parameters["lr"].default is inspect.Parameter.empty
-    options: dict[str, Any] = {"lr": 1e-3} if with_rate else {}
-    stepping = optimizer([W], **options)
     W.grad = torch.ones(m, n)
+    stepping = optimizer([W], lr=1e-3)  # type: ignore[call-arg]
     stepping.step()
-    tensors = [x for x in stepping.state[W].values() if isinstance(x, torch.Tensor)]
-    return sum(x.nbytes for x in tensors if x.dim() > 0)
-
-
-def _table(title: str, lines: list[Line]) -> Table:
-    grid = _grid(title)
-    for heading in ("m=n", "n=4m", "products"):
-        grid.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("and", "takes", "paper"):
-        grid.add_column(heading, overflow="fold")
-    for line in lines:
-        work = ("", "") if line.cost is None else (_short(line.cost.products), line.cost.decompositions)
-        paper = line.paper.replace("https://", "")
-        grid.add_row(line.name, _short(line.square), _short(line.wide), *work, line.takes, paper)
-    return grid
-
-
-def _recipes() -> Table:
-    grid = _grid("recipes")
-    grid.add_column("date")
-    grid.add_column("source")
-    for r in RECIPES.values():
-        grid.add_row(r.name, r.date, r.source)
-    return grid
-
-
-def _grid(title: str) -> Table:
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    grid.add_column(title, no_wrap=True)
-    return grid
+    return sum(x.nbytes for x in stepping.state[W].values() if isinstance(x, torch.Tensor) and x.dim() > 0)
 
 
 def _short(number: float | None) -> str:
-    """At most one digit after the point, and nothing for what is not known.
+    """Format a number with at most one digit after the point; empty for None.
 
     >>> _short(24.0), _short(4.0625), _short(0.0), _short(None)
     ('24', '4.1', '0', '')

@@ -1,6 +1,6 @@
-"""Devices, as far as the time of a step depends on them: their published peaks, and what is assumed beside those.
+"""The speeds of devices on which the time of a step depends: published peaks, and assumed shares of them.
 
-Nothing here was measured; `steepest.lab.plan.here` measures the machine at hand instead.
+None of these was measured. `steepest.lab.plan.here` measures the machine at hand instead.
 """
 
 from __future__ import annotations
@@ -11,53 +11,53 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from steepest.lab.shared.errors import BadInput
-from steepest.rule.work import CHOLESKY, EIGH, QR, SVD, Part, Work
+from steepest.rule.work import CHOLESKY, EIGH, PRODUCT, QR, SVD, Part, Work
 
 Curve = tuple[tuple[int, float], ...]
-"""Sizes, ascending, each with a value; straight between them where both are logarithms, and level beyond."""
+"""Ascending sizes with their values; between them a straight line of logarithms, beyond them level."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """How long things take on it."""
+    """The speeds and the memory of a device."""
 
     name: str
     kind: str
-    """What options that depend on the device are settled for: "cuda" or "cpu"."""
+    """The type of device for options that depend on it: "cuda" or "cpu"."""
     speeds: Mapping[str, Curve]
-    """FLOPs per second: of products by precision, of decompositions by kind, as `steepest.rule.work.Part` has them;
-    sizes as there."""
+    """FLOPs per second of products by precision and of decompositions by kind, by size, as
+    `steepest.rule.work.Part` has them."""
     bandwidth: float
-    """Bytes per second that one kernel reads and writes."""
+    """Bytes per second of a kernel that reads and writes."""
     entrywise: float
     """Bytes per second of an elementwise rule's step, each counted once."""
     passes: float
     """Bytes per second of a stack's step outside products, each counted once however often it is read."""
     per_stack: float
-    """Seconds of a step that one matrix costs whatever its size."""
+    """Seconds of a step of one matrix, whatever its size."""
     per_matrix: float
     """Seconds more for each other matrix of the same shape."""
     training: float
-    """FLOPs per second that a model's own share of them (MFU) is of."""
+    """FLOPs per second of which a model's utilization (MFU) is a share."""
     memory: float
     """Bytes."""
 
     def seconds(self, work: Work) -> float:
-        """How long a step's products and decompositions take, one after the other."""
+        """Return the seconds of a step's products and decompositions, one after the other."""
         return math.fsum(flops / self.speed(part) for part, flops in work.parts.items())
 
     def speed(self, part: Part) -> float:
-        """FLOPs per second of a part of the work."""
+        """Return the FLOPs per second of a part. Products without a precision of their own are float32 ones."""
         return interpolated(self.speeds[key(part)], part.size)
 
 
 def key(part: Part) -> str:
-    """The name of its curve in `Device.speeds`: a product's precision, a decomposition's kind."""
-    return part.precision or part.kind
+    """Return the key of a part in `Device.speeds`."""
+    return (part.precision or "highest") if part.kind == PRODUCT else part.kind
 
 
 def interpolated(curve: Curve, size: int) -> float:
-    """A curve's value.
+    """Return the value of a curve at a size.
 
     >>> curve = ((100, 1.0), (400, 4.0))
     >>> interpolated(curve, 50), round(interpolated(curve, 200), 12), interpolated(curve, 400), interpolated(curve, 999)
@@ -72,7 +72,7 @@ def interpolated(curve: Curve, size: int) -> float:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a maker publishes: FLOPs per second without sparsity, bytes per second, bytes."""
+    """Published peaks of a GPU: FLOPs per second without sparsity, bytes per second, bytes."""
 
     float32: float
     """Outside tensor cores."""
@@ -88,29 +88,22 @@ GPUS: Mapping[str, Peaks] = {
     "a100": Peaks(19.5e12, 156e12, 312e12, 2.039e12, 80e9),
     "l40s": Peaks(91.6e12, 183e12, 362e12, 0.864e12, 48e9),
 }
-"""NVIDIA's data sheets: H200 SXM, H100 SXM, A100 80GB SXM, L40S."""
+"""GPUs by name, after NVIDIA's data sheets: H200 SXM, H100 SXM, A100 80GB SXM, L40S."""
 
 
-@dataclass(frozen=True)
-class Assumed:
-    """What no data sheet tells. The defaults are guesses with reasons; no GPU was at hand to measure any."""
-
-    products: Curve = ((64, 0.02), (256, 0.2), (1024, 0.55), (4096, 0.75))
-    """Share of the peak, by size. Large products reach about three quarters, for want of power and of whole waves of
-    tiles. Small ones fill a GPU only in batches, and stacks are batches of a few."""
-    decompositions: Mapping[str, Curve] | None = None
-    """FLOPs per second by kind, no faster than float32's peak; None: `DECOMPOSITIONS`."""
-    bandwidth: float = 0.8
-    """Share of the peak, of one kernel that streams."""
-    entrywise: float = 0.5
-    """Share of the peak, of an elementwise rule's step: a fused kernel's, but norms have gradients read once more."""
-    passes: float = 0.5
-    """Share of the peak, of a stack's pass: some bytes are read more than once (norms, floors, views)."""
-    per_stack: float = 0.3e-3
-    """About 60 launches of 5 µs, which the host makes one after the other."""
-    per_matrix: float = 20e-6
-    """Its gradient's copy and its weight's two passes, launched or looped over."""
-
+# No data sheet tells the following. They are guesses with reasons: no GPU was at hand to measure any.
+PRODUCTS: Curve = ((64, 0.02), (256, 0.2), (1024, 0.55), (4096, 0.75))
+"""The share of its peak at which a GPU multiplies, by size. Large products reach about three quarters, for want of
+power and of whole waves of tiles. Small ones fill a GPU only in batches, and stacks are batches of a few."""
+STREAMED = 0.8
+"""The share of its bandwidth that one kernel reaches which reads and writes everything once."""
+REREAD = 0.5
+"""The share of its bandwidth that steps reach outside products, each byte counted once. Some are read more than once:
+elementwise rules read gradients for their norms too, and stacks have norms, floors and views."""
+PER_STACK = 0.3e-3
+"""Seconds of a stack: about 60 launches of 5 µs, which the host makes one after the other."""
+PER_MATRIX = 20e-6
+"""Seconds of a further matrix: its gradient's copy and its weight's two passes, launched or looped over."""
 
 DECOMPOSITIONS: Mapping[str, Curve] = {
     QR: ((100, 5e9), (256, 4e10), (1024, 1e12), (2048, 3e12), (4096, 6e12)),
@@ -118,56 +111,42 @@ DECOMPOSITIONS: Mapping[str, Curve] = {
     EIGH: ((100, 5e9), (512, 1e11), (2048, 6e11), (8192, 2e12)),
     SVD: ((100, 2.5e9), (512, 5e10), (2048, 3e11), (8192, 1e12)),
 }
-"""FLOPs per second on any of these GPUs. Panels of a few columns wait for each other, so latency limits, not peaks, and
-torch decomposes the matrices of a batch one after the other. Reported elsewhere: 1.8 ms for the eigenvectors of
-100 rows (5 GFLOP/s); 6 ms for a QR decomposition of 2000 rows (3 TFLOP/s). The rest is drawn from there by the slope
-that LAPACK's have. Cholesky's has least to wait for, and triangular solves are mostly products. Singular values: twice
-the time of eigenvalues."""
-
-IDEAL = Assumed(
-    products=((1, 1.0),),
-    decompositions=dict.fromkeys(DECOMPOSITIONS, ((1, math.inf),)),
-    bandwidth=1.0,
-    entrywise=1.0,
-    passes=1.0,
-    per_stack=0.0,
-    per_matrix=0.0,
-)
-"""Everything at its peak: the least time there could be."""
+"""FLOPs per second on any of these GPUs, but no more than float32's peak. Panels of a few columns wait for each other,
+so latency limits them, and torch decomposes the matrices of a batch one after the other. Reported elsewhere are 1.8 ms
+for the eigenvectors of 100 rows (5 GFLOP/s) and 6 ms for a QR decomposition of 2000 rows (3 TFLOP/s). The rest is drawn
+from there by the slope that LAPACK's have. Cholesky decompositions have least to wait for, and triangular solves are
+mostly products. Singular values take twice the time of eigenvalues."""
 
 
-def gpu(name: str, assumed: Assumed | None = None) -> Device:
-    """A GPU by name.
+def gpu(name: str) -> Device:
+    """Return a GPU by name.
 
     Raises:
         BadInput: if it isn't in `GPUS`.
 
-    >>> device = gpu("H200", IDEAL)
-    >>> f"{device.speed(Part('product', 256, 'high')):.4g}", f"{device.speed(Part('qr', 256)):.4g}"
-    ('4.945e+14', '6.7e+13')
+    >>> device = gpu("H200")
+    >>> f"{device.speed(Part('product', 1024, 'high')):.4g}", f"{device.speed(Part('qr', 256)):.4g}"
+    ('2.72e+14', '4e+10')
     """
     if name.lower() not in GPUS:
         raise BadInput(f"--gpu {name}: there are {', '.join(GPUS)}, and here, which measures this machine")
-    peaks, guess = GPUS[name.lower()], assumed or Assumed()
+    peaks = GPUS[name.lower()]
     # torch computes float32 products in TF32 at "high" and at "medium" alike.
     products = {"highest": peaks.float32, "high": peaks.tf32, "medium": peaks.tf32, "bfloat16": peaks.bfloat16}
-    speeds = {precision: _scaled(guess.products, peak) for precision, peak in products.items()}
-    decompositions = DECOMPOSITIONS if guess.decompositions is None else guess.decompositions
-    for kind, curve in decompositions.items():
+    speeds = {
+        precision: tuple((size, peak * share) for size, share in PRODUCTS) for precision, peak in products.items()
+    }
+    for kind, curve in DECOMPOSITIONS.items():
         speeds[kind] = tuple((size, min(speed, peaks.float32)) for size, speed in curve)
     return Device(
         name=name.lower(),
         kind="cuda",
         speeds=speeds,
-        bandwidth=guess.bandwidth * peaks.bandwidth,
-        entrywise=guess.entrywise * peaks.bandwidth,
-        passes=guess.passes * peaks.bandwidth,
-        per_stack=guess.per_stack,
-        per_matrix=guess.per_matrix,
+        bandwidth=STREAMED * peaks.bandwidth,
+        entrywise=REREAD * peaks.bandwidth,
+        passes=REREAD * peaks.bandwidth,
+        per_stack=PER_STACK,
+        per_matrix=PER_MATRIX,
         training=peaks.bfloat16,
         memory=peaks.memory,
     )
-
-
-def _scaled(curve: Curve, by: float) -> Curve:
-    return tuple((size, by * value) for size, value in curve)

@@ -1,11 +1,12 @@
-"""The machine at hand as a device for ``steepest plan``: measured, for the work of one model."""
+"""The machine at hand as a device for ``steepest plan``, measured for the work of one model."""
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.lab.bench.speed import FLOAT, LONGEST, clock_of, fastest
 from steepest.lab.plan.devices import Curve, Device, interpolated, key
 from steepest.lab.plan.models import Model
-from steepest.lab.plan.time import entry_bytes, period_of, settled
+from steepest.lab.plan.time import FLOAT, entry_bytes, period_of, settled
+from steepest.lab.shared.device import one_thread
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
 from steepest.linalg.solvers import householder
 from steepest.rule import Elementwise, Refreshing, Rule
@@ -26,46 +27,56 @@ from steepest.rules.parts.moments import adam
 from steepest.rules.soap import Soap
 
 NAME = "here"
-MOST_ENTRIES = 2**22
-"""Of what is passed over: more, and it is in no cache anyway."""
-COLUMNS = 1024
+LONGEST = 1024
+"""The longest side on a CPU: speed stays the same beyond, and a product of 8192×8192 takes seconds."""
+ROUNDS, ENOUGH = 3, 0.05
+"""Products and decompositions are timed at least so often and for so many seconds; the fastest call counts."""
+MOST_ENTRIES, COLUMNS = 2**22, 1024
+"""The most entries that passes go over (more are in no cache anyway), and the columns in which they lie."""
 EVICTED, COLD_ROUNDS = 2**25, 7
-"""Entries that are written to fill the caches with something else; how often each pass is timed."""
+"""The entries that are written to evict everything else from the caches; how often each pass is timed."""
 TINY, CROWD = 8, 9
-"""Sides of matrices that take no time but their stack's own; how many are in the larger stack."""
+"""The side of matrices that take no time but their stack's own, and how many are in the larger stack."""
 LONGEST_PERIOD = 20
-"""In steps: a refresh that comes less often has little part in what a stack costs whatever its size."""
+"""In steps. A refresh that comes less often has little part in what a stack costs whatever its size."""
+
+Clock = Callable[[], float]
 
 
 def here(model: Model, device: torch.device | None = None) -> Device:
-    """Measure the first GPU, or the CPU on one thread, by its CPU time: about two seconds.
+    """Measure the first GPU, or else the CPU on one thread by its CPU time. It takes about two seconds.
 
-    Speeds are the best of some calls, since what else the machine does can only lengthen one. On a CPU sides are cut to
-    1024, since speed is the same beyond.
+    Speeds are the best of some calls, since whatever else the machine does can only lengthen one.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rule = settled(model.rule, device.type)
     clock = clock_of(device)
-    with _one_thread(device):
-        speeds = {name: _curve(name, sizes, device, clock) for name, sizes in _wanted(model, rule).items()}
+    with one_thread():
+        speeds = {name: curve(name, sizes, device, clock) for name, sizes in _wanted(model, rule).items()}
         alone, other = _overhead(rule, device, clock) if isinstance(rule, Rule) else (0.0, 0.0)
         bandwidth, entrywise, passes = _bandwidths(model, device, clock)
-        return Device(
-            name=NAME,
-            kind=device.type,
-            speeds=speeds,
-            bandwidth=bandwidth,
-            entrywise=entrywise,
-            passes=passes,
-            per_stack=alone,
-            per_matrix=other,
-            training=_training(device, clock),
-            memory=_memory(device),
-        )
+        trained, size = ("highest", 512) if device.type == "cpu" else ("bfloat16", 4096)
+        training = interpolated(curve(trained, [size], device, clock), size)
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device(
+        name=NAME,
+        kind=device.type,
+        speeds=speeds,
+        bandwidth=bandwidth,
+        entrywise=entrywise,
+        passes=passes,
+        per_stack=alone,
+        per_matrix=other,
+        training=training,
+        memory=float(memory),
+    )
 
 
 def _wanted(model: Model, rule: object) -> dict[str, set[int]]:
-    """The sizes of products at each precision, and of each decomposition, that the model's step has."""
+    """Return the sizes of products at each precision, and of each decomposition, in the model's step."""
     wanted: defaultdict[str, set[int]] = defaultdict(set)
     if isinstance(rule, Rule):
         shapes = {(m, n) for weight in model.weights if weight.view for _, m, n in weight.view.pieces}
@@ -75,8 +86,8 @@ def _wanted(model: Model, rule: object) -> dict[str, set[int]]:
     return wanted
 
 
-def _curve(name: str, sizes: Iterable[int], device: torch.device, clock: Callable[[], float]) -> Curve:
-    """FLOPs per second at these sizes."""
+def curve(name: str, sizes: Iterable[int], device: torch.device, clock: Clock) -> Curve:
+    """Measure FLOPs per second at these sizes, of products at a precision or of a decomposition, by its `key`."""
     limit = LONGEST if device.type == "cpu" else max(sizes)
     points = {}
     for size in sorted({min(max(size, 2), limit) for size in sizes}):
@@ -113,10 +124,10 @@ def _positive_definite(d: int, device: torch.device) -> Tensor:
     return K
 
 
-def _bandwidths(model: Model, device: torch.device, clock: Callable[[], float]) -> tuple[float, float, float]:
-    """Bytes per second of a copy, of elementwise steps, and of what a stack's step does outside products.
+def _bandwidths(model: Model, device: torch.device, clock: Clock) -> tuple[float, float, float]:
+    """Measure bytes per second of a copy, of elementwise steps, and of a stack's step outside products.
 
-    That is gathering, a norm, Adam's pass with both floors, and moving the weights, each byte counted once.
+    The last is gathering, a norm, Adam's pass with both floors, and moving the weights, each byte counted once.
     """
     rows = max(min(model.parameters, MOST_ENTRIES) // COLUMNS, 1)
     G = torch.randn(1, rows, COLUMNS, device=device)
@@ -140,12 +151,12 @@ def _bandwidths(model: Model, device: torch.device, clock: Callable[[], float]) 
         (2 * 2 * FLOAT + 6 * FLOAT, step),
     )
     scratch = torch.zeros(EVICTED, device=device)
-    copy, entrywise, passes = (once * G.numel() / _cold(call, scratch, clock) for once, call in calls)
+    copy, entrywise, passes = (per_entry * G.numel() / _cold(call, scratch, clock) for per_entry, call in calls)
     return copy, entrywise, passes
 
 
-def _cold(call: Callable[[], object], scratch: Tensor, clock: Callable[[], float]) -> float:
-    """Seconds, the median of some calls before which the caches forgot everything: training goes on between steps."""
+def _cold(call: Callable[[], object], scratch: Tensor, clock: Clock) -> float:
+    """Return the median seconds of several calls with cold caches, since training goes on between steps."""
     times = []
     for _ in range(COLD_ROUNDS):
         scratch.add_(1)
@@ -155,8 +166,8 @@ def _cold(call: Callable[[], object], scratch: Tensor, clock: Callable[[], float
     return median(times)
 
 
-def _overhead(rule: Rule, device: torch.device, clock: Callable[[], float]) -> tuple[float, float]:
-    """Seconds of a step of one tiny matrix, and more for each other in its stack; refreshes on the average."""
+def _overhead(rule: Rule, device: torch.device, clock: Clock) -> tuple[float, float]:
+    """Measure the seconds of a step of one tiny matrix, and of each other in its stack; refreshes on the average."""
     period = min(period_of(rule), LONGEST_PERIOD)
     if isinstance(rule, Refreshing):
         rule = replace(rule, precondition_frequency=period)
@@ -177,29 +188,28 @@ def _overhead(rule: Rule, device: torch.device, clock: Callable[[], float]) -> t
 
 
 def _optimizer(params: list[torch.nn.Parameter], rule: Rule | Elementwise) -> Optimizer:
-    """With the rule's options."""
+    """Return an optimizer with the rule's options."""
     return Optimizer(params, rule.name, lr=1e-3, **{name: getattr(rule, name) for name in rule.defaults()})
 
 
-def _training(device: torch.device, clock: Callable[[], float]) -> float:
-    """FLOPs per second of large products, in bfloat16 on a GPU and in float32 on a CPU."""
-    name, size = ("highest", 512) if device.type == "cpu" else ("bfloat16", 4096)
-    return interpolated(_curve(name, [size], device, clock), size)
-
-
-def _memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-@contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU: what a thread can do is what others repeat."""
-    threads = torch.get_num_threads()
+def clock_of(device: torch.device) -> Clock:
+    """Return a clock in seconds: CPU time of this thread on a CPU, else wall time once the device has done its work."""
     if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+        return time.thread_time
+
+    def elapsed() -> float:
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return elapsed
+
+
+def fastest(work: Callable[[], object], clock: Clock) -> float:
+    """Return the seconds of the fastest of several calls."""
+    rounds, spent, best = 0, 0.0, math.inf
+    while rounds < ROUNDS or spent < ENOUGH:
+        start = clock()
+        work()
+        took = clock() - start
+        rounds, spent, best = rounds + 1, spent + took, min(best, took or math.inf)
+    return best

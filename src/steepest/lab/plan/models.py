@@ -1,15 +1,16 @@
-"""The parameters that ``steepest plan`` plans for: of a module from a file, or of well-known models, as shapes alone.
+"""The models that ``steepest plan`` plans for: a module from a file, or a published architecture as shapes alone.
 
-The well-known ones are written down from their papers. Linear weights are [outputs, inputs]. Embeddings, heads, biases
-and norms go to the elementwise rule, as `steepest.route` sends them.
+Architectures are written down from their papers. Linear weights are [outputs, inputs]. Embeddings, heads, biases and
+norms go to the elementwise rule, as `steepest.route` sends them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,17 +24,20 @@ from steepest.rules.adamw import AdamW
 from steepest.view import OPTIONS as VIEW_OPTIONS
 from steepest.view import View
 
+Shapes = Iterator[tuple[str, tuple[int, ...], bool]]
+"""The name and the shape of every parameter, and whether it is a hidden matrix."""
+
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter, as whoever plans its step sees it."""
+    """A parameter: its shape, its view as matrices, and the size of its gradient's entries."""
 
     name: str
     shape: tuple[int, ...]
     view: View | None
-    """As which matrices the matrix rule sees it; None if it goes entry by entry."""
+    """Which matrices the matrix rule sees; None for a parameter of the elementwise rule."""
     itemsize: int
-    """Bytes of an entry of its gradient."""
+    """Bytes of an entry of the gradient."""
 
 
 @dataclass(frozen=True)
@@ -46,87 +50,82 @@ class Model:
     rule: Rule | Elementwise
     elementwise: Elementwise
     block_size: int = 0
-    """What its matrices were cut by; 0: they are whole."""
+    """The largest side of the blocks that its matrices are cut into; 0 for whole matrices."""
 
     @property
     def parameters(self) -> int:
-        """Entries."""
+        """The number of entries of all parameters."""
         return sum(torch.Size(weight.shape).numel() for weight in self.weights)
 
     def cut(self, block_size: int) -> Model:
-        """The same, its matrices cut into blocks."""
-        weights = tuple(_cut(weight, block_size) for weight in self.weights)
+        """Return the model with its matrices cut into blocks. Views with heads stay, since heads are small already."""
+        weights = tuple(
+            weight
+            if weight.view is None or weight.view.heads > 1
+            else replace(weight, view=replace(weight.view, block_size=block_size))
+            for weight in self.weights
+        )
         return replace(self, weights=weights, block_size=block_size)
 
 
-@dataclass(frozen=True)
-class Llama:
-    """Linear layers without biases, gated feed-forward, grouped queries, RMS norms."""
+def llama(layers: int, d: int, hidden: int, keys: int, vocabulary: int, tied: bool = False) -> Shapes:
+    """Yield a Llama of width d: linear layers without biases, gated feed-forward layers, grouped queries, RMS norms.
 
-    width: int
+    Key and value projections have ``keys`` rows, which grouped queries share; ``tied`` makes the embedding the head.
+    """
+    yield "embed", (vocabulary, d), False
+    for i in range(layers):
+        for name, m, n in (
+            *(("q", d, d), ("k", keys, d), ("v", keys, d), ("o", d, d)),
+            *(("gate", hidden, d), ("up", hidden, d), ("down", d, hidden)),
+        ):
+            yield f"layers.{i}.{name}", (m, n), True
+        yield f"layers.{i}.norm1", (d,), False
+        yield f"layers.{i}.norm2", (d,), False
+    yield "norm", (d,), False
+    if not tied:
+        yield "head", (vocabulary, d), False
+
+
+def gpt2(layers: int, d: int = 768, context: int = 1024, vocabulary: int = 50257) -> Shapes:
+    """Yield a GPT-2 of width d: learned positions, biases, one projection for queries, keys and values, a tied head."""
+    yield "wte", (vocabulary, d), False
+    yield "wpe", (context, d), False
+    for i in range(layers):
+        for name, m, n in (("attn", 3 * d, d), ("proj", d, d), ("fc", 4 * d, d), ("out", d, 4 * d)):
+            yield f"h.{i}.{name}", (m, n), True
+            yield f"h.{i}.{name}.bias", (m,), False
+        for name in ("ln_1", "ln_1.bias", "ln_2", "ln_2.bias"):
+            yield f"h.{i}.{name}", (d,), False
+    yield "ln_f", (d,), False
+    yield "ln_f.bias", (d,), False
+
+
+class Architecture(NamedTuple):
+    """A model as shapes, with as many layers as are asked for."""
+
+    source: str
     layers: int
-    hidden: int
-    """Of the feed-forward part."""
-    keys: int
-    """Rows of the key projection, and of the value projection: grouped queries share them."""
-    vocabulary: int
-    tied: bool = False
-    """Whether the head is the embedding."""
-
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-        """Name, shape, and whether it is a hidden matrix."""
-        d, kv, ff = self.width, self.keys, self.hidden
-        yield "embed", (self.vocabulary, d), False
-        for i in range(self.layers):
-            for name, m, n in (
-                ("q", d, d), ("k", kv, d), ("v", kv, d), ("o", d, d), ("gate", ff, d), ("up", ff, d), ("down", d, ff)
-            ):  # fmt: skip
-                yield f"layers.{i}.{name}", (m, n), True
-            yield f"layers.{i}.norm1", (d,), False
-            yield f"layers.{i}.norm2", (d,), False
-        yield "norm", (d,), False
-        if not self.tied:
-            yield "head", (self.vocabulary, d), False
+    shapes: Callable[[int], Shapes]
 
 
-@dataclass(frozen=True)
-class GPT2:
-    """Learned positions, biases everywhere, queries, keys and values in one projection, head and embedding tied."""
-
-    width: int = 768
-    layers: int = 12
-    context: int = 1024
-    vocabulary: int = 50257
-
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-        """Name, shape, and whether it is a hidden matrix."""
-        d = self.width
-        yield "wte", (self.vocabulary, d), False
-        yield "wpe", (self.context, d), False
-        for i in range(self.layers):
-            for name, m, n in (("attn", 3 * d, d), ("proj", d, d), ("fc", 4 * d, d), ("out", d, 4 * d)):
-                yield f"h.{i}.{name}", (m, n), True
-                yield f"h.{i}.{name}.bias", (m,), False
-            for name in ("ln_1", "ln_1.bias", "ln_2", "ln_2.bias"):
-                yield f"h.{i}.{name}", (d,), False
-        yield "ln_f", (d,), False
-        yield "ln_f.bias", (d,), False
-
-
-PRESETS: Mapping[str, tuple[str, GPT2 | Llama]] = {
-    "124m": ("GPT-2, Radford et al., 2019", GPT2()),
-    "1b": ("Llama 3.2 1B, after arXiv:2407.21783", Llama(2048, 16, 8192, 512, 128256, tied=True)),
-    "7b": ("Llama 2 7B, arXiv:2307.09288", Llama(4096, 32, 11008, 4096, 32000)),
-    "70b": ("Llama 2 70B, arXiv:2307.09288", Llama(8192, 80, 28672, 1024, 32000)),
+LLAMA1B = partial(llama, d=2048, hidden=8192, keys=512, vocabulary=128256, tied=True)
+LLAMA7B = partial(llama, d=4096, hidden=11008, keys=4096, vocabulary=32000)
+LLAMA70B = partial(llama, d=8192, hidden=28672, keys=1024, vocabulary=32000)
+PRESETS: Mapping[str, Architecture] = {
+    "124m": Architecture("GPT-2, Radford et al., 2019", 12, gpt2),
+    "1b": Architecture("Llama 3.2 1B, after arXiv:2407.21783", 16, LLAMA1B),
+    "7b": Architecture("Llama 2 7B, arXiv:2307.09288", 32, LLAMA7B),
+    "70b": Architecture("Llama 2 70B, arXiv:2307.09288", 80, LLAMA70B),
 }
-"""Sizes by name, each with its source."""
+"""Published models by size."""
 
 
 def preset(name: str, optimizer: str, options: Mapping[str, Any], itemsize: int = 2) -> Model:
-    """A well-known model under an optimizer.
+    """Return a published model under an optimizer.
 
     Raises:
-        BadInput: if there is no such model, optimizer or option.
+        BadInput: for an unknown model, optimizer or option.
 
     >>> preset("124m", "soap", {}).parameters, preset("70b", "muon", {}).parameters
     (124439808, 68976648192)
@@ -134,26 +133,24 @@ def preset(name: str, optimizer: str, options: Mapping[str, Any], itemsize: int 
     if name not in PRESETS:
         raise BadInput(f"--params {name}: there are {', '.join(PRESETS)}")
     rule = rule_of(optimizer, options)
-    weights = tuple(
-        Weight(
-            weight,
-            shape,
-            View(shape, split=_split(weight, shape)) if hidden and isinstance(rule, Rule) else None,
-            itemsize,
-        )
-        for weight, shape, hidden in PRESETS[name][1].shapes()
-    )
-    return Model(name, weights, optimizer, rule, rule if isinstance(rule, Elementwise) else AdamW())
+
+    weights = []
+    for weight, shape, hidden in PRESETS[name].shapes(PRESETS[name].layers):
+        # Queries, keys and values in one projection are three matrices, as routing sees them.
+        split = (shape[0] // 3,) * 3 if weight.endswith(".attn") else ()
+        view = View(shape, split=split) if hidden and isinstance(rule, Rule) else None
+        weights.append(Weight(weight, shape, view, itemsize))
+    return Model(name, tuple(weights), optimizer, rule, rule if isinstance(rule, Elementwise) else AdamW())
 
 
 def from_file(path: Path, optimizer: str, options: Mapping[str, Any], itemsize: int | None = None) -> Model:
-    """The model that ``model()`` in a Python file makes, on the meta device: nothing of its size is allocated.
+    """Make the model that ``model()`` in a Python file returns, on the meta device, which allocates nothing.
 
     Raises:
-        BadInput: if it makes none, or there is no such optimizer or option.
+        BadInput: if the file makes no model, or for an unknown optimizer or option.
     """
     rule = rule_of(optimizer, options)
-    from steepest.lab.listing.command import build_model  # which draws tables, and so needs rich
+    from steepest.lab.listing.command import build_model  # it draws tables, so it needs rich
 
     with torch.device("meta"):
         built = build_model(path)
@@ -166,9 +163,9 @@ def from_file(path: Path, optimizer: str, options: Mapping[str, Any], itemsize: 
 
 
 def rule_of(optimizer: str, options: Mapping[str, Any]) -> Rule | Elementwise:
-    """The rule behind an optimizer's or a recipe's name, with its options.
+    """Return the rule behind an optimizer's or a recipe's name, with its options.
 
-    >>> rule_of("rekls", {"max_precond_dim": 64}).refresh
+    >>> rule_of("rekls", {"max_precond_dim": 64}).solver
     'eigh'
     """
     try:
@@ -184,14 +181,3 @@ def rule_of(optimizer: str, options: Mapping[str, Any]) -> Rule | Elementwise:
         return RULES[settings["rule"]].from_group(known | settings)
     except ValueError as error:
         raise BadInput(one_line(error)) from error
-
-
-def _split(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """GPT-2's queries, keys and values are three matrices, as routing would see them."""
-    return (shape[0] // 3,) * 3 if name.endswith(".attn") else ()
-
-
-def _cut(weight: Weight, block_size: int) -> Weight:
-    if weight.view is None or weight.view.heads > 1:  # heads are small already
-        return weight
-    return replace(weight, view=replace(weight.view, block_size=block_size))

@@ -1,8 +1,8 @@
-"""What ``steepest plan`` computes: how a model's step would be shared out among ranks, without any rank.
+"""Simulate how a model's optimizer step is shared out among ranks, without any rank.
 
 The plan is the optimizer's own (`steepest.exchange.plan`), state is what a rule's ``init`` lays out, FLOPs are
-those of `steepest.rule.work`, and `steepest.lab.plan.time` makes seconds of them where a device is given. What that
-leaves out: bytes that travel, faster within a machine than between two, and waiting for them.
+those that `steepest.rule.work` counts, and `steepest.lab.plan.time` makes seconds of them for a device. Communication takes no
+time here, although bytes travel slower between machines than within one.
 """
 
 from __future__ import annotations
@@ -12,51 +12,53 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice
+from statistics import fmean
 
 import torch
 
 from steepest.exchange.layout import Layout, Rectangle
-from steepest.exchange.plan import BUCKET_BYTES, Job, Plan, make_plan
+from steepest.exchange.plan import Job, Plan, make_plan
 from steepest.lab.plan.devices import Device
 from steepest.lab.plan.models import Model, Weight
-from steepest.lab.plan.time import MFU, Forecast, Load, Matrix, entry_bytes, forecast, phases
+from steepest.lab.plan.time import MFU, Forecast, Load, entry_bytes, forecast, refresh_offsets
 from steepest.lab.shared.errors import BadInput
 from steepest.rule import Elementwise, Rule
 from steepest.rule.work import work
 from steepest.stack.storage import laid_out
 
 Piece = tuple[int, int, int]
-"""Matrices of a parameter: how many, rows, columns."""
+"""Matrices of a parameter: their number, rows and columns."""
 
 FLAT = {"fsdp": 0, "ddp": None, "tp": 1}
 DEEP = {"hsdp": (None, 0), "fsdp+tp": (0, 1)}
-"""What layouts on meshes of one and of two dimensions cut, as in `Mesh.cuts`."""
+"""The dimensions that layouts on meshes of one and of two dimensions cut, as in `Mesh.cuts`."""
 
 DIRECTION_BYTES = 4
-"""Directions travel in the state's dtype, float32."""
+"""Bytes of an entry of a direction: directions travel in the state's dtype, float32."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """How parameters lie on the ranks. Which way tensor parallelism cuts a matrix makes no difference to the bytes."""
+    """How parameters lie on the ranks. Whether tensor parallelism cuts rows or columns makes no difference in bytes."""
 
     name: str
     shape: tuple[int, ...]
     cuts: tuple[int | None, ...]
-    """By dimension of the mesh: which dimension of a parameter it cuts, if it has that one; None replicates."""
+    """By dimension of the mesh, the dimension of a parameter that it cuts, if there is one; None replicates."""
 
     @property
     def world(self) -> int:
-        """Ranks."""
+        """The number of ranks."""
         return math.prod(self.shape)
 
     def layout(self, shape: Sequence[int]) -> Layout:
-        """Of a parameter; scalars are cut by nothing, vectors by no tensor parallelism."""
+        """Return the layout of a parameter. Scalars are cut by nothing, vectors not by tensor parallelism."""
         return _layout(tuple(shape), self.shape, tuple(d if d is None or d < len(shape) else None for d in self.cuts))
 
 
 def mesh(text: str, world: int) -> Mesh:
-    """The mesh that ``fsdp``, ``ddp``, ``tp``, ``hsdp:RxS`` (R replicas of S shards) or ``fsdp+tp:SxT`` stands for.
+    """Parse a layout: ``fsdp``, ``ddp``, ``tp``, ``hsdp:RxS`` (R replicas of S shards) or ``fsdp+tp:SxT``.
 
     Raises:
         BadInput: for anything else, or another number of ranks.
@@ -82,7 +84,7 @@ def mesh(text: str, world: int) -> Mesh:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a rank would hold, send and compute. Means are over ranks; the largest is what limits."""
+    """What ranks would hold, send and compute in a step: the largest value over ranks, and the mean."""
 
     model: str
     parameters: int
@@ -90,60 +92,55 @@ class Outlook:
     layout: str
     world: int
     block_size: int
-    """0: matrices whole."""
+    """The largest side of a block; 0 for whole matrices."""
     matrices: int
     buckets: int
     state_max: float
-    """Bytes of optimizer state on a rank, matrices' and the rest's."""
+    """Bytes of optimizer state, of matrices and of other parameters."""
     state_mean: float
     elementwise_max: float
-    """Of these, the elementwise rule's."""
+    """Bytes of the elementwise rule's state."""
     sent_in_max: int
-    """Bytes of gradients that a rank sends to owners in a step."""
+    """Bytes of gradients that a rank sends to owners."""
     sent_in_mean: float
     sent_out_max: int
     """Bytes of directions that an owner sends back."""
     sent_out_mean: float
     flops_max: float
-    """FLOPs of an optimizer step on a rank, refreshes on the average."""
+    """FLOPs of the optimizer, refreshes on the average."""
     flops_mean: float
     lockstep: float
     """FLOPs from first to last if all ranks wait for each other after each bucket."""
     share: float
-    """FLOPs of the optimizer step on the slowest rank, by those of the model's, 6 per parameter and token."""
+    """FLOPs of the optimizer on the slowest rank by the model's own, 6 per parameter and token."""
     forecast: Forecast | None = None
-    """What a device makes of it, if one is given."""
+    """The predicted times, if a device is given."""
 
     @property
     def balance(self) -> float:
-        """Largest load by mean load; 1 is perfect."""
+        """The largest load by the mean load; 1 is perfect."""
         return self.flops_max / self.flops_mean if self.flops_mean else 1.0
 
 
-def look(
-    model: Model,
-    on: Mesh,
-    tokens: int,
-    bucket_bytes: int = BUCKET_BYTES,
-    device: Device | None = None,
-    mfu: float = MFU,
-) -> Outlook:
-    """Plan a model's step, and add up.
+def look(model: Model, on: Mesh, tokens: int, device: Device | None = None, mfu: float = MFU) -> Outlook:
+    """Plan a model's step on a mesh, and add up what every rank holds, sends and computes.
 
-    Args:
-        model: what is stepped.
-        on: how it lies on the ranks.
-        tokens: of a training step, over all ranks.
-        bucket_bytes: as `steepest.exchange.plan.make_plan` has it.
-        device: what every rank is; None: nothing is said about time.
-        mfu: as `steepest.lab.plan.time.forecast` has it.
+    ``tokens`` are those of a training step over all ranks. Times are predicted for ranks of a ``device``, if given;
+    ``mfu`` is as in `steepest.lab.plan.time.forecast`.
     """
-    own = _own(model, on)
-    plan = make_plan(jobs(model, on), on.world, bucket_bytes=bucket_bytes, loads=own.flops)
+    ranks = _held(model, on)
+    fixed = [rank.flops for rank in ranks]
+    plan = make_plan(jobs(model, on), on.world, loads=fixed)
+    for rank, flops, memory in zip(ranks, plan.loads(), plan.memory(), strict=True):
+        rank.flops += flops
+        rank.state += memory + rank.entries * entry_bytes(model.elementwise)
     training = 6 * model.parameters * tokens / on.world
-    loads = [sum(parts) for parts in zip(plan.loads(), own.flops, strict=True)]
-    state = [sum(parts) for parts in zip(plan.memory(), own.state, own.elementwise, strict=True)]
-    traffic = plan.traffic()
+    predicted = None
+    if device is not None:
+        _hand_out(model, on, plan, ranks)
+        rules, itemsize = (model.rule, model.elementwise), max(weight.itemsize for weight in model.weights)
+        predicted = forecast(rules, ranks, training, device, itemsize, mfu)
+    loads, traffic = [rank.flops for rank in ranks], plan.traffic()
     return Outlook(
         model=model.name,
         parameters=model.parameters,
@@ -153,131 +150,102 @@ def look(
         block_size=model.block_size,
         matrices=sum(b for weight in model.weights if weight.view for b, _, _ in weight.view.pieces),
         buckets=len(plan.buckets),
-        state_max=max(state),
-        state_mean=_mean(state),
-        elementwise_max=max(own.elementwise),
+        state_max=max(rank.state for rank in ranks),
+        state_mean=fmean(rank.state for rank in ranks),
+        elementwise_max=max(rank.entries for rank in ranks) * entry_bytes(model.elementwise),
         sent_in_max=max(traffic.sent_in),
-        sent_in_mean=_mean(traffic.sent_in),
+        sent_in_mean=fmean(traffic.sent_in),
         sent_out_max=max(traffic.sent_out),
-        sent_out_mean=_mean(traffic.sent_out),
+        sent_out_mean=fmean(traffic.sent_out),
         flops_max=max(loads),
-        flops_mean=_mean(loads),
-        lockstep=plan.lockstep() + max(own.flops),
+        flops_mean=fmean(loads),
+        lockstep=plan.lockstep() + max(fixed),
         share=max(loads) / training,
-        forecast=None
-        if device is None
-        else forecast(
-            (model.rule, model.elementwise),
-            _loads(model, on, plan, own, state),
-            training,
-            device,
-            max(weight.itemsize for weight in model.weights),
-            mfu,
-        ),
+        forecast=predicted,
     )
 
 
 def jobs(model: Model, on: Mesh) -> Iterator[Job]:
-    """What can be shared out, as the engine does it: each piece of a parameter by itself, if it is a box there."""
+    """Yield the jobs of a model, as the engine makes them: one for each piece that is a rectangle of its parameter."""
     return (job for job, _, _ in _jobs(model, on))
 
 
 def _jobs(model: Model, on: Mesh) -> Iterator[tuple[Job, Weight, range]]:
-    """Each with its parameter, and the numbers of the pieces that are in it."""
+    """Yield each job with its parameter, and the numbers of the pieces in it."""
     for weight in model.weights:
         if weight.view is None or _stays(weight, on):
             continue
-        layout, pieces = on.layout(weight.shape), weight.view.pieces
-        boxes = [box for piece in range(len(pieces)) if (box := weight.view.slices(piece)) is not None]
-        if len(boxes) < max(len(pieces), 2):
-            yield _job(model, weight, layout, layout.whole, weight.name, tuple(pieces)), weight, range(len(pieces))
-            continue
-        for number, (box, piece) in enumerate(zip(boxes, pieces, strict=True)):
-            window = Rectangle(tuple(s.start for s in box), tuple(s.stop - s.start for s in box))
-            job = _job(model, weight, layout, window, f"{weight.name}.{number}", (piece,))
-            yield job, weight, range(number, number + 1)
+        assert isinstance(model.rule, Rule)
+        layout, every = on.layout(weight.shape), range(len(weight.view.pieces))
+        boxes = [box for number in every if (box := weight.view.slices(number)) is not None]
+        windows: list[tuple[str, Rectangle, range]] = [(weight.name, layout.whole, every)]
+        if len(boxes) == len(every) > 1:
+            corners = [(tuple(s.start for s in box), tuple(s.stop - s.start for s in box)) for box in boxes]
+            windows = [(f"{weight.name}.{k}", Rectangle(*pair), range(k, k + 1)) for k, pair in enumerate(corners)]
+        for name, window, numbers in windows:
+            pieces = tuple(weight.view.pieces[number] for number in numbers)
+            cost, memory = _price(model.rule, pieces)
+            job = Job(
+                name,
+                layout,
+                window,
+                cost,
+                memory,
+                itemsizes=(weight.itemsize, DIRECTION_BYTES),
+                factored=sum(b * (m + n) * model.rule.rank(m, n) for b, m, n in pieces),
+            )
+            yield job, weight, numbers
 
 
-def _loads(model: Model, on: Mesh, plan: Plan, own: Own, state: Sequence[float]) -> list[Load]:
-    """What each rank steps and holds."""
-    matrices: list[Counter[Matrix]] = [Counter() for _ in range(on.world)]
-    stacks: list[set[tuple[int, int, int]]] = [set() for _ in range(on.world)]
-    parameters = [0.0] * on.world
+def _held(model: Model, on: Mesh) -> list[Load]:
+    """Return what each rank holds and steps under any plan: its weights, their elementwise steps, whole experts."""
+    ranks = [Load() for _ in range(on.world)]
     for weight, count in Counter(replace(weight, name="") for weight in model.weights).items():
-        for rank, part in enumerate(on.layout(weight.shape).shards):
-            parameters[rank] += count * part.size
-    turns = _turns(model)
+        layout, stays = on.layout(weight.shape), _stays(weight, on)
+        flops, size = _price(model.rule, tuple(weight.view.pieces)) if weight.view and stays else (0.0, 0)
+        for rank, part in zip(ranks, layout.shards, strict=True):
+            rank.parameters += count * part.size
+            rank.entries += count * part.size if weight.view is None else 0
+            rank.flops += count * part.size / layout.whole.size * flops
+            rank.state += count * part.size / layout.whole.size * size
+    return ranks
+
+
+def _hand_out(model: Model, on: Mesh, plan: Plan, ranks: Sequence[Load]) -> None:
+    """Give each rank the matrices and stacks that it steps under a plan."""
+    offsets = _refresh_offsets(model)
     bucket_of = {j: number for number, bucket in enumerate(plan.buckets) for j in bucket}
 
-    def give(rank: int, bucket: int, weight: Weight, piece: int, share: slice) -> None:
+    def give(rank: int, bucket: int, weight: Weight, piece: int, share: slice = slice(None)) -> None:
         assert weight.view is not None
         _, m, n = weight.view.pieces[piece]
-        matrices[rank].update((m, n, turn) for turn in turns[weight.name, piece][share])
-        stacks[rank].add((bucket, m, n))
+        ranks[rank].matrices.update((m, n, offset) for offset in offsets[weight.name, piece][share])
+        ranks[rank].stacks.add((bucket, m, n))
 
     for j, (_, weight, pieces) in enumerate(_jobs(model, on)):
         for piece in pieces:
-            give(plan.owners[j], bucket_of[j], weight, piece, slice(None))
+            give(plan.owners[j], bucket_of[j], weight, piece)
     for weight in model.weights:
         if weight.view is None or not _stays(weight, on):
             continue
         for rank, part in enumerate(on.layout(weight.shape).shards):
             for piece, (b, _, _) in enumerate(weight.view.pieces if part.size else []):
-                each = b // weight.shape[0]  # of the first dimension, by which it is cut
+                each = b // weight.shape[0]  # matrices per expert; the layout cuts the dimension of experts
                 give(rank, -1, weight, piece, slice(part.start[0] * each, (part.start[0] + part.shape[0]) * each))
-    entries = [held / entry_bytes(model.elementwise) for held in own.elementwise]
-    ranks = zip(matrices, stacks, entries, parameters, state, strict=True)
-    return [Load(m, len(s), e, p, b) for m, s, e, p, b in ranks]
 
 
-def _turns(model: Model) -> dict[tuple[str, int], list[int]]:
-    """By parameter and piece: when each of its matrices refreshes if staggered, over the whole group."""
-    slots = sorted(
-        (weight.name, piece, k, m, n)
-        for weight in model.weights
-        if weight.view is not None
-        for piece, (b, m, n) in enumerate(weight.view.pieces)
-        for k in range(b)
-    )
-    turns: dict[tuple[str, int], list[int]] = {}
-    if isinstance(model.rule, Rule):
-        spread_out = phases(model.rule, [(m, n) for *_, m, n in slots])
-        for (name, piece, *_), turn in zip(slots, spread_out, strict=True):
-            turns.setdefault((name, piece), []).append(turn)
-    return turns
-
-
-@dataclass
-class Own:
-    """What each rank does for what it holds, whatever the plan: elementwise steps, and steps of whole experts."""
-
-    flops: list[float]
-    state: list[float]
-    """Bytes."""
-    elementwise: list[float]
-    """Bytes, too."""
-
-
-def _own(model: Model, on: Mesh) -> Own:
-    own = Own(*([0.0] * on.world for _ in range(3)))
-    alike = Counter(replace(weight, name="") for weight in model.weights if weight.view is None or _stays(weight, on))
-    for weight, count in alike.items():
-        layout = on.layout(weight.shape)
-        if weight.view is None:
-            per_entry = count * entry_bytes(model.elementwise)
-            for rank, part in enumerate(layout.shards):
-                own.elementwise[rank] += per_entry * part.size
-            continue
-        flops, size = _price(model.rule, tuple(weight.view.pieces))
-        for rank, part in enumerate(layout.shards):
-            share = count * part.size / layout.whole.size
-            own.flops[rank] += share * flops
-            own.state[rank] += share * size
-    return own
+def _refresh_offsets(model: Model) -> dict[tuple[str, int], list[int]]:
+    """Return by parameter and piece in which step of the period each matrix refreshes if staggered over the group."""
+    if not isinstance(model.rule, Rule):
+        return {}
+    weights = sorted((weight.name, weight.view.pieces) for weight in model.weights if weight.view is not None)
+    shapes = [(m, n) for _, pieces in weights for b, m, n in pieces for _ in range(b)]
+    dealt = iter(refresh_offsets(model.rule, shapes))
+    return {(name, i): list(islice(dealt, b)) for name, pieces in weights for i, (b, _, _) in enumerate(pieces)}
 
 
 def _stays(weight: Weight, on: Mesh) -> bool:
-    """Whether a parameter is a stack of matrices, as experts are, that lies on ranks by whole matrices."""
+    """Return whether a parameter is a stack of matrices, as experts are, that lies on ranks by whole matrices."""
     if weight.view is None or weight.view.merge_dims or len(weight.shape) < 3 or weight.view.heads > 1:
         return False
     layout = on.layout(weight.shape)
@@ -285,34 +253,14 @@ def _stays(weight: Weight, on: Mesh) -> bool:
     return len(parts) > 1 and all(part.shape[1:] == layout.shape[1:] for part in parts)
 
 
-def _job(model: Model, weight: Weight, layout: Layout, window: Rectangle, name: str, pieces: tuple[Piece, ...]) -> Job:
-    cost, memory = _price(model.rule, pieces)
-    assert isinstance(model.rule, Rule)
-    factored = sum(b * (m + n) * model.rule.rank(m, n) for b, m, n in pieces)
-    return Job(
-        name,
-        layout,
-        window,
-        cost,
-        memory,
-        itemsizes=(weight.itemsize, DIRECTION_BYTES),
-        factored=factored,
+@cache
+def _price(rule: Rule | Elementwise, pieces: tuple[Piece, ...]) -> tuple[float, int]:
+    """Return the FLOPs of a step of some matrices, and the bytes of their state."""
+    assert isinstance(rule, Rule)
+    states = [laid_out(rule, torch.empty(piece, device="meta")) for piece in pieces]
+    return sum(b * work(rule, m, n).total for b, m, n in pieces), sum(
+        x.nbytes for state in states for x in state.values()
     )
 
 
-@cache
-def _price(rule: Rule | Elementwise, pieces: tuple[Piece, ...]) -> tuple[float, int]:
-    """FLOPs of a step of some matrices, and bytes of their state."""
-    assert isinstance(rule, Rule)
-    states = [laid_out(rule, torch.empty(piece, device="meta")) for piece in pieces]
-    flops = sum(b * work(rule, m, n).total for b, m, n in pieces)
-    return flops, sum(x.nbytes for state in states for x in state.values())
-
-
-@cache
-def _layout(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[int | None, ...]) -> Layout:
-    return Layout.sharded(shape, mesh, placements)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+_layout = cache(Layout.sharded)
