@@ -1,4 +1,4 @@
-"""Updates as graphs: compiled or recorded, they are what they are operation by operation. Who is recorded, and when."""
+"""Compiled and recorded updates equal those run operation by operation, and are recorded when they should be."""
 
 from __future__ import annotations
 

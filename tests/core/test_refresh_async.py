@@ -1,4 +1,4 @@
-"""Refreshes that follow the step: nothing but their moment is different."""
+"""Refreshes after the step differ from those within it in their time only."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_after_the_step_it_is_what_it_was(settings: dict[str, Any]) -> None:
 
 
 def test_a_basis_serves_from_the_next_step_on() -> None:
-    """At each refresh but the first the step is taken in the old basis; then that follows the factors as they are."""
+    """After the first refresh each step is taken in the old basis, which then follows the current factors."""
     (params, late), (others, never) = (
         built(precondition_frequency=3, refresh_async=True),
         built(precondition_frequency=10**6),
@@ -113,7 +113,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace_on_an_accelerator(monkeyp
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_who_does_not_refresh_is_left_alone(settings: dict[str, Any]) -> None:
-    """A matrix whose neighbours refresh in other steps is, to the last bit, what it is by itself.
+    """A matrix whose neighbours refresh in other steps has the same bits as by itself.
 
     One step is of the first matrix alone, so its refreshes fall between the others' wherever there is a between; and in
     that step it refreshes, or not, while they stand still.

@@ -49,7 +49,7 @@ def test_what_bfloat16_has_stays():
 
 
 def test_the_ends_of_the_range():
-    """What is finite stays finite, though float32 goes a little further; NaN of any bits stays NaN."""
+    """Finite numbers stay finite, though float32's range is a little larger, and NaN with any bits stays NaN."""
     largest = torch.finfo(torch.float32).max
     x = torch.tensor([largest, -largest, math.inf, -math.inf])
     nans = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
@@ -147,7 +147,7 @@ def test_it_repeats_resumes_and_leaves_the_generator_alone(name):
 
 @pytest.mark.parametrize("name", ["soap", "adamw"])
 def test_the_path_of_accelerators(name, monkeypatch):
-    """Bad gradients are masked there; the weights that they must not touch are written all the same, and stay."""
+    """Accelerators mask bad gradients and write the weights all the same, without changing them."""
 
     def run():
         params, optimizer = start(name)
@@ -192,7 +192,7 @@ def test_blocks_know_their_places():
 
 @pytest.mark.parametrize("rule", ["muon", "adamw", "lion", "soap"])
 def test_small_steps_count_on_average(rule):
-    """A hundredth of the gap, a hundred times: nearest rounding stays for ever, this arrives within a tenth."""
+    """After 100 steps of 1/100 of the gap, rounding to nearest has not moved, and stochastic rounding has arrived."""
     moved = {}
     for stochastic in (False, True):
         W = nn.Parameter(torch.ones(50, 50).bfloat16())
@@ -212,7 +212,7 @@ def test_small_steps_count_on_average(rule):
 
 
 def test_other_dtypes_are_left_alone():
-    """A mixed model may ask for it everywhere: float32 weights train as without."""
+    """A mixed model may set the option for all parameters: float32 weights train as without it."""
     results = []
     for stochastic in (False, True):
         W, b = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3).half())

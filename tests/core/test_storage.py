@@ -1,4 +1,4 @@
-"""State in fewer bytes: what its rounding does, that it repeats, and that it goes into checkpoints as it is."""
+"""State in fewer bytes is rounded without bias, repeatably, and saved as it is stored."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from steepest.stack import graphs
 
 STACKED = [name for name, rule in RULES.items() if issubclass(rule, Rule)]
 DECOMPOSING = ["dion", "moso"]
-"""Those that do it in each step."""
+"""Rules that decompose in each step."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {"precondition_frequency": 3} if issubclass(RULES[name], Refreshing) else {}) for name in STACKED},
     "soap kl": ("soap", {"precondition_frequency": 3, "use_kl_shampoo": True, "fp32_matmul_prec": "high"}),
@@ -53,7 +53,7 @@ class Training:
         self.number += 1
 
     def eventful(self, number: int) -> None:
-        """One of 30 steps in which all sorts of things happen."""
+        """Take one of 30 steps, with missing and bad gradients, changed options, and a parameter that thaws."""
         group = self.optimizer.param_groups[0]
         momentum = "momentum" if "momentum" in group else "shampoo_beta"
         if number == 9:
@@ -76,7 +76,7 @@ class Training:
         return [one for one in found if one is not None]
 
     def spoil(self) -> None:
-        """Whoever reads what a replay has left behind, or was given last time, reads NaN."""
+        """Fill the inputs and outputs of recordings with NaN, which appears wherever they are read again."""
         for one in self.recordings():
             for x in one.inputs.tensors:
                 x.fill_(math.nan if x.is_floating_point() else 0)
