@@ -184,7 +184,7 @@ def _replays(job: Job, label: str, options: Mapping[str, Any]) -> None:
     unlike = sum(not torch.equal(x, there[name]) for here, there in zip(plain, replayed, strict=True)
                  for name, x in here.items())  # fmt: skip
     if job.cuda and options["rule"] != "moso":  # which decomposes in each step
-        unlike += sum(stack.recorder.recording is None for lot in pair[1].optimizer._lots for stack in lot.stacks)
+        unlike += sum(stack.recorder.recording is None for stack in pair[1].optimizer._stacks)
     took = {}
     for way, graph in (("eager_ms", False), ("replayed_ms", True)):
         seldom = {"precondition_frequency": 10**6} if options["rule"] == "soap" else {}

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 import steepest
-from steepest.lab.workloads import gpt, text
-from steepest.lab.workloads.stdlib import CONTEXT, StandardLibrary
+from steepest.lab.workloads import gpt
+from steepest.lab.workloads.stdlib import ALPHABET, CONTEXT, StandardLibrary
 from steepest.linalg.eigenbasis import eigenvectors
 from steepest.linalg.solvers import SOLVERS
 
@@ -146,7 +146,7 @@ def study(width: int, steps: int, seed: int) -> list[dict[str, Any]]:
     crew = {}
     for name, options in SETTINGS.items():
         torch.manual_seed(seed)
-        model = gpt.GPT(len(text.ALPHABET), CONTEXT, d=width, heads=max(4, width // 32))
+        model = gpt.GPT(len(ALPHABET), CONTEXT, d=width, heads=max(4, width // 32))
         rest = {"lr": 5e-3, "betas": (0.9, 0.95)}
         shared = {"lr": 2e-2 * (64 / width) ** 0.5, "betas": (0.9, 0.95), "shampoo_beta": 0.9, "weight_decay": 0.1}
         optimizer = steepest.for_model(model, "soap", elementwise=rest, **shared, **options)

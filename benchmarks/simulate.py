@@ -1,4 +1,4 @@
-"""How evenly plans share out a step, and what they send, from 8 to 4096 ranks: simulated, no rank is started.
+"""Simulate how evenly plans divide a step among 8 to 4096 ranks, and what they send; no rank is started.
 
     python benchmarks/simulate.py                 # prints, and writes benchmarks/results/scaling.json
     python benchmarks/simulate.py --plot          # draws docs/scaling.svg from that file; needs matplotlib
@@ -22,8 +22,6 @@ from typing import Any
 from steepest.exchange.plan import Job, Plan, make_plan
 from steepest.lab.plan.models import Model, preset
 from steepest.lab.plan.plan import Mesh, jobs, look, mesh
-from steepest.rule import Rule
-from steepest.rule.work import PRODUCT, Work, work
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/scaling.json"
@@ -33,19 +31,16 @@ WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 BLOCKS = (8192, 4096, 2048)
 FREQUENCY = 10
 TOKENS = 2**22
-SLOWER = 2
-"""FLOPs of a QR decomposition against those of products, in time: 1.9 on a CPU, which follows from the steps of soap-f1
-and soap-f10 in benchmarks/results/predict.json."""
 
 WAYS = {
-    "cost": ("dearest first, by cost", "#2f7de1", "-"),
+    "cost": ("most expensive first, by cost", "#2f7de1", "-"),
     "bytes": ("largest first, by bytes", "#98990f", "--"),
     "round-robin": ("in turn", "#7d8799", ":"),
     "blocks 8192": ("by cost, blocks of 8192", "#8a5cf0", "-"),
     "blocks 4096": ("by cost, blocks of 4096", "#f0842c", "-"),
     "blocks 2048": ("by cost, blocks of 2048", "#12a48b", "-"),
 }
-"""How matrices are shared out: in words, and as a line."""
+"""The ways to assign matrices to ranks: in words, and as a line."""
 
 
 def model(name: str) -> Model:
@@ -53,50 +48,31 @@ def model(name: str) -> Model:
 
 
 def loads(name: str, way: str, world: int) -> Sequence[float]:
-    """FLOPs of a step, by rank."""
+    """Return the FLOPs of a step of each rank."""
     block_size = int(way.split()[1]) if way.startswith("blocks") else 0
     listed = list(jobs(model(name).cut(block_size), mesh("fsdp", world)))
     if way == "round-robin":
         return Plan(tuple(listed), world, tuple(j % world for j in range(len(listed))), ()).loads()
     if way == "bytes":
-        owners = make_plan([replace(job, cost=float(job.window.size)) for job in listed], world).owners
+        owners = make_plan([replace(job, cost=float(job.rectangle.size)) for job in listed], world).owners
         return Plan(tuple(listed), world, owners, ()).loads()
     return make_plan(listed, world).loads()
 
 
-def lending(name: str, frequency: int, world: int, lends: bool) -> float:
-    """The largest load by the mean load, in time: FLOPs of decompositions take `SLOWER` times as long as others."""
-    options = {"precondition_frequency": frequency, "refresh_async": lends}
-    one = preset(name, "soap", options)
-    found = make_plan([_in_time(one.rule, job) for job in jobs(one, mesh("fsdp", world))], world).loads()
-    return round(max(found) * world / sum(found), 4)
-
-
-def _in_time(rule: Rule, job: Job) -> Job:
-    m, n = job.window.shape
-    errands = rule.errands(m, n)
-    priced = tuple((name, _slow(errands[name].work), size) for name, _, size in job.errands)
-    return replace(job, cost=_slow(work(rule, m, n)), errands=priced)
-
-
-def _slow(counted: Work) -> float:
-    return sum(flops * (1 if part.kind == PRODUCT else SLOWER) for part, flops in counted.parts.items())
-
-
 def balance(name: str, way: str, world: int) -> float:
-    """The largest load by the mean load."""
+    """Return the largest load divided by the mean load."""
     found = loads(name, way, world)
     return round(max(found) * world / sum(found), 4)
 
 
 def waiting(name: str, world: int, in_order: bool) -> float:
-    """From first to last if ranks wait for each other after each bucket, by the mean load.
+    """Time from the first bucket to the last if ranks wait for each other after each, divided by the mean load.
 
-    Buckets by cost, as they are, or ``in_order`` of the model's layers, each as large as those are on the average.
+    Buckets are those of the plan, or ``in_order`` of the model's layers, each as large as the plan's on average.
     """
     plan = make_plan(jobs(model(name), mesh("fsdp", world)), world)
     if in_order:
-        sizes = [job.window.size for job in plan.jobs]
+        sizes = [job.rectangle.size for job in plan.jobs]
         edges = [0]
         for j in range(1, len(sizes)):
             if sum(sizes[: j + 1]) * len(plan.buckets) > len(edges) * sum(sizes):
@@ -107,7 +83,7 @@ def waiting(name: str, world: int, in_order: bool) -> float:
 
 
 def outlook(name: str, block_size: int, on: Mesh) -> dict[str, float]:
-    """What a rank holds, sends and computes."""
+    """Return what a rank holds, sends and computes."""
     one = look(model(name).cut(block_size), on, TOKENS)
     return {
         "matrices": one.matrices,
@@ -121,16 +97,11 @@ def outlook(name: str, block_size: int, on: Mesh) -> dict[str, float]:
 
 
 def simulate() -> dict[str, Any]:
-    found: dict[str, Any] = {"frequency": FREQUENCY, "tokens": TOKENS, "slower": SLOWER}
-    found |= {"balance": {}, "lending": {}, "waiting": {}, "outlook": {}}
+    found: dict[str, Any] = {"frequency": FREQUENCY, "tokens": TOKENS, "balance": {}, "waiting": {}, "outlook": {}}
     for name in MODELS:
         for way in WAYS:
             found["balance"][f"{name}, {way}"] = {world: balance(name, way, world) for world in WORLDS}
             print(name, way, found["balance"][f"{name}, {way}"], flush=True)
-        for frequency in (FREQUENCY, 1):
-            for way, lends in (("at home", False), ("lent", True)):
-                key = f"{name}, f = {frequency}, {way}"
-                found["lending"][key] = {world: lending(name, frequency, world, lends) for world in WORLDS}
         for kind, in_order in (("by cost", False), ("in order", True)):
             found["waiting"][f"{name}, {kind}"] = {world: waiting(name, world, in_order) for world in WORLDS}
         for size in (0, *BLOCKS):
@@ -165,15 +136,14 @@ def clock(matrices: int = 10_000, world: int = 4096) -> None:
 
 
 def tables(found: dict[str, Any]) -> list[str]:
-    """What docs/scaling.md shows of it."""
+    """Return the tables of docs/scaling.md."""
     few = ("64", "256", "1024", "4096")
     shared = [("", *few)]
     for name in MODELS:
         shared += [(f"{name}, {WAYS[way][0]}", *_ratios(found["balance"][f"{name}, {way}"], few)) for way in WAYS]
-    lent = [("", *few), *((key, *_ratios(found["lending"][key], few)) for key in found["lending"])]
     some = ("8", "16", "32", "64", "128", "256")
     waited = [("", *some), *((key, *_ratios(found["waiting"][key], some)) for key in found["waiting"])]
-    held = [("", "blocks", "ranks", "state, GB", "on the average", "in, MB", "out, MB", "on the average", "share")]
+    held = [("", "blocks", "ranks", "state, GB", "on average", "in, MB", "out, MB", "on average", "share")]
     for name in MODELS:
         for size in (0, 4096, 2048):
             for world in few:
@@ -181,7 +151,7 @@ def tables(found: dict[str, Any]) -> list[str]:
                 gigabytes = (f"{one[key] / 1e9:.2f}" for key in ("state_max", "state_mean"))
                 megabytes = (f"{one[key] / 1e6:.0f}" for key in ("sent_in_max", "sent_out_max", "sent_out_mean"))
                 held.append((name, str(size or "–"), world, *gigabytes, *megabytes, f"{one['share']:.2%}"))
-    return [_markdown(rows) for rows in (shared, lent, waited, held)]
+    return [_markdown(rows) for rows in (shared, waited, held)]
 
 
 def _ratios(row: dict[str, float], worlds: Sequence[str]) -> list[str]:
@@ -194,7 +164,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(found: dict[str, Any]) -> None:
-    """Balance against the number of ranks, a panel for each model."""
+    """Draw the balance against the number of ranks, in a panel for each model."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -8,64 +8,30 @@ Example:
     >>> opt.step()
 """
 
-from steepest.engine.optimizer import Optimizer
-from steepest.functional import (
-    all_eigenbases_met_criteria,
-    conjugate,
-    eigh_with_fallback,
-    get_eigenbasis_eigh,
-    get_eigenbasis_qr,
-    init_kronecker_factors,
-    orthogonal_iteration,
-    precondition,
-    update_eigenbasis_and_exp_avgs,
-    update_kronecker_factors,
-    update_kronecker_factors_kl_shampoo,
-)
-from steepest.linalg.precision import fp32_matmul_precision
-from steepest.optimizers import create
-from steepest.optimizers.dion import Dion, Dion2
-from steepest.optimizers.lion import Lion
-from steepest.optimizers.moso import MOSO
-from steepest.optimizers.muon import AdaMuon, Muon, NorMuon
-from steepest.optimizers.shampoo import KLShampoo, Shampoo
-from steepest.optimizers.soap import REKLS, SOAP
-from steepest.recipes import recipe
-from steepest.routing import for_model, route
-from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "MOSO",
-    "REKLS",
-    "SOAP",
-    "AdaMuon",
-    "CosineSchedule",
-    "Dion",
-    "Dion2",
-    "KLShampoo",
-    "LinearSchedule",
-    "Lion",
-    "Muon",
-    "NorMuon",
-    "Optimizer",
-    "Shampoo",
-    "StepSchedule",
-    "all_eigenbases_met_criteria",
-    "conjugate",
-    "create",
-    "eigh_with_fallback",
-    "for_model",
-    "fp32_matmul_precision",
-    "get_eigenbasis_eigh",
-    "get_eigenbasis_qr",
-    "init_kronecker_factors",
-    "orthogonal_iteration",
-    "precondition",
-    "recipe",
-    "route",
-    "update_eigenbasis_and_exp_avgs",
-    "update_kronecker_factors",
-    "update_kronecker_factors_kl_shampoo",
-]
+if TYPE_CHECKING:
+    from steepest.optimizers.public import *  # noqa: F403
+else:
+    # The command line imports this module first, and its help must not wait seconds for torch.
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name, or a module of this package, when it is used for the first time."""
+        from importlib import import_module
+        from importlib.util import find_spec
+
+        if not name.startswith("_") and find_spec(f"steepest.{name}"):
+            return import_module(f"steepest.{name}")
+        api = import_module("steepest.optimizers.public")
+        if name == "__all__" or name in api.__all__:
+            globals()[name] = getattr(api, name)
+            return globals()[name]
+        raise AttributeError(f"module 'steepest' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """List the public names too, which may not have been imported yet."""
+        from steepest.optimizers.public import __all__
+
+        return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
 """The command ``steepest``.
 
-What it runs lives in `steepest.lab` and is imported when a command needs it, so that ``--help`` answers at once.
+Each command imports its module from `steepest.lab` when it is called. So help and usage errors don't import torch.
 """
 
 from __future__ import annotations
@@ -8,8 +8,12 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
+
+from steepest import __version__
 
 try:
     import typer
@@ -17,35 +21,42 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f'steepest: the command line needs {missing.name}; install it with: pip install "steepest[lab]"')
 
-app = typer.Typer(
-    help="steepest: matrix-aware optimizers for PyTorch.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
+
+ModelFile = Annotated[str, typer.Argument(help="A Python file with a function model() that returns a module.")]
 
 
-@app.callback()
-def commands() -> None:
-    """Keeps ``race`` a command of its own while it is the only one."""
+@app.callback(invoke_without_command=True, epilog="Example: steepest race --optimizers 'adamw, soap'")
+def steepest(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Matrix-aware optimizers for PyTorch: race, check, list and time them, and plan their memory on many GPUs."""
+    if version:
+        typer.echo(f"steepest {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+    else:
+        return
+    raise typer.Exit
 
 
-@app.command()
+@app.command(epilog="Example: steepest race --optimizers 'adamw, soap(lr=1e-2)' --steps 200")
 def race(
     optimizers: Annotated[
         str | None,
         typer.Option(
-            help='Who runs: "adamw, soap(precondition_frequency=5, lr=1e-2)". Default: a few, or all with --full.'
+            help='Contenders, as in "adamw, soap(precondition_frequency=5, lr=1e-2)". Default: a few; all with --full.'
         ),
     ] = None,
     workload: Annotated[
         str,
-        typer.Option(help="What is trained: stdlib, digits, digits-vit, photo, convnet, or your own file, my_task.py."),
+        typer.Option(help="What to train: stdlib, digits, digits-vit, photo, convnet, or a file of your own."),
     ] = "stdlib",
     full: Annotated[
-        bool, typer.Option("--full", help="Sweep learning rates, then run the best over shorter distances too.")
+        bool, typer.Option("--full", help="Sweep learning rates, then train the best for fewer steps too.")
     ] = False,
     sweep: Annotated[
         list[str] | None,
@@ -53,217 +64,220 @@ def race(
             help='Values to try instead of presets: "lr=5e-3, 1e-2". Repeat it for a grid of several options.'
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Distance; the workload's own unless given.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting.")] = 2,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps. Default: as the workload says.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds with which each setting is trained.")] = 2,
     poison: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Share of gradients that get NaN or infinite entries: who bears it?"),
+        float, typer.Option(min=0, max=1, help="Share of gradients that get NaN or infinite entries.")
     ] = 0.0,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Trials side by side, one thread each; one per core unless given.")
+        int | None, typer.Option(min=1, help="Trials at the same time, one thread each. Default: one per core.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the report and for each run's record.")] = Path("runs/race"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Run everything again, whatever was run before.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the report and the records of all trials.")] = Path("runs/race"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run all trials again, even those with a record.")] = False,
 ) -> None:
-    """Train contenders side by side, with equal tuning, and write a report of what happened.
+    """Train contenders side by side with equal tuning, and write a report.
 
-    Runs are kept as they end: the same command continues a race that was broken off, and Ctrl-C leaves a report.
+    Each trial is recorded when it ends: the same command continues an interrupted race. Ctrl-C leaves a report.
     """
-    try:
-        from steepest.lab.race import command as session
-        from steepest.lab.shared.errors import BadInput
-    except ModuleNotFoundError as missing:
-        _fail(f'the race needs {missing.name}; install it with: pip install "steepest[lab]"')
-    request = session.Request(
-        optimizers=optimizers,
-        workload=workload,
-        full=full,
-        sweep=sweep or [],
-        steps=steps,
-        seeds=seeds,
-        workers=workers or os.cpu_count() or 1,
-        out=out,
-        fresh=fresh,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        poison=poison,
-    )
-    try:
-        status = session.run(request, Console())
-    except BadInput as error:
-        _fail(str(error))
-    except KeyboardInterrupt:  # before the first trial, or while the report was written
-        status = session.INTERRUPTED
-    raise typer.Exit(status)
+    with _errors_in_one_line():
+        from steepest.lab.race import command
+
+        request = command.Request(
+            optimizers=optimizers,
+            workload=workload,
+            full=full,
+            sweep=sweep or [],
+            steps=steps,
+            seeds=seeds,
+            workers=workers or os.cpu_count() or 1,
+            out=out,
+            fresh=fresh,
+            command=_typed(),
+            poison=poison,
+        )
+        raise typer.Exit(command.run(request, Console()))
 
 
-@app.command()
+@app.command(epilog="Example: steepest check torch.optim:AdamW --lr 1e-3 --option 'betas=(0.9, 0.95)'")
 def check(
-    optimizer: Annotated[str, typer.Argument(help="module:Class, as torch.optim:AdamW, or one of ours: soap.")],
+    optimizer: Annotated[str, typer.Argument(help="module:Class, as in torch.optim:AdamW, or a name, as in soap.")],
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     option: Annotated[
         list[str] | None, typer.Option(help='Another option: "betas=(0.9, 0.95)". Repeat it for more.')
     ] = None,
-    dtype: Annotated[str, typer.Option(help="What parameters are: float32, bfloat16, float64.")] = "float32",
-    device: Annotated[str, typer.Option(help="Where they are: cpu, cuda.")] = "cpu",
-    slow: Annotated[bool, typer.Option("--slow", help="Compile the step, too.")] = False,
+    dtype: Annotated[str, typer.Option(help="Dtype of the parameters: float32, bfloat16, float64.")] = "float32",
+    device: Annotated[str, typer.Option(help="Device of the parameters: cpu, cuda.")] = "cpu",
+    slow: Annotated[bool, typer.Option("--slow", help="Check the compiled step, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print verdicts and evidence as JSON.")] = False,
 ) -> None:
-    """Put an optimizer to the contract of PyTorch's optimizers, clause by clause. Exits with 1 if it breaks one."""
-    try:
-        from steepest.lab.listing import check as checking
-        from steepest.lab.shared.errors import BadInput
-    except ModuleNotFoundError as missing:
-        _fail(f'the check needs {missing.name}; install it with: pip install "steepest[lab]"')
-    try:
-        options = ({} if lr is None else {"lr": lr}) | checking.parse_options(option or [])
-        kept = checking.run(checking.Request(optimizer, options, dtype, device, slow, as_json), Console())
-    except BadInput as error:
-        _fail(str(error))
-    raise typer.Exit(0 if kept else 1)
+    """Check an optimizer against each clause of the contract of PyTorch's optimizers.
+
+    The exit status is 1 if the optimizer breaks a clause.
+    """
+    with _errors_in_one_line():
+        from steepest.lab.listing import check as command
+
+        options = ({} if lr is None else {"lr": lr}) | command.parse_options(option or [])
+        kept = command.run(command.Request(optimizer, options, dtype, device, slow, as_json), Console())
+        raise typer.Exit(0 if kept else 1)
 
 
-@app.command()
+@app.command(epilog="Example: steepest optimizers")
 def optimizers() -> None:
-    """List every optimizer: state per entry, work per step, what it is for, its paper; and every recipe."""
-    try:
-        from steepest.lab.listing import command as listing
-    except ModuleNotFoundError as missing:
-        _fail(f'the list needs {missing.name}; install it with: pip install "steepest[lab]"')
-    listing.print_optimizers(Console())
+    """List all optimizers and recipes, with their state, work per step, purpose and paper."""
+    with _errors_in_one_line():
+        from steepest.lab.listing import command
+
+        command.print_optimizers(Console())
 
 
-@app.command()
+@app.command(epilog="Example: steepest routes my_model.py --rule kl-soap")
 def routes(
-    model_file: Annotated[str, typer.Argument(help="A Python file with a function model() that returns a module.")],
-    rule: Annotated[str, typer.Option(help="Who steps hidden matrices: an optimizer or a recipe.")] = "soap",
+    model_file: ModelFile,
+    rule: Annotated[str, typer.Option(help="The optimizer or recipe for hidden matrices.")] = "soap",
 ) -> None:
-    """Print which rule steps which parameter of a model, seen as which matrices, and why."""
-    try:
-        from steepest.lab.listing import command as listing
-        from steepest.lab.shared.errors import BadInput
-    except ModuleNotFoundError as missing:
-        _fail(f'the table needs {missing.name}; install it with: pip install "steepest[lab]"')
-    try:
-        listing.print_routes(model_file, rule, Console())
-    except BadInput as error:
-        _fail(str(error))
+    """Print which rule steps each parameter of a model, as which matrices, and why."""
+    with _errors_in_one_line():
+        from steepest.lab.listing import command
+
+        command.print_routes(model_file, rule, Console())
 
 
-@app.command()
+@app.command(epilog="Example: steepest plan --params 7b --world 64 --layout hsdp:8x8 --gpu h100")
 def plan(
     model_file: Annotated[
         str | None, typer.Argument(help="A Python file with a function model() that returns a module.")
     ] = None,
     params: Annotated[
-        str | None, typer.Option(help="Or well-known models, by size: 124m,1b,7b,70b. Default: all of them.")
+        str | None, typer.Option(help="Well-known models by size, instead of a file: 124m,1b,7b,70b. Default: all.")
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="Who steps hidden matrices: an optimizer or a recipe.")] = "soap",
+    optimizer: Annotated[str, typer.Option(help="The optimizer or recipe for hidden matrices.")] = "soap",
     option: Annotated[
         list[str] | None, typer.Option(help="One of its options: precondition_frequency=10. Repeat it for more.")
     ] = None,
-    world: Annotated[int, typer.Option(help="Ranks.")] = 8,
+    world: Annotated[int, typer.Option(help="Number of ranks.")] = 8,
     layout: Annotated[
         str,
-        typer.Option(help="How parameters lie on them: fsdp, ddp, tp, hsdp:RxS (R replicas of S shards), fsdp+tp:SxT."),
+        typer.Option(help="How ranks hold parameters: fsdp, ddp, tp, hsdp:RxS (R replicas of S shards), fsdp+tp:SxT."),
     ] = "fsdp",
     block_size: Annotated[
         int | None,
-        typer.Option(help="Cut matrices into blocks of at most so many rows and columns. Default: try some."),
+        typer.Option(help="Cut matrices into blocks of at most this many rows and columns. Default: try several."),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Of a training step, over all ranks.")] = 2**19,
-    dtype: Annotated[str | None, typer.Option(help="Of gradients; the file's own, or bfloat16, if not given.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens in a training step, over all ranks.")] = 2**19,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of gradients. Default: that of the file's parameters, or bfloat16.")
+    ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Predict time, too: on h200, h100, a100, l40s, or here, which is measured first.")
+        str | None,
+        typer.Option(help="Predict time on: h200, h100, a100, l40s, or here, which measures this machine first."),
     ] = None,
     mfu: Annotated[
-        float, typer.Option(help="Share of the device's peak at which the model is trained, for its part of a step.")
+        float, typer.Option(help="Share of the GPU's peak FLOPs that forward and backward passes reach.")
     ] = 0.4,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
-    """Simulate how an optimizer's step is shared out among ranks: state, bytes sent, FLOPs, their balance, and time."""
-    try:
+    """Simulate an optimizer's step on many ranks: state, bytes sent, FLOPs, their balance, and time."""
+    with _errors_in_one_line():
         from steepest.lab.listing.check import parse_options
-        from steepest.lab.plan import command as plan_report
-        from steepest.lab.shared.errors import BadInput
-    except ModuleNotFoundError as missing:
-        _fail(f'the plan needs {missing.name}; install it with: pip install "steepest[lab]"')
-    try:
+        from steepest.lab.plan import command
+
         options = parse_options(option or [])
-        request = plan_report.Request(
+        request = command.Request(
             model_file, params, optimizer, options, world, layout, block_size, tokens, dtype, gpu, mfu
         )
-        plan_report.run(request, Console(), as_json)
-    except BadInput as error:
-        _fail(str(error))
+        command.run(request, Console(), as_json)
 
 
-@app.command()
+@app.command(epilog="Example: steepest spike --device cpu --seed 1")
 def spike(
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda. TF32 is emulated where a device has none.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the gradients.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the report and the figures in it.")] = Path("runs/spike"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda. TF32 is emulated on devices without it.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the gradients.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the report and its figures.")] = Path("runs/spike"),
 ) -> None:
-    """Show what a gradient a thousand times too large does to KL-Shampoo's eigenbases, by precision and floor."""
-    try:
-        from steepest.lab.shared.errors import BadInput
-        from steepest.lab.spike import command as spike_session
-    except ModuleNotFoundError as missing:
-        _fail(f'the study needs {missing.name}; install it with: pip install "steepest[lab]"')
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    try:
-        spike_session.run(spike_session.Request(device, seed, out, command), Console())
-    except BadInput as error:
-        _fail(str(error))
+    """Show what a gradient 1000 times too large does to KL-Shampoo's eigenbases, by precision and floor."""
+    with _errors_in_one_line():
+        from steepest.lab.spike import command
+
+        command.run(command.Request(device, seed, out, _typed()), Console())
 
 
-@app.command()
+@app.command(epilog="Example: steepest bench --optimizers 'soap-f10, muon' --steps 20")
 def bench(
     shapes: Annotated[
-        str, typer.Option(help="Which matrices: gpt-tiny, gpt2-124m, llama-1b, moe; several with commas.")
+        str, typer.Option(help="Models whose matrices are stepped: gpt-tiny, gpt2-124m, llama-1b, moe.")
     ] = "gpt-tiny",
     optimizers: Annotated[
         str | None,
         typer.Option(
-            help='Who steps: "soap-f10, soap-f10(stagger=True), muon"; -f10 sets a frequency. Default: seven.'
+            help='As in "soap-f10, soap-f10(stagger=True), muon"; -f10 is a refresh every 10 steps. Default: seven.'
         ),
     ] = None,
     peers: Annotated[
-        bool, typer.Option("--peers", help="Beside torch.optim's, pytorch_optimizer's and heavyball's.")
+        bool, typer.Option("--peers", help="Time those of torch.optim, pytorch_optimizer and heavyball, too.")
     ] = False,
     compiled: Annotated[
-        bool, typer.Option("--compiled", help="heavyball's compiled, too, as by itself; that takes minutes.")
+        bool, typer.Option("--compiled", help="Time heavyball's with its own compilation, too, which takes minutes.")
     ] = False,
-    steps: Annotated[int, typer.Option(help="Steps timed; a multiple of every frequency.")] = 40,
-    warmup: Annotated[int | None, typer.Option(help="Steps before. Default: one more than the longest period.")] = None,
-    depth: Annotated[int | None, typer.Option(help="Only so many layers of a model.")] = None,
+    steps: Annotated[int, typer.Option(help="Timed steps: a multiple of every refresh frequency.")] = 40,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps before those. Default: one more than the longest period.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="Number of layers, instead of all that the model has.")] = None,
     device: Annotated[str, typer.Option(help="cpu (one thread) or cuda.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder for the report and the figures in it.")] = Path("runs/bench"),
+    out: Annotated[Path, typer.Option(help="Folder for the report and its figures.")] = Path("runs/bench"),
 ) -> None:
-    """Time optimizers' steps on a model's shapes, by phase, in turn, against peers and against the least they take."""
-    try:
-        from steepest.lab.bench import command as bench_session
-        from steepest.lab.shared.errors import BadInput
-    except ModuleNotFoundError as missing:
-        _fail(f'the bench needs {missing.name}; install it with: pip install "steepest[lab]"')
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    request = bench_session.Request(
-        shapes, optimizers, peers, compiled, steps, warmup, depth, device, out, command=command
-    )
-    try:
-        bench_session.run(request, Console())
-    except BadInput as error:
-        _fail(str(error))
+    """Time optimizers' steps on a model's shapes, by phase, against other libraries and against a lower bound."""
+    with _errors_in_one_line():
+        from steepest.lab.bench import command
+
+        request = command.Request(
+            shapes, optimizers, peers, compiled, steps, warmup, depth, device, out, command=_typed()
+        )
+        command.run(request, Console())
 
 
 def main() -> None:
-    """The entry point."""
-    app()
+    """Run the command line; a usage error is one line on stderr."""
+    try:
+        status = app(standalone_mode=False)
+    except typer.Abort:
+        status = INTERRUPTED
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # typer's usage errors; their class has moved between versions
+        if message is None:
+            raise
+        command = getattr(getattr(error, "ctx", None), "command_path", "steepest")
+        typer.echo(f"steepest: {message()} (see {command} --help)", err=True)
+        status = BAD_INPUT
+    sys.exit(status)
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Report bad input and missing packages as one line on stderr, and end with the exit status of an error."""
+    try:
+        from steepest.lab.shared.errors import BadInput
+
+        try:
+            yield
+        except BadInput as error:
+            _fail(str(error))
+    except ModuleNotFoundError as missing:
+        _fail(f'this needs {missing.name}; install it with: pip install "steepest[lab]"')
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _fail(message: str) -> NoReturn:
-    """One line on stderr, and the exit status of bad input."""
+    """Print one line on stderr and exit with the status of bad input."""
     typer.echo(f"steepest: {message}", err=True)
     raise typer.Exit(BAD_INPUT)
+
+
+def _typed() -> str:
+    """Return the command line, as reports show it."""
+    return shlex.join(["steepest", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Recipes: an optimizer with the settings of one publication, under a name that stays.
+"""Recipes: optimizers with the settings of a publication, by name.
 
 ``"soap/paper"`` is SOAP as its authors ran it, ``"muon/keller"`` is Muon as its author released it. A recipe names its
-source and the date of that source. What is not from there, or differs here, its note says. Settings don't change under
-a name: later ones get a name of their own. All were compared with their sources once more in 2026-11.
+source, the date of that source, and in a note every difference from it. The settings of a name never change; later
+settings get a new name. All recipes were compared with their sources again in 2026-11.
 
-Recipes go where optimizers' names go: `steepest.create`, `steepest.for_model`, overrides, and ``steepest race``.
-Whatever the caller says goes before the recipe.
+`steepest.create`, `steepest.for_model`, overrides of `steepest.route` and ``steepest race`` take recipes by name. The
+caller's options take precedence over a recipe's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from steepest.rule import nearest
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings with their source.
+    """A recipe holds the settings of an optimizer and their source.
 
     Example:
         >>> from steepest.recipes import RECIPES
@@ -30,18 +30,18 @@ class Recipe:
 
     name: str
     optimizer: str
-    """Whose options these are, as `steepest.create` calls it."""
+    """The optimizer's name, as `steepest.create` takes it."""
     options: Mapping[str, Any]
-    """As the optimizer's class takes them. A learning rate is among them where the source has one to recommend."""
+    """Arguments of the optimizer's class. ``lr`` is among them if the source recommends one."""
     elementwise: Mapping[str, Any] | None
-    """Options for what is no hidden matrix, as `steepest.for_model` takes them: learning rate and weight decay are
-    those of ``options`` unless named here. None: ``options`` serve everything."""
+    """Options for all parameters but hidden matrices, as `steepest.for_model` takes them: ``lr`` and ``weight_decay``
+    default to those of ``options``. None if ``options`` hold for all parameters."""
     source: str
-    """Where to read it: a paper or a project's public page."""
+    """A paper or a project's public page."""
     date: str
-    """Of the source: its year, and its month if it has one."""
+    """The year of the source, and its month if known."""
     note: str
-    """What differs from the source, and what is not from there."""
+    """How the settings differ from the source, and which ones come from elsewhere."""
 
     def __str__(self) -> str:
         settings = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
@@ -49,11 +49,8 @@ class Recipe:
         return f"{self.name} ({self.date}, {self.source})\n{self.optimizer}: {settings}{rest}\n{self.note}"
 
 
-KELLERS_ADAM = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10}
-"""AdamW's part in K. Jordan's optimizer."""
-
-UNGUARDED = {"momentum_floor": False, "noise_floor": 0.0, "kl_floor": 0.0, "match_columns": False}
-"""SOAP without our guards in the first steps: what public implementations do."""
+UNGUARDED = {"guards": False, "match_columns": False}
+"""SOAP without the guards of the first steps, as public implementations run it."""
 
 _ALL = (
     Recipe(
@@ -68,13 +65,13 @@ _ALL = (
             "eps": 1e-7,
             "weight_decay": 0.0,
         },
-        KELLERS_ADAM,
+        {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10},
         "https://kellerjordan.github.io/posts/muon",
         "2024-12",
-        "Defaults of the code that belongs to the post, https://github.com/KellerJordan/Muon; the example there decays "
-        "by 0.01. It runs Newton-Schulz in bfloat16; here it is bfloat16 where that is fast. A record with the same "
-        "code (2025-05) takes 0.05, and for AdamW 0.22 in the head, 0.6 in embeddings and 0.04 in vectors, with betas "
-        "of 0.8 and 0.95.",
+        "Defaults of the post's code, https://github.com/KellerJordan/Muon, whose example decays by 0.01. It runs "
+        "Newton-Schulz in bfloat16, here only where bfloat16 is fast. A record with the same code (2025-05) takes a "
+        "rate of 0.05, and for AdamW 0.22 in the head, 0.6 in embeddings and 0.04 in vectors, with betas of 0.8 and "
+        "0.95.",
     ),
     Recipe(
         "muon/moonlight",
@@ -90,9 +87,9 @@ _ALL = (
         {"betas": (0.9, 0.95), "eps": 1e-8},
         "arXiv:2502.16982",
         "2025-02",
-        "No learning rate: AdamW's carries over, which is the paper's point, and the rest shares it. Betas and eps "
-        "of AdamW are from https://github.com/MoonshotAI/Moonlight, whose example takes 1e-3. There weight decay acts "
-        "on vectors too; here it doesn't, unless decay_1d=True.",
+        "No learning rate: the paper's point is that AdamW's carries over, for all parameters. AdamW's betas and eps "
+        "are from https://github.com/MoonshotAI/Moonlight, whose example takes a rate of 1e-3. There weight decay acts "
+        "on vectors too; here it does with decay_1d=True.",
     ),
     Recipe(
         "normuon/paper",
@@ -101,9 +98,9 @@ _ALL = (
         {"betas": (0.9, 0.95)},
         "arXiv:2510.05491",
         "2025-10",
-        "No learning rate and no weight decay: the paper tunes both. Momentum looks ahead as in the authors' code, "
-        'https://github.com/zichongli5/NorMuon, whose defaults otherwise are those of "muon/keller", the scale '
-        '"original" among them; here it is the paper\'s. Betas of AdamW are from there.',
+        "No learning rate and no weight decay: the paper tunes both. Nesterov momentum and AdamW's betas are from the "
+        "authors' code, https://github.com/zichongli5/NorMuon. Its other defaults are those of Muon's author, scale "
+        "included; here the scale is the paper's.",
     ),
     Recipe(
         "soap/paper",
@@ -123,9 +120,8 @@ _ALL = (
         {"betas": (0.95, 0.95), "eps": 1e-8},
         "arXiv:2409.11321",
         "2024-09",
-        "Settings of the authors' code, https://github.com/nikhilvyas/SOAP. There convolutions have a covariance "
-        "for each dimension; here they are flattened to matrices. Routing is ours: embeddings and heads run by "
-        "AdamW.",
+        "Settings of the authors' code, https://github.com/nikhilvyas/SOAP. There convolutions have a covariance for "
+        "each dimension; here they are flattened to matrices. Here embeddings and heads are optimized by AdamW.",
     ),
     Recipe(
         "soap/emerging",
@@ -144,8 +140,8 @@ _ALL = (
         {"betas": (0.9, 0.95), "eps": 1e-8},
         "https://github.com/NVIDIA-NeMo/Emerging-Optimizers",
         "2025",
-        "The defaults of its SOAP, which asks for a learning rate. Our guards are off, for parity, and the first "
-        "basis is computed in float64, there in float32. The elementwise part is ours.",
+        "Defaults of its SOAP, which has none for the learning rate. Guards are off, for parity. The first basis is "
+        "computed in float64, there in float32. The elementwise options are not from there.",
     ),
     Recipe(
         "shampoo/algoperf",
@@ -160,16 +156,16 @@ _ALL = (
             "graft": "adam",
             "graft_eps": 1e-8,
             "precondition_frequency": 100,
-            "refresh": "eigh",
+            "solver": "eigh",
             "weight_decay": 0.0812,
         },
         {"betas": (0.9327, 0.9955), "eps": 1e-8},
         "arXiv:2309.06497; https://github.com/mlcommons/algorithms_results_v0.5",
         "2024-08",
-        "The first of five settings that won AlgoPerf's external tuning, rounded. There Shampoo "
-        "takes every parameter, in blocks of 1024; momentum is Nesterov's, as NAdam has it; roots are 100 steps "
-        "old, and the first 100 steps are Adam's. Here matrices are whole, eigenvectors are as old but eigenvalues "
-        "fresh, and the first step is Shampoo's. Schedule, label smoothing and dropout are not part of it.",
+        "The first of five settings that won AlgoPerf's external tuning, rounded. There Shampoo takes every parameter, "
+        "in blocks of 1024; momentum is Nesterov's, as in NAdam; roots are up to 100 steps old, and the first 100 "
+        "steps are Adam's. Here matrices are whole, eigenvectors are up to 100 steps old but eigenvalues current, and "
+        "the first step is Shampoo's. Schedule, label smoothing and dropout are not included.",
     ),
     Recipe(
         "dion/paper",
@@ -178,10 +174,10 @@ _ALL = (
         {"betas": (0.9, 0.95), "eps": 1e-8},
         "arXiv:2504.05295",
         "2025-04",
-        "Defaults of the authors' code, https://github.com/microsoft/dion, but for the rank: theirs is full, and a "
-        "quarter is what they find nearly as good at 3B parameters. Their configuration for 160M takes a rate of "
-        "0.02. They advise to divide the head's rate by the root of its input width: "
-        'overrides={"head.weight": {"lr": ...}}. Their rest runs by AdamW or Lion.',
+        "Defaults of the authors' code, https://github.com/microsoft/dion, except for the rank: theirs is full, and "
+        "they find a quarter nearly as good at 3B parameters. Their configuration for 160M takes a rate of 0.02. They "
+        "recommend to divide the head's rate by the square root of its input width: "
+        'overrides={"head.weight": {"lr": ...}}. They optimize the other parameters by AdamW or Lion.',
     ),
     Recipe(
         "dion2/paper",
@@ -198,8 +194,8 @@ _ALL = (
         {"betas": (0.9, 0.95), "eps": 1e-8},
         "arXiv:2512.16928",
         "2025-12",
-        "Defaults of the authors' code, https://github.com/microsoft/dion, which they recommend over Dion; their "
-        "configuration for 160M parameters takes a rate of 0.02 and a fraction of 0.5. The head's rate as in "
+        "Defaults of the authors' code, https://github.com/microsoft/dion, which recommends it over Dion; the "
+        "configuration for 160M parameters takes a rate of 0.02 and a fraction of 0.5. For the head's rate see "
         '"dion/paper".',
     ),
     Recipe(
@@ -209,8 +205,8 @@ _ALL = (
         None,
         "arXiv:2302.06675",
         "2023-02",
-        "The rate is the authors' example beside 1e-3 for AdamW, https://github.com/google/automl/tree/master/lion. "
-        "Weight decay is left to you: 3 to 10 times AdamW's, they say, and for language models betas of 0.95 and 0.98.",
+        "The rate is the authors' example where AdamW has 1e-3, https://github.com/google/automl/tree/master/lion. "
+        "Weight decay is not set: they recommend 3 to 10 times AdamW's; for language models, betas of 0.95 and 0.98.",
     ),
     Recipe(
         "adamw/nanogpt",
@@ -219,23 +215,23 @@ _ALL = (
         None,
         "https://github.com/karpathy/nanoGPT",
         "2023",
-        "For GPT-2 of 124M parameters, with gradients clipped at norm 1, 2000 steps of warm-up and a cosine down "
-        "to a tenth, which are not part of it. Through for_model, vectors don't decay, as there.",
+        "For GPT-2 of 124M parameters, with gradients clipped at norm 1, 2000 steps of warm-up and a cosine decay to a "
+        "tenth, which are not included. With for_model, vectors don't decay, as there.",
     ),
 )
 
 RECIPES: Mapping[str, Recipe] = {r.name: r for r in _ALL}
-"""Every recipe by name."""
+"""All recipes by name."""
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of this name: an optimizer's settings with their source.
+    """Return the recipe of this name: an optimizer's settings with their source.
 
     Args:
-        name: As in `steepest.recipes.RECIPES`, such as "muon/moonlight" or "soap/paper".
+        name: A name of `steepest.recipes.RECIPES`, such as "muon/moonlight" or "soap/paper", in any case.
 
     Raises:
-        ValueError: For an unknown name; it suggests the nearest.
+        ValueError: If there is no such recipe; the message suggests the nearest name.
 
     Example:
         >>> recipe("soap/paper").source
@@ -255,12 +251,14 @@ def recipe(name: str) -> Recipe:
 
 
 def is_recipe(name: str) -> bool:
-    """Whether a name has the form of a recipe's; optimizers' have no slash."""
+    """Return whether a name is that of a recipe: names of optimizers have no slash."""
     return "/" in name
 
 
 def unfold(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A recipe's name as its optimizer's and all options, the given ones first; other names as they are.
+    """Return an optimizer's name and options for a recipe's; the given options take precedence.
+
+    Names of optimizers are returned as they are.
 
     >>> unfold("lion/paper", {"lr": 1e-3})
     ('lion', {'lr': 0.001, 'betas': (0.9, 0.99)})
@@ -274,13 +272,15 @@ def unfold(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def unfold_elementwise(name: str, elementwise: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for what is no hidden matrix: the given ones, then the recipe's unless another rule is named.
+    """Return the options for all parameters but hidden matrices: the given ones, then the recipe's.
+
+    The recipe's are left out if the given ones name another rule.
 
     >>> unfold_elementwise("muon/keller", {"lr": 1e-3})
     {'lr': 0.001, 'betas': (0.9, 0.95), 'eps': 1e-10}
     >>> unfold_elementwise("muon/keller", {"rule": "lion"})
     {'rule': 'lion'}
     """
-    theirs = (recipe(name).elementwise if is_recipe(name) else None) or {}
-    same = elementwise.get("rule", "adamw") == theirs.get("rule", "adamw")
-    return {**(theirs if same else {}), **elementwise}
+    settings = (recipe(name).elementwise if is_recipe(name) else None) or {}
+    same_rule = elementwise.get("rule", "adamw") == settings.get("rule", "adamw")
+    return {**(settings if same_rule else {}), **elementwise}

@@ -1,7 +1,8 @@
 """How a parameter is seen as matrices.
 
-A view turns a tensor of a parameter's shape into a list of batches ``[b, m, n]``, rows being outputs, and back. It is a
-list because blocks of a fused projection may differ in shape. Options of a parameter group choose the view:
+A view turns a tensor of a parameter's shape into a list of batches ``[b, m, n]`` whose rows are outputs, and back. The
+batches are called pieces; there may be several, because the blocks of a fused projection may differ in shape. Options
+of a parameter group choose the view:
 
 ==============  ========================================================================================
 ``merge_dims``  True: a convolution ``[o, i, h, w]`` is one matrix ``[o, i·h·w]``; False: leading dimensions
@@ -30,7 +31,7 @@ OPTIONS: dict[str, Any] = {"merge_dims": True, "transpose": False, "split": (), 
 
 @dataclass(frozen=True)
 class View:
-    """A parameter's shape and how it is cut into pieces, each a batch of matrices.
+    """A view says how a parameter of one shape is cut into pieces, each of which is a batch of matrices.
 
     Example:
         >>> view = View((6, 4), split=(4, 1, 1))
@@ -68,7 +69,7 @@ class View:
 
     @classmethod
     def of(cls, p: Tensor, group: Mapping[str, Any]) -> View:
-        """The view of parameter ``p`` that its group's options describe; vectors and scalars ignore them."""
+        """Return the view of ``p`` that the options of its group describe; vectors and scalars ignore the options."""
         if p.dim() < 2:
             return cls(tuple(p.shape))
         view = cls(
@@ -88,7 +89,7 @@ class View:
 
     @cached_property
     def stored(self) -> tuple[int, int, int]:
-        """The parameter as a batch of matrices as it lies in memory, before transposing."""
+        """Return the parameter's shape as a batch of matrices as it lies in memory, before it is transposed."""
         if len(self.shape) < 2:
             return 1, 1, math.prod(self.shape)
         if len(self.shape) > 2 and not self.merge_dims:
@@ -97,12 +98,12 @@ class View:
 
     @property
     def batched(self) -> bool:
-        """Whether a piece may hold several matrices, so that its state keeps a leading dimension."""
+        """Return whether a piece may hold several matrices, so that its state keeps a leading dimension."""
         return self.heads > 1 or (len(self.shape) > 2 and not self.merge_dims)
 
     @cached_property
     def blocks(self) -> list[tuple[slice, slice]]:
-        """The rows and columns of each piece, rows being outputs."""
+        """Return the rows and columns of each piece, where rows are outputs."""
         _, m, n = self.stored
         if self.transpose:
             m, n = n, m
@@ -111,7 +112,7 @@ class View:
 
     @cached_property
     def pieces(self) -> list[tuple[int, int, int]]:
-        """The shapes ``(b, m, n)`` of the batches, rows being outputs; none for an empty parameter.
+        """Return the shape ``(b, m, n)`` of each piece, where rows are outputs; an empty parameter has no pieces.
 
         >>> View((8, 3, 5, 5)).pieces, View((8, 64, 32), merge_dims=False).pieces, View((7,)).pieces
         ([(1, 8, 75)], [(8, 64, 32)], [(1, 1, 7)])
@@ -123,10 +124,10 @@ class View:
         b, h = self.stored[0], self.heads
         return [(b * h, (r.stop - r.start) // h, c.stop - c.start) for r, c in self.blocks]
 
-    def box(self, piece: int) -> tuple[slice, ...] | None:
-        """Where in the parameter's own dimensions a piece lies; None if that is no box, as of merged columns.
+    def slices(self, piece: int) -> tuple[slice, ...] | None:
+        """Return the slices that cut a piece out of the parameter; None if slices can't, as with merged columns.
 
-        >>> View((6, 4), split=(4, 2)).box(1), View((6, 2, 2), block_size=3).box(0)
+        >>> View((6, 4), split=(4, 2)).slices(1), View((6, 2, 2), block_size=3).slices(0)
         ((slice(4, 6, None), slice(0, 4, None)), None)
         """
         if len(self.shape) < 2 or len(self.blocks) == 1:
@@ -136,51 +137,51 @@ class View:
             rows, columns = columns, rows
         if len(self.shape) == 2 or not self.merge_dims:
             return (*(slice(0, length) for length in self.shape[:-2]), rows, columns)
-        every = slice(0, self.stored[2])
-        return (rows, *(slice(0, length) for length in self.shape[1:])) if columns == every else None
+        whole_rows = columns == slice(0, self.stored[2])
+        return (rows, *(slice(0, length) for length in self.shape[1:])) if whole_rows else None
 
-    def window(self, x: Tensor, piece: int) -> Tensor:
-        """The part of ``x``, of the parameter's shape, that a piece covers: always a view, whatever x's layout."""
+    def cut(self, x: Tensor, piece: int) -> Tensor:
+        """Cut a piece out of ``x``, which has the parameter's shape; the result is always a view of ``x``."""
         if len(self.blocks) == 1:
             return x
-        box = self.box(piece)
-        if box is not None:
-            return x[box]
+        slices = self.slices(piece)
+        if slices is not None:
+            return x[slices]
         rows, columns = self.blocks[piece]
         return x.view(self.stored[1:])[(columns, rows) if self.transpose else (rows, columns)]
 
     def matrices(self, x: Tensor, piece: int) -> Tensor:
-        """A piece of ``x``, of the parameter's shape, as ``[b, m, n]``; without a copy where its layout allows."""
-        return self.batch(self.window(x, piece), piece)
+        """Return a piece of ``x``, which has the parameter's shape, as ``[b, m, n]``; a view if its layout allows."""
+        return self.batch(self.cut(x, piece), piece)
 
     def batch(self, part: Tensor, piece: int) -> Tensor:
-        """The `window` of a piece as matrices ``[b, m, n]``; without a copy where its layout allows."""
+        """Return a piece that has been `cut` out as ``[b, m, n]``; a view where its layout allows."""
         b, m, n = self.pieces[piece]
         if self.transpose:
             part = part.reshape(self.stored[0], n, -1).mT
         return part.reshape(b, m, n)
 
-    def shaped(self, D: Tensor, piece: int) -> Tensor:
-        """The inverse of `matrices`: ``D [b, m, n]`` in the shape of the piece's `window`."""
+    def unbatch(self, D: Tensor, piece: int) -> Tensor:
+        """Return ``D [b, m, n]`` in the shape that the piece has when it is `cut` out of the parameter."""
         if self.transpose:
             D = D.reshape(self.stored[0], -1, D.shape[-1]).mT
-        return D.reshape(self._windows[piece])
+        return D.reshape(self._cut_shapes[piece])
 
     @cached_property
-    def _windows(self) -> list[torch.Size]:
-        """The shape of each piece's window."""
+    def _cut_shapes(self) -> list[torch.Size]:
+        """Return the shape of each piece when it is cut out of the parameter."""
         whole = torch.empty(self.shape, device="meta")
-        return [self.window(whole, piece).shape for piece in range(len(self.pieces))]
+        return [self.cut(whole, piece).shape for piece in range(len(self.pieces))]
 
 
 def _bounds(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Where blocks of these lengths, one after the other, start and stop."""
+    """Return where consecutive blocks of these lengths start and stop."""
     stops = list(accumulate(lengths))
     return list(zip([0, *stops[:-1]], stops, strict=True))
 
 
 def _cuts(start: int, stop: int, longest: int) -> list[slice]:
-    """``start:stop`` in as few slices of nearly equal length as ``longest`` allows; 0 allows any."""
+    """Cut ``start:stop`` into as few slices of nearly equal length as ``longest`` allows; 0 allows any length."""
     length = stop - start
     parts = -(-length // longest) if longest and length else 1
     edges = [start + length * i // parts for i in range(parts + 1)]

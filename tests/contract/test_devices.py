@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import steepest
 from steepest.linalg import attempts
 from steepest.rules import RULES
-from steepest.stack.stack import Echo
+from steepest.stack.stack import AsyncCopy
 from steepest.testing import check_optimizer
 from steepest.testing.evidence import Snapshot, expect_same, snapshot
 from steepest.testing.subject import Run, Subject
@@ -151,11 +151,11 @@ def test_a_save_after_a_bad_gradient_has_the_right_clock() -> None:
     assert optimizer.skipped == 3
 
 
-def test_an_echo_is_a_copy() -> None:
+def test_an_async_copy_is_a_copy() -> None:
     x = torch.tensor([1, 2])
-    echo = Echo(x)
+    copied = AsyncCopy(x)
     x.zero_()
-    assert echo.heard().tolist() == [1, 2]
+    assert copied.wait().tolist() == [1, 2]
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from steepest.engine import optimizer as engine
 from steepest.engine.optimizer import Optimizer
 from steepest.stack import stack as stacks
 from steepest.testing import CLAUSES, Verdict, check_clause
@@ -24,8 +23,8 @@ def broken(*clauses: str) -> set[str]:
 def test_a_wrong_slot_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     views = stacks.Stack.views
 
-    def neighbours(self: stacks.Stack, seat: stacks.Seat) -> dict[str, Tensor]:
-        return views(self, self.seats[self.seats.index(seat) - 1])
+    def neighbours(self: stacks.Stack, segment: stacks.Segment) -> dict[str, Tensor]:
+        return views(self, self.segments[self.segments.index(segment) - 1])
 
     monkeypatch.setattr(stacks.Stack, "views", neighbours)
     clauses = {"missing_leaves_state", "bad_gradient_waits"}
@@ -38,7 +37,7 @@ def test_a_dropped_cast_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_clock_that_is_not_restored_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = engine.checkpoint.load
+    load = Optimizer._load
 
     def forgetful(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         clocks = [stack.clock.clone() for stack in optimizer._stacks]
@@ -46,6 +45,6 @@ def test_a_clock_that_is_not_restored_is_noticed(monkeypatch: pytest.MonkeyPatch
         for stack, clock in zip(optimizer._stacks, clocks, strict=True):
             stack.clock.copy_(clock)
 
-    monkeypatch.setattr(engine.checkpoint, "load", forgetful)
+    monkeypatch.setattr(Optimizer, "_load", forgetful)
     clauses = {"resume_float32", "resume_bfloat16", "resume_flattened"}
     assert broken(*clauses) == clauses

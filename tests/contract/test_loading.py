@@ -169,7 +169,7 @@ def test_a_refused_state_thaws_nothing(damage: str) -> None:
     refuses(optimizer, params, saved, {"shape": "c: 'L'", "missing": "b: .*no 'Q_R'", "options": "eps=-1.0"}[damage])
     assert params["b"] not in optimizer.state
     assert len(optimizer._stacks) == 1
-    assert len(optimizer._waiting) == 1
+    assert len(optimizer._frozen) == 1
 
 
 Tamper = Callable[[dict[str, Any]], Any]
@@ -206,10 +206,10 @@ TAMPERED: dict[str, tuple[Tamper, str]] = {
     "state a word": (put("gone", "state", 0), "attention: the saved state is a str"),
     "states a list": (put([], "state"), "'state' is a list"),
     "groups a dict": (put({}, "param_groups"), "'param_groups' are a dict"),
-    "a group a list": (put([], "param_groups", 1), "parameter group 1 of the saved state is no dict"),
+    "a group a list": (put([], "param_groups", 1), "parameter group 1 of the saved state is not a dict"),
     "another group": (lambda s: s["param_groups"].append({"params": []}), "5 parameter groups, the optimizer has 4"),
-    "no params": (lambda s: s["param_groups"][0].pop("params"), "group 0 of the saved state is no dict with"),
-    "twice": (put([0], "param_groups", 1, "params"), "group 1 of the saved state has 0 once more"),
+    "no params": (lambda s: s["param_groups"][0].pop("params"), "group 0 of the saved state is not a dict with"),
+    "twice": (put([0], "param_groups", 1, "params"), "group 1 of the saved state repeats 0"),
     "names too many": (put(["a", "b"], "param_groups", 0, "param_names"), "one name for each"),
     "lr a word": (put("high", "param_groups", 0, "lr"), "options of parameter group 0 of the saved state are damaged"),
     "lr NaN": (put(math.nan, "param_groups", 0, "lr"), "lr=nan"),
@@ -277,7 +277,7 @@ def named(*names: str) -> tuple[dict[str, nn.Parameter], steepest.Optimizer]:
 def test_added_parameters_are_named_with_the_remedy() -> None:
     saved = named("a", "b")[1].state_dict()
     params, optimizer = named("a", "new", "b")
-    refuses(optimizer, params, saved, "parameter group 0 has new, of which .* load before they are added with add_para")
+    refuses(optimizer, params, saved, "parameter group 0 has new, which .* load before they are added with add_para")
     params, optimizer = named("b", "a")
     optimizer.load_state_dict(saved)
     optimizer.add_param_group({"params": [("new", nn.Parameter(torch.ones(2, 3)))]})

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import steepest
+from steepest.rules.kl_soap import KLSoap
 
 Options = dict[str, Any]
 Index = tuple[Any, ...]
@@ -80,7 +81,7 @@ class Matrix:
     def whitening(self, side: int, G: Tensor, o: Options) -> Tensor:
         """The matrix between the two gradients in the update of the other side's covariance."""
         d, K, Q = G.shape[side], self.K[side], self.Q[side]
-        if o["rule"] == "soap":
+        if not o["use_kl_shampoo"]:
             return torch.eye(d, dtype=G.dtype)
         if K is None:
             return torch.eye(d, dtype=G.dtype) / d
@@ -266,7 +267,7 @@ def draw(name: str, k: int) -> Tensor:
     return torch.randn(SHAPES[name], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-DEFAULTS = {name: p.default for name, p in inspect.signature(steepest.SOAP).parameters.items()}
+DEFAULTS = KLSoap.defaults() | {name: p.default for name, p in inspect.signature(steepest.SOAP).parameters.items()}
 
 
 # What happens.

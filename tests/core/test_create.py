@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import steepest
+from steepest.engine.optimizer import Optimizer
 from steepest.lab.shared.contenders import preset
 from steepest.optimizers import ALIASES, NAMES, canonical, group_options
 from steepest.optimizers.torch_optim import PAPERS, TORCH
@@ -31,6 +32,7 @@ def weight():
         ("Nor-Muon", "normuon"),
         ("dion_2", "dion2"),
         ("inverse-root", "inverse_root"),
+        ("InverseRootSOAP", "inverse-root-soap"),
         ("adam_w", "adamw"),
         ("RMS-prop", "rmsprop"),
         ("sparse_adam", "sparseadam"),
@@ -56,8 +58,10 @@ def test_torchs_muon_is_told_from_ours():
 
 
 def test_no_two_names_are_the_same_but_for_their_spelling():
-    for name in [*NAMES, *TORCH, *RULES]:
+    for name in [*NAMES, *TORCH]:
         assert canonical(name) == name
+    for rule in RULES:
+        assert canonical(rule) == rule or NAMES[canonical(rule)].rule == rule
     assert ALIASES.keys().isdisjoint({*NAMES, *TORCH, *RULES})
     assert set(ALIASES.values()) <= NAMES.keys()
 
@@ -81,7 +85,38 @@ def test_kl_soap_is_soap_with_another_covariance():
     assert byname.param_groups[0] | {"params": []} == spelled_out.param_groups[0] | {"params": []}
     assert torch.equal(*(optimizer.param_groups[0]["params"][0] for optimizer in (byname, spelled_out)))
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    assert steepest.for_model(model, "KL_SOAP", lr=0.1).param_groups[0]["use_kl_shampoo"] is True
+    assert steepest.for_model(model, "KL_SOAP", lr=0.1).param_groups[0]["rule"] == "kl_soap"
+    assert steepest.for_model(model, "soap", lr=0.1, use_kl_shampoo=True).param_groups[0]["rule"] == "kl_soap"
+
+
+def test_what_a_name_fixes_cannot_be_given_otherwise():
+    with pytest.raises(TypeError, match="use_kl_shampoo"):
+        steepest.create("kl-soap", [weight()], use_kl_shampoo=False)
+    with pytest.raises(TypeError, match="solver"):
+        steepest.create("rekls", [weight()], solver="qr")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_class_and_a_group_of_its_name_have_the_same_options(name):
+    made = steepest.create(name, [weight()], lr=0.1)
+    group = Optimizer([weight()], **group_options(name, {"lr": 0.1}))
+    assert made.param_groups[0] | {"params": []} == group.param_groups[0] | {"params": []}
+
+
+def test_the_form_that_was_an_argument_of_soap_is_a_class():
+    with pytest.raises(ValueError, match=r"form: .*steepest.InverseRootSOAP"):
+        steepest.create("soap", [weight()], form="inverse_root")
+    group = steepest.create("inverse-root-soap", [weight()], graft="adam").param_groups[0]
+    assert (group["rule"], group["root"], group["graft"], group["shampoo_beta"]) == ("inverse_root", 4, "adam", 0.95)
+
+
+def test_another_name_of_an_option_counts_and_may_not_contradict_it():
+    group = steepest.SOAP([weight()], preconditioner_decay=0.7, use_eigh=True).param_groups[0]
+    assert (group["shampoo_beta"], group["solver"]) == (0.7, "eigh")
+    with pytest.raises(ValueError, match=r"preconditioner_decay.*shampoo_beta"):
+        steepest.SOAP([weight()], shampoo_beta=0.8, preconditioner_decay=0.7)
+    with pytest.raises(ValueError, match=r"use_eigh.*solver"):
+        steepest.SOAP([weight()], use_eigh=True, solver="qr")
 
 
 def test_a_race_takes_any_spelling():

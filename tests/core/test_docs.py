@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 import steepest
-from steepest.engine.group import STACK_OPTIONS
+from steepest.engine.group import STACK_OPTIONS, option_defaults
 from steepest.optimizers import NAMES
+from steepest.optimizers.shared import SharedOptions
+from steepest.optimizers.soap import SOAPOptions
 from steepest.view import OPTIONS as VIEW_OPTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -197,8 +199,15 @@ def test_the_readme_lists_every_optimizer():
 
 def test_the_page_on_soap_lists_every_option_and_its_default():
     parameters = inspect.signature(steepest.SOAP).parameters.values()
-    theirs = {p.name: "" if p.default is p.empty else repr(p.default) for p in parameters if p.name != "params"}
-    assert options("docs/soap.md") == theirs
+    theirs = {p.name: repr(p.default) for p in parameters if p.default is not p.empty}
+    defaults = option_defaults("kl_soap")
+    further, shared = SOAPOptions.__annotations__.keys(), SharedOptions.__annotations__.keys()
+    theirs |= {name: repr(defaults[name]) for name in further - shared}
+    listed = options("docs/soap.md")
+    assert theirs.items() <= listed.items()
+    assert {name: listed[name] for name in listed.keys() - theirs} == {
+        name: repr(defaults[name]) for name in listed.keys() & shared
+    }
 
 
 def test_the_page_on_routing_lists_every_view():

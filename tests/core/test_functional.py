@@ -352,7 +352,7 @@ def test_soap_from_these_functions(kl):
     W = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))  # square: no null space, whose basis is arbitrary
     optimizer = steepest.SOAP(
         [W], lr=0.1, betas=(0.9, 0.95), shampoo_beta=0.8, eps=1e-8, weight_decay=0, precondition_frequency=1,
-        correct_bias=False, correct_shampoo_beta_bias=False, use_kl_shampoo=kl, kl_floor=1e-4, noise_floor=0,
+        correct_bias=False, correct_shampoo_beta_bias=False, use_kl_shampoo=kl, noise_floor=0,
         momentum_floor=False,
     )  # fmt: skip
     ours, m, v = (torch.zeros_like(W.data) for _ in range(3))

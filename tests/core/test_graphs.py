@@ -1,4 +1,4 @@
-"""Compiled and recorded updates equal those run operation by operation, and are recorded when they should be."""
+"""Updates that are compiled or recorded as graphs have the same bits as without; which are recorded, and when."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from steepest.stack import graphs
 
 
 class Tape:
-    """Stands in for a CUDA graph: a replay does the recorded work once more, on the same memory."""
+    """A stand-in for CUDA graphs whose replay does the recorded work again, on the same memory."""
 
     def __init__(self) -> None:
         self.captures = self.replays = 0
@@ -42,12 +42,12 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
 
 @pytest.fixture(params=["asks", "masks"])
 def finding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How gradients that are not finite are found: as on a CPU, or as on accelerators."""
+    """Find gradients that are not finite as on a CPU, and as on accelerators."""
     if request.param == "masks":
         monkeypatch.setattr(attempts, "at_hand", lambda x: False)
 
 
-# Recorded.
+# Recordings.
 
 
 @pytest.mark.usefixtures("finding")
@@ -67,7 +67,7 @@ def test_replays_are_the_same_to_the_last_bit(name: str, tape: Tape) -> None:
         assert tape.captures == 0, "an update with a solver in it was recorded"
 
 
-def test_who_is_recorded_and_when(tape: Tape) -> None:
+def test_which_updates_are_recorded_and_when(tape: Tape) -> None:
     training = Training("soap")  # refreshes every three steps
     training.optimizer.param_groups[0]["cuda_graph"] = True
     counts = []
@@ -75,7 +75,7 @@ def test_who_is_recorded_and_when(tape: Tape) -> None:
         before = tape.replays
         training.step()
         counts.append(tape.replays - before)
-    assert counts == [0, 0, 0, 0, 2, 2, 0, 2, 2, 0], "two of each run operation by operation, refreshes always do"
+    assert counts == [0, 0, 0, 0, 2, 2, 0, 2, 2, 0], "two of each kind run without, and refreshes always do"
     assert tape.captures == 2
 
 
@@ -90,7 +90,7 @@ def test_another_run_in_between_leaves_the_recording(tape: Tape) -> None:
     assert (tape.captures, tape.replays) == (2, 7)
     for _ in range(4):
         training.step(missing=2)
-    assert (tape.captures, tape.replays) == (3, 13), "once it stays, it is recorded in its turn"
+    assert (tape.captures, tape.replays) == (3, 13), "once it comes in a row, it is recorded"
     training.optimizer.param_groups[0]["cuda_graph"] = False
     training.step(missing=2)
     assert tape.replays == 13
@@ -104,7 +104,7 @@ def test_options_that_change_in_each_step_are_not_recorded(tape: Tape) -> None:
     assert tape.captures == 0
 
 
-def test_a_capture_that_fails_is_said_once_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_that_fails_warns_once_and_the_update_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
         raise RuntimeError("operation not permitted")
 
@@ -130,7 +130,7 @@ def test_where_nothing_can_be_recorded_it_changes_nothing() -> None:
 
 
 def test_recordings_stay_behind(tape: Tape) -> None:
-    """Copies, pickles and saved states have none, and what is loaded into a recorded stack counts."""
+    """Copies, pickles and saved states have no recordings, and a state that is loaded into a recorded stack counts."""
     first = Training("soap", cuda_graph=True)
     for _ in range(6):
         first.step()
@@ -161,7 +161,7 @@ def test_recordings_stay_behind(tape: Tape) -> None:
     expect_same(again, first)
 
 
-# The options.
+# Options.
 
 
 @pytest.mark.parametrize("name", ["compile", "cuda_graph"])
@@ -171,7 +171,7 @@ def test_a_value_that_is_no_bool_is_named(name: str, value: Any) -> None:
         steepest.Muon([nn.Parameter(torch.zeros(2, 2))], **{name: value})
 
 
-def test_what_was_saved_without_them_goes_on() -> None:
+def test_a_state_that_was_saved_without_the_options_loads() -> None:
     training = Training("muon")
     training.step()
     old = copy.deepcopy(training.optimizer.state_dict())

@@ -1,11 +1,11 @@
-"""The engine: any parameter, options that are wrong, state in view, refreshes spread over steps."""
+"""Tests of the engine: any parameter, wrong options, state as views, staggered refreshes, and its repr."""
 
 import pytest
 import torch
 
 import steepest
 from steepest.engine.optimizer import Optimizer
-from steepest.stack.stack import spread
+from steepest.stack.stagger import stagger_offsets
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -23,7 +23,7 @@ MAKERS = {
     "soap": lambda p, **k: steepest.SOAP(p, lr=1e-2, **k),
     "rekls": lambda p, **k: steepest.REKLS(p, lr=1e-2),
     "moso": lambda p, **k: steepest.MOSO(p, lr=1e-2, **k),
-    "inverse_root": lambda p, **k: steepest.SOAP(p, lr=1e-2, form="inverse_root", **k),
+    "inverse_root": lambda p, **k: steepest.InverseRootSOAP(p, lr=1e-2, **k),
 }
 
 
@@ -63,7 +63,7 @@ def test_a_thawed_parameter_joins():
 
 
 def test_stacking_changes_nothing():
-    """Matrices of one shape together are what each is alone; so are convolutions and experts."""
+    """Matrices that are stepped in one stack end where each ends alone; so do convolutions and experts."""
     shapes = [(4, 6), (4, 6), (4, 3, 1, 2), (3, 4, 6)]
     together = [torch.nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate(shapes)]
     groups = [{"params": together[:3]}, {"params": together[3:], "merge_dims": False}]
@@ -122,8 +122,7 @@ BAD = [
     ({"noise_floor": "high"}, "noise_floor='high'"),
     ({"kl_floor": 1.0}, "kl_floor=1.0"),
     ({"refresh": "svd"}, "refresh='svd'"),
-    ({"form": "newton"}, "form='newton'"),
-    ({"form": "inverse_root", "graft": "sgd"}, "graft='sgd'"),
+    ({"form": "inverse_root"}, "form: .*InverseRootSOAP"),
     ({"max_precond_dim": -1}, "max_precond_dim=-1"),
     ({"nonfinite": "ignore"}, "nonfinite='ignore': must be one of 'skip', 'raise'"),
 ]
@@ -181,7 +180,7 @@ def test_staggered_refreshes_cover_every_matrix_once_a_period(period):
     shapes = [(8, 4), (4, 4), (16, 4), (4, 16)] * 2
     params = [torch.nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate(shapes)]
     opt = steepest.SOAP(params, lr=1e-2, precondition_frequency=period, stagger=True)
-    train(opt, params, period)  # every matrix has had its first basis, and is past the start
+    train(opt, params, period)  # every matrix has had its first basis by then
     refreshed = []
     for t in range(period, 3 * period):
         before = [opt.state[p]["Q_R"].clone() for p in params]
@@ -202,10 +201,37 @@ def test_a_lone_matrix_is_as_if_unstaggered():
     assert torch.equal(*results)
 
 
-def test_phases_balance_their_costs():
+def test_offsets_balance_their_costs():
     costs = [1024.0**3] * 4 + [768.0**3] * 2 + [256.0**3] * 2
-    phases = spread(costs, 10)
-    assert len(set(phases)) == 8
+    assert len(set(stagger_offsets(costs, 10))) == 8
+
+
+def test_repr_says_what_is_not_default():
+    W, V, b = (torch.nn.Parameter(randn(*shape)) for shape in ((4, 6), (2, 3), (5,)))
+    groups = [{"params": [W, V], "betas": (0.8, 0.9)}, {"params": [b], "rule": "adamw", "weight_decay": 0.0}]
+    opt = Optimizer(groups, rule="soap", lr=0.25)
+    nbytes = [sum(x.nbytes for p in group["params"] for x in opt.state[p].values()) for group in opt.param_groups]
+    assert repr(opt).splitlines() == [
+        "Optimizer(",
+        f"  group 0: soap, lr=0.25, betas=(0.8, 0.9), 2 parameters, 30 entries, {nbytes[0]:,} bytes of state",
+        f"  group 1: adamw, lr=0.25, weight_decay=0.0, 1 parameter, 5 entries, {nbytes[1]:,} bytes of state",
+        ")",
+    ]
+    assert repr(steepest.Muon([W], lr=0.5)).startswith("Muon(\n  group 0: muon, lr=0.5, ")
+
+
+def test_repr_is_short_for_many_groups():
+    def groups(lrs):
+        return [{"params": [torch.nn.Parameter(randn(2, 2))], "lr": lr} for lr in lrs]
+
+    alike = repr(steepest.SOAP(groups([0.5, 0.1, 0.5, 0.5]), lr=1.0)).splitlines()
+    assert alike[1:-1] == [
+        "  groups 0, 2-3: soap, lr=0.5, 3 parameters, 12 entries, 324 bytes of state",
+        "  group 1: soap, lr=0.1, 1 parameter, 4 entries, 108 bytes of state",
+    ]
+    unlike = repr(steepest.SOAP(groups(range(1, 31)), lr=1.0)).splitlines()
+    assert len(unlike) == 11
+    assert unlike[-2] == "  ... and 22 more kinds of groups"
 
 
 def test_a_tensor_learning_rate():

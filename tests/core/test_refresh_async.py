@@ -1,4 +1,4 @@
-"""Refreshes after the step differ from those within it in their time only."""
+"""Refreshes that follow their step differ in nothing but their time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def assert_same(one: steepest.SOAP, other: steepest.SOAP) -> None:
 
 
 WHOLE = {name: options for name, options in SETTINGS.items() if "moment_dtype" not in options}
-"""Moments in 8 bits are rounded once more on the way."""
+"""Moments in 8 bits are left out, because a refresh after the step rounds them once more."""
 
 
 @pytest.mark.parametrize("settings", WHOLE.values(), ids=WHOLE)
@@ -62,7 +62,7 @@ def test_after_the_step_it_is_what_it_was(settings: dict[str, Any]) -> None:
 
 
 def test_a_basis_serves_from_the_next_step_on() -> None:
-    """After the first refresh each step is taken in the old basis, which then follows the current factors."""
+    """At each refresh except the first, the step is taken in the old basis, and then the basis follows the factors."""
     (params, late), (others, never) = (
         built(precondition_frequency=3, refresh_async=True),
         built(precondition_frequency=10**6),
@@ -73,7 +73,7 @@ def test_a_basis_serves_from_the_next_step_on() -> None:
     train(params, late, 3, 4)
     train(others, never, 3, 4)
     for p, q in zip(params, others, strict=True):
-        assert torch.equal(p, q), "the weights know nothing of it yet"
+        assert torch.equal(p, q), "the refresh has not changed the weights yet"
         assert torch.equal(late.state[p]["L"], never.state[q]["L"])
         assert not torch.equal(late.state[p]["Q_L"], never.state[q]["Q_L"])
         state = {name: x.unsqueeze(0).clone() for name, x in never.state[q].items()}
@@ -112,19 +112,19 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace_on_an_accelerator(monkeyp
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_who_does_not_refresh_is_left_alone(settings: dict[str, Any]) -> None:
-    """A matrix whose neighbours refresh in other steps has the same bits as by itself.
+def test_a_matrix_that_does_not_refresh_is_left_alone(settings: dict[str, Any]) -> None:
+    """A matrix whose neighbours refresh in other steps has the same bits as alone.
 
-    One step is of the first matrix alone, so its refreshes fall between the others' wherever there is a between; and in
-    that step it refreshes, or not, while they stand still.
+    Only the first matrix takes part in one of the steps, so it refreshes in other steps than its neighbours from then
+    on.
     """
     settings = settings | {"stagger": False, "refresh_async": True}
 
-    def trained(those: Sequence[int]) -> tuple[list[torch.nn.Parameter], steepest.SOAP]:
+    def trained(which: Sequence[int]) -> tuple[list[torch.nn.Parameter], steepest.SOAP]:
         params, optimizer = built(**settings)
         for step in range(8):
             for k, p in enumerate(params):
-                p.grad = gradient(step, k) if k in those and (k == 0 or step != 1) else None
+                p.grad = gradient(step, k) if k in which and (k == 0 or step != 1) else None
             optimizer.step()
         return params, optimizer
 
@@ -135,7 +135,7 @@ def test_who_does_not_refresh_is_left_alone(settings: dict[str, Any]) -> None:
         assert all(torch.equal(x, single.state[alone[k]][name]) for name, x in together.state[p].items())
 
 
-def test_what_a_broken_step_put_off_is_dropped(monkeypatch) -> None:
+def test_what_a_broken_step_deferred_is_dropped(monkeypatch) -> None:
     params, optimizer = built(refresh_async=True, precondition_frequency=1)
     train(params, optimizer, 0, 2)
 
@@ -147,14 +147,14 @@ def test_what_a_broken_step_put_off_is_dropped(monkeypatch) -> None:
         with pytest.raises(RuntimeError, match="out of memory"):
             train(params, optimizer, 2, 3)
     (stack,) = optimizer._stacks
-    assert stack.put_off
+    assert stack.deferred
     train(params, optimizer, 3, 4)
-    assert not stack.put_off
+    assert not stack.deferred
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_beside_the_next_pass_it_is_the_same(settings: dict[str, Any], monkeypatch) -> None:
+def test_the_side_stream_changes_nothing(settings: dict[str, Any], monkeypatch) -> None:
     def run(streams: bool) -> steepest.SOAP:
         params = [torch.nn.Parameter(torch.zeros(6, 10, device="cuda")) for _ in range(3)]
         optimizer = steepest.SOAP(params, lr=0.1, refresh_async=True, **settings)

@@ -1,4 +1,4 @@
-"""Stochastic rounding: right on average, exact where it can be, and the same numbers whenever the step is the same."""
+"""Stochastic rounding is unbiased, exact where it can be, and repeats whenever the step is the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def key(step=1.0, name="weight", seed=0):
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.25, 0.5, 0.9])
 @pytest.mark.parametrize("base", [1.0, -3.0, 1e-30])
 def test_the_mean_is_exact(fraction, base):
-    """To 1e-3 of the gap between neighbours, over 100 draws for each of 10,000 entries."""
+    """The mean over 100 draws for each of 10,000 entries is exact to 1e-3 of the gap between neighbours."""
     low = torch.tensor(base).bfloat16().float()
     high = torch.nextafter(low.bfloat16(), torch.tensor(math.copysign(math.inf, base), dtype=torch.bfloat16)).float()
     x = (low + fraction * (high - low)).expand(10_000).clone()
@@ -34,14 +34,14 @@ def test_the_mean_is_exact(fraction, base):
     gap = (high - low).abs().item()
     error = ((draws.mean() - x[0].double()) / gap).abs()
     assert error < 1e-3 + 3 * math.sqrt(fraction * (1 - fraction) / 1e6)
-    for means in (draws.mean(0), draws.mean(1)):  # no entry and no step is favoured
+    for means in (draws.mean(0), draws.mean(1)):  # neither entries nor steps are biased
         spread = ((means - draws.mean()) / gap).std().item()
         expected = math.sqrt(fraction * (1 - fraction) / (draws.numel() / len(means)))
         assert abs(spread - expected) <= 0.2 * expected + 1e-12
 
 
-def test_what_bfloat16_has_stays():
-    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()  # all there are
+def test_bfloat16_numbers_stay():
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()  # every bfloat16
     rounded = round_stochastically(x, torch.arange(len(x)), key())
     assert torch.equal(rounded.isnan(), x.isnan())
     assert torch.equal(rounded[~x.isnan()], x[~x.isnan()])
@@ -49,7 +49,7 @@ def test_what_bfloat16_has_stays():
 
 
 def test_the_ends_of_the_range():
-    """Finite numbers stay finite, though float32's range is a little larger, and NaN with any bits stays NaN."""
+    """Finite numbers stay finite, although float32 has larger ones than bfloat16; NaN of any bits stays NaN."""
     largest = torch.finfo(torch.float32).max
     x = torch.tensor([largest, -largest, math.inf, -math.inf])
     nans = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
@@ -57,7 +57,7 @@ def test_the_ends_of_the_range():
         rounded = round_stochastically(x, torch.arange(4), key(float(t)))
         assert rounded.tolist() == [BFLOAT16.max, -BFLOAT16.max, math.inf, -math.inf]
         assert round_stochastically(nans, torch.arange(4), key(float(t))).isnan().all()
-    tiny = torch.full((1000,), 2.0**-149)  # rounds to zero, and hardly ever to the least that bfloat16 has
+    tiny = torch.full((1000,), 2.0**-149)  # rounds to zero, and rarely to the least number of bfloat16
     assert set(round_stochastically(tiny, torch.arange(1000), key()).tolist()) <= {0.0, 2.0**-133}
 
 
@@ -147,7 +147,7 @@ def test_it_repeats_resumes_and_leaves_the_generator_alone(name):
 
 @pytest.mark.parametrize("name", ["soap", "adamw"])
 def test_the_path_of_accelerators(name, monkeypatch):
-    """Accelerators mask bad gradients and write the weights all the same, without changing them."""
+    """On accelerators bad gradients are masked, and the weights that they must not change are written unchanged."""
 
     def run():
         params, optimizer = start(name)
@@ -181,7 +181,7 @@ def test_without_names_positions_count():
 
 
 def test_blocks_know_their_places():
-    """Blocks of a matrix that are alike, in weights, gradients and steps, are not rounded alike."""
+    """Blocks of a matrix that have the same weights, gradients and steps are rounded differently."""
     W = nn.Parameter(torch.ones(16, 32).bfloat16())
     opt = steepest.Optimizer([W], "soap", lr=1e-3, block_size=16, stochastic_rounding=True)
     W.grad = torch.eye(16).repeat(1, 2).bfloat16()
@@ -192,7 +192,7 @@ def test_blocks_know_their_places():
 
 @pytest.mark.parametrize("rule", ["muon", "adamw", "lion", "soap"])
 def test_small_steps_count_on_average(rule):
-    """After 100 steps of 1/100 of the gap, rounding to nearest has not moved, and stochastic rounding has arrived."""
+    """A hundred steps of a hundredth of the gap get lost by nearest rounding, and arrive within a tenth by this."""
     moved = {}
     for stochastic in (False, True):
         W = nn.Parameter(torch.ones(50, 50).bfloat16())
@@ -212,7 +212,7 @@ def test_small_steps_count_on_average(rule):
 
 
 def test_other_dtypes_are_left_alone():
-    """A mixed model may set the option for all parameters: float32 weights train as without it."""
+    """The option may be set for mixed models, because float32 weights train as without it."""
     results = []
     for stochastic in (False, True):
         W, b = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3).half())

@@ -14,7 +14,7 @@ from steepest.view import View
 
 def seen(model: nn.Module, **arguments: Any) -> dict[str, str]:
     """What goes to the matrix rule, and as which matrices."""
-    return {row.name: row.seen for row in route(model, **arguments) if row.view is not None}
+    return {row.name: row.layout for row in route(model, **arguments) if row.view is not None}
 
 
 def mlp() -> nn.Sequential:
@@ -43,24 +43,34 @@ class Attention(Holder):
 
 def test_the_table_in_full() -> None:
     model = nn.Sequential(nn.Embedding(20, 6), *mlp())
-    assert [line.rstrip() for line in str(route(model)).splitlines()] == [
-        "parameter      shape  view  rule   why                               state",
-        "0.weight       20×6   –     adamw  embedding: rows are looked up     964 B",
-        "1.weight       8×6    8×6   soap   weight of Linear                  1.2 kB",
-        "{1,3}.bias ×2  8      –     adamw  bias                              136 B",
-        "3.weight       8×8    8×8   soap   weight of Linear                  1.5 kB",
-        "5.weight       3×8    –     adamw  output head: the last projection  196 B",
-        "5.bias         3      –     adamw  bias                              28 B",
+    assert str(route(model)) == repr(route(model))
+    assert repr(route(model)).splitlines() == [
+        "parameter      shape  rule   state   why",
+        "0.weight       20×6   adamw  964 B   embedding: rows are looked up",
+        "1.weight       8×6    soap   1.2 kB  weight of Linear",
+        "{1,3}.bias ×2  8      adamw  136 B   bias",
+        "3.weight       8×8    soap   1.5 kB  weight of Linear",
+        "5.weight       3×8    adamw  196 B   output head: the last projection",
+        "5.bias         3      adamw  28 B    bias",
         "",
         "soap: 2 parameters, 112 entries (40.7%), state 2.7 kB",
         "adamw: 5 parameters, 163 entries (59.3%), state 1.3 kB",
     ]
 
 
+def test_long_reasons_go_on_in_the_next_line() -> None:
+    lines = repr(route(nn.Sequential(Attention(in_proj=nn.Linear(32, 96)), nn.Linear(32, 4)))).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert lines[3:5] == [
+        "1.weight          4×32                 adamw  1.0 kB   output head: the last",
+        "                                                       projection",
+    ]
+
+
 def test_rows_carry_the_view_and_can_be_had_by_name() -> None:
     routing = route(nn.Sequential(nn.Conv2d(3, 8, 5), nn.Flatten(), nn.Linear(8, 2)))
     row = routing["0.weight"]
-    assert (row.rule, row.view, row.seen, row.shape) == ("soap", View((8, 3, 5, 5)), "8×(3·5·5)", (8, 3, 5, 5))
+    assert (row.rule, row.view, row.layout, row.shape) == ("soap", View((8, 3, 5, 5)), "8×(3·5·5)", (8, 3, 5, 5))
     assert routing["0.bias"].view is None
     assert len(routing) == 4
     with pytest.raises(KeyError):
@@ -72,9 +82,17 @@ def test_layers_fold_into_one_line() -> None:
     assert "{0..11}.weight ×12  8×8" in str(route(model))
 
 
-def test_state_bytes_can_be_replaced() -> None:
-    routing = route(mlp(), state_bytes=lambda rule, pieces: 100 * len(pieces))
-    assert {row.state_bytes for row in routing} == {100}
+def test_a_notebook_shows_a_table_with_names_escaped() -> None:
+    class Strange(Experts):
+        pass
+
+    Strange.__name__ = "<script>"
+    page = route(nn.Sequential(nn.Linear(4, 4), Strange(w_1=torch.randn(4, 4)), nn.Linear(4, 2)))._repr_html_()
+    assert page.startswith("<table><tr><th>parameter</th>")
+    assert "<td>0.weight</td><td>4×4</td><td>soap</td>" in page
+    assert "<td>matrix by its name in &lt;script&gt;</td>" in page
+    assert "<script>" not in page
+    assert "soap: 2 parameters" in page
 
 
 def test_empty_model() -> None:
@@ -270,7 +288,7 @@ def test_lora_trains_its_thin_pairs_and_leaves_the_frozen_rest() -> None:
 
     model = nn.Sequential(adapted(16, 32), nn.ReLU(), adapted(32, 16), nn.Linear(16, 4).requires_grad_(False))
     routing = route(model)
-    assert {row.name: (row.seen, row.why) for row in routing} == {
+    assert {row.name: (row.layout, row.why) for row in routing} == {
         "0.lora_A.default.weight": ("2×16", "LoRA factor of rank 2"),
         "0.lora_B.default.weight": ("32×2", "LoRA factor of rank 2"),
         "2.lora_A.default.weight": ("2×32", "LoRA factor of rank 2"),

@@ -14,7 +14,7 @@ from steepest.routing import Routing, for_model, route
 
 def seen(model: nn.Module, **arguments: Any) -> dict[str, str]:
     """What goes to the matrix rule, and as which matrices."""
-    return {row.name: row.seen for row in route(model, **arguments) if row.view is not None}
+    return {row.name: row.layout for row in route(model, **arguments) if row.view is not None}
 
 
 def mlp() -> nn.Sequential:
@@ -55,7 +55,7 @@ def test_override_by_a_type_around_the_parameter() -> None:
 
 def test_override_of_a_view_and_of_options() -> None:
     routing = route(mlp(), overrides={"2.weight": {"heads": 4, "lr": 0.5}})
-    assert routing["2.weight"].seen == "4 × 2×8"
+    assert routing["2.weight"].layout == "4 × 2×8"
     hidden = [group for group in routing.groups({"lr": 0.1}) if group["rule"] == "soap"]
     assert [(group["heads"], group["lr"]) for group in hidden] == [(1, 0.1), (4, 0.5)]
 
@@ -63,14 +63,20 @@ def test_override_of_a_view_and_of_options() -> None:
 def test_override_takes_an_optimizers_spelling() -> None:
     groups = route(mlp(), overrides={"2.weight": {"rule": "rekls", "shampoo_beta": 0.9}}).groups({"lr": 0.1})
     rekls = next(group for group in groups if ("2.weight") in [name for name, _ in group["params"]])
-    assert (rekls["rule"], rekls["refresh"], rekls["shampoo_beta"], rekls["lr"]) == ("soap", "eigh", 0.9, 0.1)
+    assert (rekls["rule"], rekls["solver"], rekls["shampoo_beta"], rekls["lr"]) == ("kl_soap", "eigh", 0.9, 0.1)
 
 
 def test_a_later_override_changes_or_replaces_an_earlier_one() -> None:
     overrides: Any = {nn.Linear: "rekls", "0.weight": {"lr": 0.5}, "2.weight": "adamw"}
     by_name = settings(route(mlp(), overrides=overrides), {"lr": 0.1})
-    assert (by_name["0.weight"]["refresh"], by_name["0.weight"]["lr"]) == ("eigh", 0.5)
+    assert (by_name["0.weight"]["solver"], by_name["0.weight"]["lr"]) == ("eigh", 0.5)
     assert (by_name["2.weight"]["rule"], by_name["2.weight"]["lr"]) == ("adamw", 0.1)
+
+
+def test_an_override_may_give_other_names_of_options() -> None:
+    by_name = settings(route(mlp(), overrides={"2.weight": {"use_eigh": True, "guards": False}}), {"lr": 0.1})
+    assert [by_name["2.weight"][name] for name in ("solver", "noise_floor", "momentum_floor")] == ["eigh", 0.0, False]
+    assert route(mlp(), overrides={"2.weight": {"use_kl_shampoo": True}})["2.weight"].rule == "kl_soap"
 
 
 def test_an_override_of_what_is_no_matrix_by_itself() -> None:
@@ -83,7 +89,7 @@ def test_an_override_of_what_is_no_matrix_by_itself() -> None:
     ("overrides", "message"),
     [
         ({"2.wieght": "adamw"}, "override '2.wieght' matches no parameter; the nearest is '2.weight'"),
-        ({nn.Conv2d: "adamw"}, "override Conv2d matches no parameter; they are held by Linear"),
+        ({nn.Conv2d: "adamw"}, "override Conv2d matches no parameter; modules with parameters are Linear"),
         ({"*.bias": "soap"}, "override '\\*.bias' is about matrices and matches vectors only, such as '0.bias'"),
         ({"0.weight": "saop"}, "no such rule.*did you mean 'soap'"),
         ({"0.weight": {"heads": 3}}, "0.weight: heads=3: must divide the 8 rows"),

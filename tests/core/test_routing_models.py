@@ -6,7 +6,6 @@ A table leaves out norms, biases and vectors, which are all elementwise (checked
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from plain_models import EncoderClassifier, NanoGPT, RecurrentLM, ResNet18, mlp
 from torch import Tensor, nn
 
 from steepest.routing import for_model, route
+from steepest.routing.table import common_name, fold
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed (it is in the dev extra)"
@@ -291,12 +291,12 @@ def cases() -> list[Any]:
 def table(model: nn.Module) -> str:
     """The routing as printed, less the elementary rows and the bytes, columns two spaces apart."""
     lines = []
-    for line in str(route(model)).split("\n\n")[0].splitlines()[1:]:
-        name, _, seen, rule, why, _ = re.split(r"\s{2,}", line)
-        if why in ("norm", "bias", "vector"):
-            assert (seen, rule) == ("–", "adamw"), line
+    for rows in fold(route(model).rows):
+        row, name = rows[0], common_name([row.name for row in rows])
+        if row.why in ("norm", "bias", "vector"):
+            assert (row.view, row.rule) == (None, "adamw"), name
         else:
-            lines.append(f"{name}  {seen}  {rule}  {why}")
+            lines.append(f"{name}  {row.layout if row.view else '–'}  {row.rule}  {row.why}")
     return "\n".join(lines)
 
 

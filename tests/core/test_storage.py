@@ -1,4 +1,4 @@
-"""State in fewer bytes is rounded without bias, repeatably, and saved as it is stored."""
+"""Tests of state in fewer bytes: its rounding is unbiased and repeats, and checkpoints keep it as it is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import steepest
-from steepest.stack.storage import PLAIN, Storage, coded, coded_squares, decoded, decoded_squares
+from steepest.rules.soap import Soap
+from steepest.stack.storage import Storage, coded, coded_squares, decoded, decoded_squares
 
 SHORT = {"basis_dtype": "bfloat16", "moment_dtype": "int8"}
 
@@ -46,7 +47,7 @@ def test_squares_keep_a_level(n: int, exponent: int, seed: int) -> None:
     assert ((ratio < 1.07) & (ratio > 1 / 1.07)).all()
 
 
-def test_rounding_is_right_on_the_average() -> None:
+def test_rounding_is_unbiased() -> None:
     draws = 20_000
     v, x = torch.tensor([1.0, 0.5, 0.013, 3e-6]), torch.tensor([1.0, -0.3, 0.004, 0.0])
     noise = uniform(draws, 4)
@@ -56,7 +57,7 @@ def test_rounding_is_right_on_the_average() -> None:
         assert ((found.mean(dim=0) - values).abs() < 4 * level / draws**0.5 + 1e-7).all()
 
 
-def test_zero_stays_zero_and_the_small_are_no_zero() -> None:
+def test_zero_stays_zero_and_small_numbers_do_not_become_zero() -> None:
     v = torch.tensor([[0.0, 1.0, 1e-30]])
     kept = decoded_squares(*coded_squares(v, torch.full((1, 3), 0.999)))
     assert kept[0, 0] == 0
@@ -65,7 +66,7 @@ def test_zero_stays_zero_and_the_small_are_no_zero() -> None:
     assert torch.equal(decoded_squares(*coded_squares(torch.zeros(2, 70), torch.zeros(2, 70))), torch.zeros(2, 70))
 
 
-def test_an_average_moves_though_its_steps_are_below_a_level() -> None:
+def test_an_average_moves_although_its_steps_are_below_a_level() -> None:
     storage = Storage(moments="int8")
     state = {"exp_avg": torch.zeros(1, 8, 70), "exp_avg_sq": torch.zeros(1, 8, 70)}
     kept = storage.laid_out(state)
@@ -80,14 +81,13 @@ def test_an_average_moves_though_its_steps_are_below_a_level() -> None:
     assert state["exp_avg_sq"].mean() / 4 == pytest.approx(expected, rel=0.02)
 
 
-def test_plain_storage_is_the_state_itself() -> None:
-    state = {"exp_avg": torch.zeros(1, 2, 2), "Q_L": torch.eye(2).unsqueeze(0)}
-    assert PLAIN.laid_out(state)["Q_L"] is state["Q_L"]
-    assert PLAIN.restored(state) is state
+def test_state_is_stored_as_it_is_unless_a_rule_asks() -> None:
+    assert Storage.of(Soap()) is None
+    assert Storage.of(Soap(basis_dtype="bfloat16")) == Storage(bases="bfloat16")
 
 
 def trained(steps: int, **options: object) -> tuple[torch.nn.Parameter, steepest.SOAP]:
-    """SOAP on a quadratic valley."""
+    """Train SOAP on a quadratic valley."""
     W = torch.nn.Parameter(random(24, 80))
     optimizer = steepest.SOAP([W], lr=0.03, precondition_frequency=3, weight_decay=0.0, **options)  # type: ignore[arg-type]
     return W, go_on(W, optimizer, 0, steps)
@@ -135,7 +135,7 @@ def test_state_kept_otherwise_is_refused(options) -> None:
     (W, plain), (V, short) = trained(2), trained(2, **options)
     for p, optimizer, other in ((W, plain, short), (V, short, plain)):
         before = {name: x.clone() for name, x in optimizer.state[p].items()}
-        with pytest.raises(ValueError, match=r"saved options see it otherwise: (basis|moment)_dtype='"):
+        with pytest.raises(ValueError, match=r"laid out by other options: (basis|moment)_dtype='"):
             optimizer.load_state_dict(other.state_dict())
         assert all(torch.equal(x, before[name]) for name, x in optimizer.state[p].items())
 

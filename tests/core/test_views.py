@@ -38,7 +38,7 @@ def test_there_and_back(view, pieces):
     for k, shape in enumerate(pieces):
         G = view.matrices(x, k)
         assert tuple(G.shape) == shape
-        view.window(back, k).copy_(view.shaped(G.clone(), k))
+        view.cut(back, k).copy_(view.unbatch(G.clone(), k))
     assert torch.equal(back, x)
 
 
@@ -48,10 +48,10 @@ def test_rows_are_outputs():
     assert torch.equal(View((4, 3), transpose=True).matrices(weight.T.contiguous(), 0)[0], weight)
 
 
-def test_a_window_is_a_view_in_any_layout():
+def test_a_cut_is_a_view_in_any_layout():
     conv = torch.zeros(6, 3, 2, 2).to(memory_format=torch.channels_last)
     view = View((6, 3, 2, 2), split=(4, 2))
-    view.window(conv, 1).fill_(1.0)
+    view.cut(conv, 1).fill_(1.0)
     assert conv.sum() == 2 * 12
     assert conv[4:].min() == 1
 
@@ -93,4 +93,4 @@ def test_any_view_covers_every_entry_once(shape, merge, transpose, heads, block_
     for k, G in enumerate(pieces):
         assert tuple(G.shape) == view.pieces[k]
         assert block_size == 0 or max(G.shape[1:]) <= block_size
-        assert torch.equal(view.shaped(G, k), view.window(x, k))
+        assert torch.equal(view.unbatch(G, k), view.cut(x, k))

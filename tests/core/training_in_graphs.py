@@ -1,4 +1,4 @@
-"""Trainings whose updates are graphs: what is compiled, recorded, or neither, over the same gradients."""
+"""Trainings whose updates are compiled, recorded, or neither, on the same gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from steepest.stack import graphs
 
 STACKED = [name for name, rule in RULES.items() if issubclass(rule, Rule)]
 DECOMPOSING = ["dion", "moso"]
-"""Rules that decompose in each step."""
+"""The rules that decompose matrices in each step, which can't be recorded."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {"precondition_frequency": 3} if issubclass(RULES[name], Refreshing) else {}) for name in STACKED},
     "soap kl": ("soap", {"precondition_frequency": 3, "use_kl_shampoo": True, "fp32_matmul_prec": "high"}),
@@ -31,7 +31,7 @@ RECORDED = [name for name, (rule, _) in VARIANTS.items() if rule not in DECOMPOS
 
 
 class Training:
-    """Two stacks, and a third of a matrix that thaws; gradients are the same for all trainings."""
+    """A training of two stacks, and of a matrix that thaws; gradients are the same for all trainings."""
 
     def __init__(self, name: str, device: str = "cpu", **options: Any) -> None:
         rule, own = VARIANTS[name]
@@ -53,7 +53,7 @@ class Training:
         self.number += 1
 
     def eventful(self, number: int) -> None:
-        """Take one of 30 steps, with missing and bad gradients, changed options, and a parameter that thaws."""
+        """Take one of 30 steps in which options change, and gradients are missing or not finite."""
         group = self.optimizer.param_groups[0]
         momentum = "momentum" if "momentum" in group else "shampoo_beta"
         if number == 9:
@@ -76,11 +76,11 @@ class Training:
         return [one for one in found if one is not None]
 
     def spoil(self) -> None:
-        """Fill the inputs and outputs of recordings with NaN, which appears wherever they are read again."""
+        """Fill the memory of all recordings with NaN, so that reading an old result is noticed."""
         for one in self.recordings():
             for x in one.inputs.tensors:
                 x.fill_(math.nan if x.is_floating_point() else 0)
-            for x in graphs._tensors(one.made):
+            for x in graphs._tensors(one.output):
                 x.fill_(math.nan)
 
 
@@ -90,7 +90,7 @@ def expect_same(ours: Training, theirs: Training) -> None:
 
 
 class Backend:
-    """Runs graphs operation by operation; notes how many are made and run, and at what precision products are."""
+    """A backend that runs graphs operation by operation, and notes their number, runs, and precisions of products."""
 
     def __init__(self) -> None:
         self.graphs = self.runs = 0

@@ -1,4 +1,4 @@
-"""A matrix that fewer ranks step, between those of all ranks: what they call, and what becomes of the weights."""
+"""Tests run this where only some ranks step a matrix, between matrices of all ranks: what ranks call and compute."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from steepest import Optimizer
-from steepest.exchange.mesh import Shared
 
 
 def _with_one_between(holders: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor], Optimizer, Optimizer]:
-    """Three groups of a matrix each, the first and the last sharded over all ranks, the second over ``holders`` alone.
+    """Make three groups of one matrix: the first and the last sharded over all ranks, the second over ``holders`` only.
 
-    Weights of one process and of these ranks, by name, and an optimizer of each. Refreshes of the first group are lent.
+    Returns the weights of one process and of these ranks, by name, and an optimizer of each.
     """
     everyone = init_device_mesh("cpu", (dist.get_world_size(),))
-    some = DeviceMesh("cpu", holders)  # made by all ranks, whoever is in it
+    some = DeviceMesh("cpu", holders)  # made by all ranks, also those that are not in it
     one, many = {}, {}
     for name, shape, on in (("wide", (40, 12), everyone), ("between", (9, 7), some), ("small", (16, 8), everyone)):
         W = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
@@ -33,7 +32,7 @@ def _with_one_between(holders: list[int]) -> tuple[dict[str, Tensor], dict[str, 
             many[name] = nn.Parameter(W)
     here, there = (
         Optimizer(
-            [{"params": [(name, p)], "refresh_async": name == "wide"} for name, p in held.items()],
+            [{"params": [(name, p)]} for name, p in held.items()],
             rule="soap",
             lr=0.02,
             precondition_frequency=1,
@@ -51,7 +50,7 @@ def _step(params: dict[str, Tensor], opt: Optimizer, step: int) -> None:
 
 
 def calls(holders: list[int]) -> list[tuple[str, list[int], list[int]]]:
-    """What this rank calls of the group of all ranks in three steps: the call, and bytes to and from each rank.
+    """Return what this rank calls of the group of all ranks in three steps: the call, and bytes to and from each rank.
 
     No tensor travels, so ranks that call in different orders are told apart, and don't wait for each other.
     """
@@ -74,12 +73,11 @@ def calls(holders: list[int]) -> list[tuple[str, list[int], list[int]]]:
     with mock.patch.object(dist, "all_to_all_single", noted), mock.patch.object(dist, "all_reduce", reduced):
         for step in range(3):
             _step(many, opt, step)
-    assert any(lot.lent for lot in opt._lots if isinstance(lot, Shared))
     return found
 
 
 def unlike_one_process(holders: list[int]) -> list[str]:
-    """Four steps; the weights that this rank holds and that differ from one process's in any bit."""
+    """Take four steps, and return the weights of this rank that differ in any bit from those of one process."""
     one, many, here, there = _with_one_between(holders)
     for step in range(4):
         _step(one, here, step)

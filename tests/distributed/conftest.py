@@ -1,4 +1,4 @@
-"""Ranks that stay up: starting a process that imports torch costs seconds, a test on it milliseconds."""
+"""Fixtures of ranks that stay up, because starting a process takes seconds, and a test milliseconds."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # ranks and what they run are imported by name, here and in each rank
+sys.path.insert(0, str(Path(__file__).parent))  # modules are imported by name, here and in each rank
 
 from ranks import Ranks
 
 
 @pytest.fixture(scope="session")
 def four() -> Iterator[Ranks]:
-    """Four ranks over gloo."""
+    """Yield four ranks over gloo."""
     with Ranks(4) as ranks:
         yield ranks
 
 
 @pytest.fixture(scope="session")
 def two() -> Iterator[Ranks]:
-    """Two ranks over gloo."""
+    """Yield two ranks over gloo."""
     with Ranks(2) as ranks:
         yield ranks

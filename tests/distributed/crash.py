@@ -1,8 +1,8 @@
-"""Two ranks that train, save every second step, and resume from the last complete checkpoint; one may be killed.
+"""Train two ranks that save every second step and resume from the last complete checkpoint; one may be killed.
 
     python crash.py FOLDER "undisturbed" | "killed in a step" | "killed in a save"
 
-The killing happens once; run it again, and it resumes. The weights at the end are in FOLDER/end.pt.
+The rank is killed once; when the script is run again, it resumes. The weights at the end are in FOLDER/end.pt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from models import inject, laid_out, optimizer, toy, weights
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from steepest.exchange.mesh import Shared
+from steepest.exchange.sharded import ShardedBucket
 
 STEPS = 8
 
@@ -52,7 +52,7 @@ def train(rank: int, folder: Path, how: str) -> None:
     for step in range(complete[-1] if complete else 0, STEPS):
         inject(model, step)
         kill = doomed and how.endswith("step") and step == 5
-        with mock.patch.object(Shared, "spread", die(folder)) if kill else nullcontext():
+        with mock.patch.object(ShardedBucket, "scatter", die(folder)) if kill else nullcontext():
             opt.step()
         if step % 2:
             saved = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
@@ -67,7 +67,7 @@ def train(rank: int, folder: Path, how: str) -> None:
 
 
 def die(folder: Path) -> Callable[..., None]:
-    """What kills its process, once."""
+    """Return a function that kills its process, once."""
 
     def kill(*_: object, **__: object) -> None:
         (folder / "killed").touch()

@@ -1,4 +1,4 @@
-"""What the ranks run in tests of a step. Every function is called on all ranks, and returns what a test looks at."""
+"""Functions that the ranks run in tests of a step: each is called on all ranks, and returns what a test checks."""
 
 from __future__ import annotations
 
@@ -11,25 +11,23 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from models import differing, gradient, grouped, inject, laid_out, optimizer, scattered, toy, weights
+from models import differing, grouped, inject, laid_out, optimizer, toy, weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from steepest import Optimizer
 from steepest.exchange import layout as layouts
-from steepest.exchange import mesh
-from steepest.exchange.domain import Domain
+from steepest.exchange.peers import Peers
+from steepest.exchange.sharded import ShardedBucket
 from steepest.rules.parts import newton_schulz
-from steepest.rules.soap import Soap
 
 
 def same_as_one_process(
     layout: str, rule: str, dtype: torch.dtype, options: dict[str, Any], hidden: int = 37
 ) -> list[str]:
-    """Four steps with made gradients; the parameters that then differ, in any bit, from one process's."""
+    """Take four steps with made gradients, and return the parameters that differ in any bit from one process."""
     one, many = toy(dtype, hidden=hidden), laid_out(toy(dtype, hidden=hidden), layout)
     here, there = optimizer(one, rule, **options), optimizer(many, rule, **options)
     for step in range(4):
@@ -40,10 +38,10 @@ def same_as_one_process(
 
 
 def trains_as_one_process(layout: str, rule: str) -> float:
-    """Ten real steps, the batch cut among data-parallel ranks; the largest relative difference of a parameter.
+    """Take ten real steps with the batch cut among ranks, and return the largest relative difference of a parameter.
 
-    In float64, so that the order of a sum, which is all that differs, doesn't show. Torch's tensor parallelism takes
-    even sizes only.
+    It is in float64, where the order of a sum, which alone differs, doesn't show. Torch's tensor parallelism takes even
+    sizes only.
     """
     one = toy(torch.float64, hidden=40, vocabulary=40)
     many = laid_out(toy(torch.float64, hidden=40, vocabulary=40), layout)
@@ -61,7 +59,7 @@ def trains_as_one_process(layout: str, rule: str) -> float:
 
 
 def with_missing(layout: str, rule: str, options: dict[str, Any] | None = None) -> list[str]:
-    """In one step some ranks have no gradient for a matrix, and a norm: both sit that step out everywhere."""
+    """Leave some ranks without a gradient for a matrix and a norm in one step, which both then sit out everywhere."""
     one, many = toy(), laid_out(toy(), layout)
     here, there = (optimizer(model, rule, **options or {}) for model in (one, many))
     absent = {"up.weight", "norm.weight"}
@@ -75,7 +73,7 @@ def with_missing(layout: str, rule: str, options: dict[str, Any] | None = None) 
 
 
 def with_frozen(layout: str, rule: str) -> list[str]:
-    """A matrix and a bias are frozen at first, and thaw; a group is added later."""
+    """Freeze a matrix and a bias at first, and let them thaw; add a group later."""
     one, many = toy(), laid_out(toy(), layout)
     late = {"key.weight", "down.bias"}
     for model in (one, many):
@@ -92,13 +90,13 @@ def with_frozen(layout: str, rule: str) -> list[str]:
 
 
 def with_mixed_dtypes(layout: str, rule: str) -> list[str]:
-    """Some matrices in bfloat16, some in float32, on one optimizer."""
+    """Step some matrices in bfloat16 and some in float32 by one optimizer."""
     models = [toy(), toy()]
     for model in models:
         model.up.to(torch.bfloat16)
         model.experts.to(torch.bfloat16)
     one = models[0]
-    # FSDP2 wants one dtype a unit
+    # FSDP2 needs one dtype in a unit
     many = models[1]
     units = [many.up, many.experts, many]
     flat = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -116,7 +114,7 @@ def with_mixed_dtypes(layout: str, rule: str) -> list[str]:
 
 
 def poison(layout: str, rule: str, options: dict[str, Any] | None = None) -> tuple[list[str], int, int]:
-    """A NaN in one corner of a matrix, of one expert and of a norm: differing parameters, skips here and there."""
+    """Put NaN into a matrix, an expert and a norm; return the differing parameters, and both counts of skips."""
     one, many = toy(), laid_out(toy(), layout)
     here, there = (optimizer(model, rule, **options or {}) for model in (one, many))
     for step in range(4):
@@ -135,7 +133,7 @@ def _poisoned(name: str, g: Tensor) -> Tensor:
 
 
 def refuses_nan(layout: str) -> tuple[str, list[str]]:
-    """With ``nonfinite="raise"`` and a NaN that one rank alone sees: what every rank says, and what has changed."""
+    """Return what every rank says to a NaN that one rank sees under ``nonfinite="raise"``, and what has changed."""
     model = laid_out(toy(), layout)
     opt = optimizer(model, "soap", nonfinite="raise")
     inject(model, 0, lambda name, g: _poisoned(name, g) if name == "up.weight" else g)
@@ -148,14 +146,14 @@ def refuses_nan(layout: str) -> tuple[str, list[str]]:
 
 
 def measured_by_one(rank: int | None) -> str:
-    """What a group settles on if bfloat16 doesn't pay on one rank."""
+    """Return the dtype that a group settles on if bfloat16 doesn't pay on one rank."""
     with mock.patch.object(newton_schulz, "bfloat16_pays", return_value=dist.get_rank() != rank):
         opt = Optimizer(laid_out(toy(), "fsdp").up.parameters(), rule="muon", lr=0.1)
     return str(opt.param_groups[0]["ns_dtype"])
 
 
 def disagreement() -> str:
-    """One rank plans with another option; what the constructor says."""
+    """Let one rank plan with another option, and return what the constructor says."""
     model = laid_out(toy(), "fsdp")
     block_size = 8 if dist.get_rank() == 1 else 0
     try:
@@ -166,7 +164,7 @@ def disagreement() -> str:
 
 
 def traffic(layout: str, rule: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What the second step calls of torch.distributed, and what it sends, beside what its plans say."""
+    """Return what the second step calls of torch.distributed, what it sends, and what its plans say that it sends."""
     model = laid_out(toy(), layout)
     opt = optimizer(model, rule, **options or {})
     for step in range(2):
@@ -199,45 +197,14 @@ def traffic(layout: str, rule: str, options: dict[str, Any] | None = None) -> di
             patch.start()
         opt.step()
         mock.patch.stopall()
-    shared = [lot for lot in opt._lots if isinstance(lot, mesh.Shared)]
-    plans = {id(lot.plan): (lot.plan, lot.domain.me) for lot in shared}
-    planned = sum(p.traffic().sent(me) for p, me in plans.values())
-    lent = sum(p.lent()[me] for p, me in plans.values())
-    lenders = sum(bool(lot.lent) for lot in shared)
-    return {
-        "calls": dict(calls),
-        "buckets": len(shared),
-        "lenders": lenders,
-        "sent": sent,
-        "planned": planned,
-        "lent": lent,
-    }
-
-
-def lent_by_shape(shapes: list[tuple[int, int]], options: dict[str, Any]) -> list[tuple[int, int]]:
-    """The shapes of which a lone matrix, whose owner lends a refresh, differs in any bit from one process's."""
-    everyone = init_device_mesh("cpu", (dist.get_world_size(),))
-    found = []
-    for shape in shapes:
-        here = nn.Parameter(gradient("weights", torch.Size(shape), 0))
-        there = nn.Parameter(distribute_tensor(here.detach(), everyone, [Shard(0)], src_data_rank=None))
-        one, many = (
-            Optimizer([("w", p)], rule="soap", lr=0.02, precondition_frequency=1, refresh_async=True, **options)
-            for p in (here, there)
-        )
-        assert any(lot.lent for lot in many._lots if isinstance(lot, mesh.Shared))
-        for step in range(4):
-            here.grad = gradient("w", here.shape, step)
-            there.grad = scattered(here.grad, there)
-            one.step()
-            many.step()
-        if not torch.equal(there.full_tensor(), here):
-            found.append(shape)
-    return found
+    shared = [bucket for bucket in opt._buckets if isinstance(bucket, ShardedBucket)]
+    plans = {id(bucket.plan): (bucket.plan, bucket.me) for bucket in shared}
+    planned = sum(plan.traffic().sent(me) for plan, me in plans.values())
+    return {"calls": dict(calls), "buckets": len(shared), "sent": sent, "planned": planned}
 
 
 class Tower(nn.Module):
-    """The matrices of a GPT of 24 layers, small."""
+    """The matrices of a small GPT of 24 layers."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -248,7 +215,7 @@ class Tower(nn.Module):
 
 
 def balance(rule: str) -> tuple[float, float]:
-    """FLOPs that this rank's step takes, and the plan's forecast of them."""
+    """Return the FLOPs of this rank's step, and the plan's prediction of them."""
     model = Tower()
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     opt = Optimizer(model.parameters(), rule=rule, lr=0.01)
@@ -257,15 +224,15 @@ def balance(rule: str) -> tuple[float, float]:
     with FlopCounterMode(display=False) as counter:
         inject(model, 1)
         opt.step()
-    lots = [lot for lot in opt._lots if isinstance(lot, mesh.Shared)]
-    return float(counter.get_total_flops()), lots[0].plan.loads()[dist.get_rank()]
+    plan = next(bucket.plan for bucket in opt._buckets if isinstance(bucket, ShardedBucket))
+    return float(counter.get_total_flops()), plan.loads()[dist.get_rank()]
 
 
 # Mutations: each breaks one thing, and must be seen.
 
 
 def mutated(kind: str) -> list[str]:
-    """The parameters that differ from one process's if something is broken."""
+    """Return the parameters that differ from those of one process if something is broken."""
     one, many = toy(), laid_out(toy(), "fsdp")
     here, there = optimizer(one, "soap"), optimizer(many, "soap")
     for step in range(3):
@@ -278,7 +245,7 @@ def mutated(kind: str) -> list[str]:
 
 
 def _swapped_owners(opt: Optimizer) -> Any:
-    """The owners of two matrices of one shape step each with the other's momentum."""
+    """Let the owners of two matrices of one shape step each with the other's momentum."""
     for stack in opt._stacks:
         if stack.shape == (12, 12):
             stack.state["exp_avg"].copy_(stack.state["exp_avg"].flip(0) if stack.size > 1 else -stack.state["exp_avg"])
@@ -286,12 +253,12 @@ def _swapped_owners(opt: Optimizer) -> Any:
 
 
 def _shifted_rectangle(opt: Optimizer) -> Any:
-    """Parts of gradients land a row off."""
+    """Put parts of gradients one row off."""
     within = layouts.Rectangle.within
 
-    def off(self: layouts.Rectangle, window: layouts.Rectangle) -> tuple[slice, ...]:
-        rows, *rest = within(self, window)
-        if self.start[0] > 0 and self.shape[0] > 1 and window.shape == (37, 12):
+    def off(self: layouts.Rectangle, outer: layouts.Rectangle) -> tuple[slice, ...]:
+        rows, *rest = within(self, outer)
+        if self.start[0] > 0 and self.shape[0] > 1 and outer.shape == (37, 12):
             rows = slice(rows.start - 1, rows.stop - 1)
         return (rows, *rest)
 
@@ -299,51 +266,25 @@ def _shifted_rectangle(opt: Optimizer) -> Any:
 
 
 def _dropped_state(opt: Optimizer) -> Any:
-    """A matrix loses its second moments, on whichever rank has them."""
+    """Zero the second moments of a matrix on its owner."""
     p = next(p for p in opt.state if tuple(p.shape) == (12, 12))
     opt.state[p]["exp_avg_sq"].to_local().zero_()
     return nullcontext()
 
 
-def mutated_errands(kind: str) -> list[str]:
-    """The parameters that differ if borrowers do something else than what the owner would have done itself."""
-    one, many = toy(), laid_out(toy(), "fsdp")
-    here, there = (optimizer(model, "soap", refresh_async=True) for model in (one, many))
-    for step in range(4):
-        inject(one, step)
-        here.step()
-        inject(many, step)
-        with mock.patch.object(Soap, "solve", ERRANDS[kind]):
-            there.step()
-    return differing(many, one)
-
-
-_solve = Soap.solve
-
-
-def _order_lost(self: Soap, *needs: Tensor) -> tuple[Tensor, Tensor]:
-    Q, order = _solve(self, *needs)
-    return Q, order.flip(-1)
-
-
-ERRANDS = {
-    "none": _solve,
-    "nothing done": lambda self, K, Q: (Q, torch.arange(Q.shape[-1]).expand(Q.shape[:-1])),
-    "order lost": _order_lost,
-}
 MUTATIONS = {"state": _swapped_owners, "rectangle": _shifted_rectangle, "dropped": _dropped_state}
 
 
 def outlives(layout: str) -> list[str]:
-    """What of an optimizer's groups is still there after they have been destroyed, and the optimizer is gone."""
+    """Return the process groups that are alive after they have been destroyed and the optimizer is gone."""
     model = laid_out(toy(), layout)
     opt = optimizer(model, "soap")
     inject(model, 0)
     opt.step()
-    part = Domain.among([dist.get_rank()])
-    unlike = Domain.over(dist.new_group(backend="cuda:gloo"))  # one that takes no tensors of the host
+    part = Peers.among([dist.get_rank()])
+    unlike = Peers.over(dist.new_group(backend="cuda:gloo"))  # a group that communicates no tensors of the host
     assert unlike.host_group is unlike.host_group is not unlike.group
-    assert part is Domain.among([dist.get_rank()])
+    assert part is Peers.among([dist.get_rank()])
     groups = {"all": dist.group.WORLD, "some": part.group, "the host's": unlike.host_group}
     seen = {name: weakref.ref(group) for name, group in groups.items()}
     del model, opt, part, unlike, groups

@@ -1,4 +1,4 @@
-"""A small model with a bit of everything, laid out over ranks in the ways that people do."""
+"""A small model with a bit of everything, laid out over ranks in the usual ways."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LAYOUTS = ("ddp", "fsdp", "hsdp", "tp", "fsdp+tp")
 
 
 class Experts(nn.Module):
-    """Stacked matrices, as mixtures of experts keep them."""
+    """Stacked matrices, as mixtures of experts have them."""
 
     def __init__(self, count: int, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(count, outputs, inputs) * inputs**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mean of all experts."""
+        """Return the mean of all experts."""
         return torch.einsum("eoi,bi->bo", self.weight, x) / len(self.weight)
 
 
@@ -47,7 +47,7 @@ class Toy(nn.Module):
         self.head = nn.Linear(8, 3, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``[batch, 3]``."""
+        """Return logits ``[batch, 3]``."""
         x = self.embed(tokens)
         x = x + self.query(x) * torch.sigmoid(self.key(x))
         x = x + self.down(torch.relu(self.up(self.norm(x))))
@@ -55,14 +55,14 @@ class Toy(nn.Module):
 
 
 def toy(dtype: torch.dtype = torch.float32, **options: Any) -> Toy:
-    """The same weights whenever it is called."""
+    """Return a model that has the same weights at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Toy(**options).to(dtype)
 
 
 def laid_out(model: nn.Module, layout: str) -> nn.Module:
-    """The model over all ranks; "fsdp+tp" and "hsdp" as 2 x world/2."""
+    """Lay the model out over all ranks; "fsdp+tp" and "hsdp" use a mesh of 2 x world/2."""
     world = dist.get_world_size()
     if layout == "ddp":
         return DistributedDataParallel(model)
@@ -85,12 +85,12 @@ def laid_out(model: nn.Module, layout: str) -> nn.Module:
 
 
 def bare(name: str) -> str:
-    """A parameter's name without DDP's prefix."""
+    """Return a parameter's name without DDP's prefix."""
     return name.removeprefix("module.")
 
 
 def grouped(model: nn.Module, rule: str, **options: Any) -> list[dict[str, Any]]:
-    """Matrices under ``rule``, the experts as a batch of them, everything else under AdamW."""
+    """Return groups: matrices under ``rule``, experts as a batch of matrices, all other parameters under AdamW."""
     matrices, experts, rest = [], [], []
     for name, p in model.named_parameters():
         name = bare(name)
@@ -101,13 +101,13 @@ def grouped(model: nn.Module, rule: str, **options: Any) -> list[dict[str, Any]]
 
 
 def gradient(name: str, shape: torch.Size, step: int) -> Tensor:
-    """A gradient that every process makes alike."""
+    """Return a gradient that is the same in every process."""
     seed = sum(map(ord, name)) * 1000 + step
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def inject(model: nn.Module, step: int, change: Callable[[str, Tensor], Tensor | None] = lambda _, g: g) -> None:
-    """Give every parameter its part of a made gradient, changed by ``change``; None leaves it without one."""
+    """Give every parameter its shard of a made gradient, after ``change``, which may return None for no gradient."""
     for name, p in model.named_parameters():
         g = change(bare(name), gradient(bare(name), p.shape, step).to(p.dtype))
         if g is not None and isinstance(p, DTensor):
@@ -116,7 +116,7 @@ def inject(model: nn.Module, step: int, change: Callable[[str, Tensor], Tensor |
 
 
 def scattered(x: Tensor, p: DTensor) -> Tensor:
-    """``x``, which every rank has whole, laid out as ``p`` is: without communication."""
+    """Shard ``x``, which every rank has whole, as ``p`` is sharded, without communication."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
@@ -125,7 +125,7 @@ def scattered(x: Tensor, p: DTensor) -> Tensor:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights, whole; every rank must ask."""
+    """Return all whole weights; every rank must call it."""
     with torch.no_grad():
         return {
             bare(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
@@ -134,13 +134,13 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def differing(model: nn.Module, other: nn.Module) -> list[str]:
-    """The parameters in which two models differ in any bit."""
+    """Return the parameters in which two models differ in any bit."""
     mine, theirs = weights(model), weights(other)
     return [name for name, x in mine.items() if not torch.equal(x, theirs[name])]
 
 
 def optimizer(model: nn.Module, rule: str, **options: Any) -> Optimizer:
-    """One optimizer for all of it; bases follow in each step."""
+    """Return one optimizer for a whole model, with a refresh in each step."""
     if "precondition_frequency" in RULES[rule].defaults():
         options = {"precondition_frequency": 1} | options
     return Optimizer(grouped(model, rule, **options), lr=0.01)

@@ -1,4 +1,4 @@
-"""A few processes that run functions by name, with a gloo group among them, until the tests are over."""
+"""Processes that run functions by name, in one gloo group, until the tests are over."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 
 class Ranks:
-    """``world`` processes. After a failure, or a hang, they are started anew.
+    """A number of processes, which are started anew after a failure or a hang.
 
-    Functions are given as they are, and run by their module and name: they must stand in a module beside this one.
+    Functions are run by their module and name, so they must be in a module in this folder.
     """
 
     def __init__(self, world: int) -> None:
@@ -55,7 +55,7 @@ class Ranks:
         self.pipes, self.processes = [], []
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-        """What ``function(*args)`` returns on each rank; AssertionError with the traceback of the first that failed."""
+        """Return what ``function(*args)`` returns on each rank; raise with the traceback of the first that fails."""
         if not self.processes:
             self.start()
         for pipe in self.pipes:
@@ -87,14 +87,14 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
             module, name, args = pipe.recv()
         except EOFError:
             return
-        # A group of its own for each: gloo's threads wake a hundred times a second, and every mesh makes groups.
+        # Each call has a group of its own: gloo's threads wake a hundred times a second, and every mesh makes groups.
         dist.init_process_group(
             "gloo", init_method=f"file://{store}-{number}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
         )
         try:
             function = getattr(importlib.import_module(module), name)
-            # An optimizer looks for DDP's modules among all live objects. What was imported by now is kept out of its
-            # sight: hundreds of thousands of objects, of which that would take most of a test's time.
+            # An optimizer looks for DDP's modules among all live objects. Freezing hides the hundreds of thousands of
+            # objects of the imported modules, because going through them would take most of a test's time.
             gc.freeze()
             answer = (True, function(*args))
         except BaseException:

@@ -1,4 +1,4 @@
-"""What the ranks of the checkpoint tests run."""
+"""Functions that the ranks run in tests of checkpoints."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ BEFORE, AFTER = 3, 2
 
 
 def train(model: nn.Module, opt: Optimizer, first: int, last: int) -> None:
-    """Steps ``first`` to ``last - 1`` with made gradients."""
+    """Take steps ``first`` to ``last - 1`` with made gradients."""
     for step in range(first, last):
         inject(model, step)
         opt.step()
 
 
 def unbroken(rule: str, options: dict[str, Any]) -> nn.Module:
-    """The model after all steps in one process."""
+    """Return the model after all steps in one process."""
     model = toy()
     train(model, optimizer(model, rule, **options), 0, BEFORE + AFTER)
     return model
@@ -51,7 +51,7 @@ def save(layout: str, rule: str, options: dict[str, Any], path: str, flat: bool,
 
 
 def resume(layout: str, rule: str, options: dict[str, Any], path: str, flat: bool) -> list[str]:
-    """Load it into another layout, train on, and compare with the unbroken run: the parameters that differ."""
+    """Load a checkpoint into another layout, train on, and return the parameters that differ from an unbroken run."""
     model = toy()
     with torch.no_grad():
         for p in model.parameters():
@@ -74,7 +74,7 @@ def _state(model: nn.Module, opt: Optimizer, flat: bool) -> dict[str, Any]:
 
 
 def consolidated(layout: str, rule: str) -> tuple[list[str], list[str]]:
-    """Consolidate after some steps, and load that into one process on every rank, and into another layout's ranks."""
+    """Consolidate after some steps, load that into ranks and into one process, and return the differing parameters."""
     model = laid_out(toy(), layout)
     opt = optimizer(model, rule)
     train(model, opt, 0, BEFORE)
@@ -102,7 +102,7 @@ def consolidated(layout: str, rule: str) -> tuple[list[str], list[str]]:
 
 
 def refused() -> list[str]:
-    """What is said to those who would save a part for the whole."""
+    """Return the errors of attempts to save one rank's part for the whole."""
     import io
 
     model = laid_out(toy(), "fsdp")

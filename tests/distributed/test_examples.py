@@ -1,4 +1,4 @@
-"""The example trains under every layout, and goes on from its checkpoint with other ranks in another layout."""
+"""The example trains under every layout, and resumes from its checkpoint on other ranks in another layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed.py"
 
 
 def launch(ranks: int, *options: str) -> str:
-    """What the example prints on ``ranks`` processes."""
+    """Return what the example prints on ``ranks`` processes."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # on a port of its own
     command = [*run, "--nproc-per-node", str(ranks), str(EXAMPLE), *options]
     ran = subprocess.run(

@@ -11,7 +11,6 @@ import torch
 from models import LAYOUTS
 from ranks import Ranks
 
-from steepest.linalg.solvers import SOLVERS
 from steepest.rule import Rule
 from steepest.rules import RULES
 
@@ -24,16 +23,17 @@ VARIANTS = {
     "cautious decay": ("muon", torch.float32, {"weight_decay_method": "cautious"}),
     "float64": ("muon", torch.float64, {}),
     "in fewer bytes": ("soap", torch.float32, {"basis_dtype": "bfloat16", "moment_dtype": "int8"}),
+    "refresh after the step": ("soap", torch.float32, {"refresh_async": True, "precondition_frequency": 2}),
 }
 
 
 def slowly(*values: str) -> Any:
-    """A case that runs on demand."""
+    """Mark a case that runs on demand."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def everywhere(results: list[list[str]]) -> list[str]:
-    """The parameters that differ on any rank."""
+    """Return the parameters that differ on any rank."""
     return sorted({name for names in results for name in names})
 
 
@@ -55,7 +55,7 @@ def test_options_are_as_in_one_process(two: Ranks, variant: str) -> None:
 
 @pytest.mark.parametrize("layout", ["fsdp", slowly("hsdp")])
 def test_blocks_find_owners_of_their_own(four: Ranks, layout: str) -> None:
-    # Blocks of 64 bytes or multiples: BLAS may round otherwise where a matrix starts at an odd address.
+    # Blocks are multiples of 64 bytes, because BLAS may round differently where a matrix starts at an odd address.
     assert everywhere(four.run(jobs.same_as_one_process, layout, "soap", torch.float32, {"block_size": 4}, 40)) == []
 
 
@@ -74,7 +74,7 @@ def test_all_of_it_is_one_process(four: Ranks, layout: str, rule: str) -> None:
     ("layout", "rule"), [("fsdp+tp", "muon"), slowly("ddp", "muon"), slowly("hsdp", "muon"), slowly("tp", "muon")]
 )
 def test_real_gradients_train_as_one_process(four: Ranks, layout: str, rule: str) -> None:
-    # Not SOAP, nor Shampoo: where gradients have no rank yet, another order of a sum turns their bases.
+    # SOAP and Shampoo are left out: while gradients are rank-deficient, another order of a sum turns their bases.
     assert max(four.run(jobs.trains_as_one_process, layout, rule)) < 1e-5
 
 
@@ -142,55 +142,9 @@ def test_low_rank_directions_are_rounded_and_left_out_as_others_are(four: Ranks)
     assert everywhere([differing for differing, *_ in four.run(jobs.poison, "ddp", "dion")]) == []
 
 
-LATER = {"refresh_async": True}
-LENT = {
-    "every step": LATER,
-    "at times": LATER | {"precondition_frequency": 2},
-    "staggered": LATER | {"precondition_frequency": 2, "stagger": True},
-    "kl": LATER | {"precondition_frequency": 2, "use_kl_shampoo": True},
-    "in fewer bytes": LATER
-    | {"basis_dtype": "bfloat16", "moment_dtype": "int8", "precondition_frequency": 2, "stagger": True},
-}
-
-
-@pytest.mark.parametrize("variant", ["at times", *map(slowly, sorted(LENT.keys() - {"at times"}))])
-@pytest.mark.parametrize("layout", ["fsdp", *map(slowly, sorted(set(LAYOUTS) - {"fsdp"}))])
-def test_refreshes_that_others_do_are_ones_own(four: Ranks, layout: str, variant: str) -> None:
-    options = LENT[variant]
-    assert everywhere(four.run(jobs.same_as_one_process, layout, "soap", torch.float32, options)) == []
-    if layout != "tp":  # there norms are no DTensors, and what is absent on one rank is nobody else's affair
-        assert everywhere(four.run(jobs.with_missing, layout, "soap", options)) == []
-    assert everywhere([differing for differing, *_ in four.run(jobs.poison, layout, "soap", options)]) == []
-
-
-@pytest.mark.parametrize("kl", [False, True], ids=["plain", "kl"])
-@pytest.mark.parametrize("solver", sorted(SOLVERS))
-def test_what_is_lent_is_ones_own_in_every_shape(two: Ranks, solver: str, kl: bool) -> None:
-    """Products would round otherwise if what comes from elsewhere lay in memory otherwise."""
-    shapes = [(9, 7), (12, 8), (10, 7), (16, 7), (37, 12), (70, 130)]
-    assert everywhere(two.run(jobs.lent_by_shape, shapes, {"refresh": solver, "use_kl_shampoo": kl})) == []
-
-
-@pytest.mark.parametrize("layout", ["ddp", slowly("fsdp"), slowly("hsdp"), slowly("fsdp+tp")])
-def test_what_is_lent_is_sent_as_planned(four: Ranks, layout: str) -> None:
-    """Two matrices are dearer than all others together, so two of four ranks have time to help."""
-    seen = four.run(jobs.traffic, layout, "soap", LATER)
-    assert sum(one["lent"] for one in seen) > 0
-    assert sum(one["sent"] for one in seen) == sum(one["planned"] + one["lent"] for one in seen)
-    for one in seen:
-        assert one["calls"].pop("all_to_all_single") == 2 * (one["buckets"] + one["lenders"])
-        assert set(one["calls"]) <= {"all_reduce"}
-    assert not any(one["lent"] for one in four.run(jobs.traffic, layout, "soap"))
-
-
-@pytest.mark.parametrize("kind", [slowly(kind) if kind == "nothing done" else kind for kind in jobs.ERRANDS])
-def test_errands_done_wrong_are_seen(four: Ranks, kind: str) -> None:
-    assert bool(everywhere(four.run(jobs.mutated_errands, kind))) == (kind != "none")
-
-
 @pytest.mark.parametrize("holders", [[0], [1, 3]], ids=str)
 def test_what_fewer_ranks_step_in_between_keeps_nobody_waiting(four: Ranks, holders: list[int]) -> None:
-    """A rank, or two, have a matrix more, between those of all: they call as all others do, in the same order."""
+    """One or two ranks step one more matrix between those of all ranks: all call the same, in the same order."""
     seen = four.run(between.calls, holders, timeout=30)
     for calls in zip(*seen, strict=True):
         names, sent, received = zip(*calls, strict=True)

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from plans import MANY, few, job, plans, very_few, with_costs
 
 from steepest.exchange.layout import Layout, Rectangle
-from steepest.exchange.plan import Loan, Plan, Transfer, make_plan
+from steepest.exchange.plan import Plan, Transfer, make_plan
 
 # What moves.
 
 
 def check(plan: Plan) -> None:
-    """Inward every entry of a window once, from a rank that has it to the owner; outward to each rank what it holds."""
+    """Inward, every entry moves once, from a rank that has it to the owner; outward, to each rank what it holds."""
     for bucket, members in enumerate(plan.buckets):
         inward, outward = plan.inward(bucket), plan.outward(bucket)
         assert {move.job for move in (*inward, *outward)} <= set(members)
@@ -30,11 +30,11 @@ def check(plan: Plan) -> None:
             moved = np.zeros(job.layout.shape, dtype=int)
             for move in (move for move in inward if move.job == j):
                 assert move.target == owner
-                assert move.part == move.part & job.held(move.source), "a rank sends what it has"
-                moved[move.part.slices] += 1
-            assert moved.sum() == job.window.size
-            assert (moved[job.window.slices] == 1).all()
-            sent = sorted((move.target, move.part) for move in outward if move.job == j and move.source == owner)
+                assert move.rectangle == move.rectangle & job.held(move.source), "a rank sends what it has"
+                moved[move.rectangle.slices] += 1
+            assert moved.sum() == job.rectangle.size
+            assert (moved[job.rectangle.slices] == 1).all()
+            sent = sorted((move.target, move.rectangle) for move in outward if move.job == j and move.source == owner)
             assert len(sent) == sum(move.job == j for move in outward)
             held = [(rank, job.held(rank)) for rank in range(plan.world)]
             assert sent == [(rank, part) for rank, part in held if not part.empty]
@@ -64,7 +64,7 @@ def test_a_rank_can_ask_for_its_own(plan, data):
 @few
 @given(plans())
 def test_what_one_rank_packs_another_unpacks(plan):
-    """A step by messages, one from rank to rank: owners put gradients together, everybody gets its part back."""
+    """Step by messages from rank to rank: owners join gradients, and every rank gets its part of the result."""
     ranks = range(plan.world)
     for bucket, members in enumerate(plan.buckets):
         wholes = {j: np.random.default_rng(j).random(plan.jobs[j].layout.shape) for j in members}
@@ -74,13 +74,15 @@ def test_what_one_rank_packs_another_unpacks(plan):
             for rank in ranks:
                 assert [m.target for m in sent[rank]] == sorted(m.target for m in sent[rank]), "one message to each"
                 received = [m for m in moves(bucket, rank) if m.target == rank]
-                message = [wholes[m.job][m.part.slices] for other in ranks for m in sent[other] if m.target == rank]
+                message = [
+                    wholes[m.job][m.rectangle.slices] for other in ranks for m in sent[other] if m.target == rank
+                ]
                 for move, x in zip(received, message, strict=True):
-                    seen[rank, move.job][move.part.slices] = x
+                    seen[rank, move.job][move.rectangle.slices] = x
             for j in members:
-                window = plan.jobs[j].window
+                rectangle = plan.jobs[j].rectangle
                 if mine == "source":
-                    assert np.array_equal(seen[plan.owners[j], j][window.slices], wholes[j][window.slices])
+                    assert np.array_equal(seen[plan.owners[j], j][rectangle.slices], wholes[j][rectangle.slices])
                 for rank in ranks if mine == "target" else ():
                     held = plan.jobs[j].held(rank).slices
                     assert np.array_equal(seen[rank, j][held], wholes[j][held])
@@ -97,7 +99,7 @@ def test_traffic_is_what_transfers_add_up_to(plan):
         for moves, (sent, received), way in ((plan.inward, counted[:2], 0), (plan.outward, counted[2:], 1)):
             for m in moves(bucket):
                 if m.source != m.target:
-                    entries = plan.jobs[m.job].factored if m.factored else m.part.size
+                    entries = plan.jobs[m.job].factored if m.factored else m.rectangle.size
                     sent[m.source] += entries * plan.jobs[m.job].itemsizes[way]
                     received[m.target] += entries * plan.jobs[m.job].itemsizes[way]
     traffic = plan.traffic()
@@ -113,14 +115,14 @@ def test_factors_travel_where_they_are_fewer(plan):
         assert not any(m.factored for m in plan.inward(bucket))
         for m in plan.outward(bucket):
             factored = plan.jobs[m.job].factored
-            assert m.factored == (m.source != m.target and 0 < factored < m.part.size)
+            assert m.factored == (m.source != m.target and 0 < factored < m.rectangle.size)
 
 
 @pytest.mark.parametrize("world", [8, 64])
 @pytest.mark.parametrize(
     ("mesh", "placements", "inward", "outward"),
     [
-        # entries that all ranks send, of P; what stays on its rank is not sent
+        # entries that all ranks send, of P, without what stays on its rank
         (lambda w: (w,), (None,), lambda w: 0, lambda w: w - 1),
         (lambda w: (w,), (0,), lambda w: 1 - 1 / w, lambda w: 1 - 1 / w),
         (lambda w: (w,), (1,), lambda w: 1 - 1 / w, lambda w: 1 - 1 / w),
@@ -132,7 +134,7 @@ def test_factors_travel_where_they_are_fewer(plan):
     ids=["ddp", "fsdp", "tp", "tp and fsdp", "fsdp twice", "hsdp", "hsdp, other mesh"],
 )
 def test_volumes(world, mesh, placements, inward, outward):
-    """2P/W by FSDP and tensor parallelism, P by DDP, P/RS and P/S by HSDP; here times W, and exactly."""
+    """A rank sends 2P/W by FSDP and tensor parallelism, P by DDP, and P/RS and P/S by HSDP; here times W."""
     layout = Layout.sharded((256, 64), mesh(world), placements)
     plan = make_plan([job(f"w{k}", layout, itemsizes=(1, 1)) for k in range(2 * world)], world)
     P = 2 * world * layout.whole.size
@@ -144,20 +146,10 @@ def test_volumes(world, mesh, placements, inward, outward):
 
 
 def test_a_source_is_in_the_owners_replica():
-    """Four replicas of two shards, beside each other: nothing moves inward between replicas."""
+    """With four replicas of two shards, nothing moves inward between replicas."""
     layout = Layout.sharded((8, 8), mesh=(4, 2), placements=(None, 0))
     plan = make_plan([job(f"w{k}", layout) for k in range(8)], 8)
     assert {move.source // 2 - move.target // 2 for move in plan.inward(0)} == {0}
-
-
-def test_whole_matrices_that_a_rank_has_anyway_stay_there():
-    """Experts: each rank owns what it holds, and nothing is sent."""
-    layout = Layout.sharded((8, 3, 5), mesh=(4,), placements=(0,))
-    parts = [job(f"experts.{rank}", layout, part, among=(rank,)) for rank, part in enumerate(layout.parts)]
-    plan = make_plan(parts, 4)
-    assert plan.owners == (0, 1, 2, 3)
-    assert {move.source - move.target for move in (*plan.inward(0), *plan.outward(0))} == {0}
-    assert sum(map(sum, (plan.traffic().sent_in, plan.traffic().sent_out))) == 0
 
 
 # The same everywhere.
@@ -167,13 +159,10 @@ CHANGES = {
     "name": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], name="other"), *plan.jobs[1:])),
     "memory": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], memory=3), *plan.jobs[1:])),
     "itemsizes": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], itemsizes=(4, 2)), *plan.jobs[1:])),
-    "bucket": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], bucket="other"), *plan.jobs[1:])),
+    "kind": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], kind="other"), *plan.jobs[1:])),
     "factored": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], factored=3), *plan.jobs[1:])),
-    "errands": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], errands=(("L", 1.0, 1),)), *plan.jobs[1:])),
-    "loans": lambda plan: replace(plan, loans=(Loan(0, 0, 1),)),
-    "among": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], among=(1,)), *plan.jobs[1:])),
-    "window": lambda plan: replace(
-        plan, jobs=(replace(plan.jobs[0], window=Rectangle((0, 0), (1, 2))), *plan.jobs[1:])
+    "rectangle": lambda plan: replace(
+        plan, jobs=(replace(plan.jobs[0], rectangle=Rectangle((0, 0), (1, 2))), *plan.jobs[1:])
     ),
     "layout": lambda plan: replace(
         plan, jobs=(replace(plan.jobs[0], layout=Layout.sharded((2, 2), (2,), (0,))), *plan.jobs[1:])
@@ -194,9 +183,10 @@ def test_the_digest_tells_plans_apart(change):
 
 def test_the_digest_is_the_same_in_another_process():
     program = (
-        "from steepest.exchange.plan import Job, Layout, make_plan\n"
+        "from steepest.exchange.layout import Layout\n"
+        "from steepest.exchange.plan import Job, make_plan\n"
         "l = Layout.sharded((5, 3), (2, 2), (0, 1))\n"
-        "digest = make_plan([Job(n, l, l.whole, 2.0, 8, (2, 4), bucket='k', among=(1, 2)) for n in 'ab'], 4).digest()\n"
+        "digest = make_plan([Job(n, l, l.whole, 2.0, 8, (2, 4), kind='k') for n in 'ab'], 4).digest()\n"
     )
     here: dict[str, str] = {}
     exec(program, here)
@@ -207,11 +197,11 @@ def test_the_digest_is_the_same_in_another_process():
     assert len(here["digest"]) == 64
 
 
-# What is no plan.
+# Wrong plans and bad input.
 
 
 def test_a_wrong_plan_is_seen():
-    """The checks above, on plans that are wrong."""
+    """The checks above fail on plans that are wrong."""
     layout = Layout.sharded((6, 4), (3,), (0,))
     plan = make_plan([job("a", layout), job("b", layout)], 3)
     check(plan)
@@ -219,7 +209,10 @@ def test_a_wrong_plan_is_seen():
     class Shifted(Plan):
         def inward(self, bucket: int, rank: int | None = None) -> tuple[Transfer, ...]:
             first, *others = super().inward(bucket, rank)
-            return (replace(first, part=replace(first.part, start=(first.part.start[0] + 1, 0))), *others)
+            return (
+                replace(first, rectangle=replace(first.rectangle, start=(first.rectangle.start[0] + 1, 0))),
+                *others,
+            )
 
     class Swapped(Plan):
         def outward(self, bucket: int, rank: int | None = None) -> tuple[Transfer, ...]:
@@ -234,10 +227,8 @@ def test_bad_jobs_are_refused():
     layout = Layout.replicated((2, 2), 2)
     with pytest.raises(ValueError, match=r"name='a': two jobs"):
         make_plan([job("a", layout), job("a", layout)], 2)
-    with pytest.raises(ValueError, match=r"world=3: the layout of a is one of 2 ranks"):
+    with pytest.raises(ValueError, match=r"world=3: the layout of a is for 2 ranks"):
         make_plan([job("a", layout)], 3)
-    with pytest.raises(ValueError, match=r"among=\(2,\): a may only be owned by ranks 0 to 1"):
-        make_plan([job("a", layout, among=(2,))], 2)
     with pytest.raises(ValueError, match=r"bucket_bytes=0: must be at least 1"):
         make_plan([job("a", layout)], 2, bucket_bytes=0)
 
@@ -264,7 +255,7 @@ def test_parts_that_are_no_grid_are_refused(parts):
 @given(st.integers(0, 50), st.integers(1, 12))
 def test_shards_are_those_of_torch(rows, ranks):
     theirs = [len(chunk) for chunk in torch.arange(rows).chunk(ranks)] if rows else []
-    ours = [part.shape[0] for part in Layout.sharded((rows, 3), (ranks,), (0,)).parts]
+    ours = [part.shape[0] for part in Layout.sharded((rows, 3), (ranks,), (0,)).shards]
     assert ours == theirs + [0] * (ranks - len(theirs))
 
 

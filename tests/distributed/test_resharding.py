@@ -1,4 +1,4 @@
-"""Checkpoints that are written by some ranks and read by others, in other layouts: bit for bit."""
+"""Checkpoints that some ranks write and others read in another layout resume bit for bit."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def three() -> Iterator[Ranks]:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as on the ranks: a product's last bits depend on it
+    torch.set_num_threads(1)  # as on the ranks, because the last bits of a product depend on it
     yield
     torch.set_num_threads(threads)
 
 
-def resumed(crews: dict[int, Ranks], ranks: int, layout: str, *args: Any) -> list[str]:
-    """The parameters that differ after a resumed run from those of an unbroken one."""
+def resumed(by_number: dict[int, Ranks], ranks: int, layout: str, *args: Any) -> list[str]:
+    """Return the parameters of a resumed run that differ from those of an unbroken run."""
     if ranks == 1:
         return saving.resume("one", *args)
-    return sorted({name for names in crews[ranks].run(saving.resume, layout, *args) for name in names})
+    return sorted({name for names in by_number[ranks].run(saving.resume, layout, *args) for name in names})
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process reads what several wrote
@@ -66,8 +66,8 @@ def test_all_others_resume(
         path = str(tmp_path / str(flat))
         four.run(saving.save, written, rule, {}, path, flat)
         for ranks, layout in WHOLE:
-            crews = {4: four, 3: three, 2: two}
-            assert resumed(crews, ranks, layout, rule, {}, path, flat) == [], (ranks, layout, flat)
+            by_number = {4: four, 3: three, 2: two}
+            assert resumed(by_number, ranks, layout, rule, {}, path, flat) == [], (ranks, layout, flat)
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_a_part_is_not_saved_for_the_whole(two: Ranks) -> None:
 
 @pytest.mark.slow
 def test_a_rank_killed_in_mid_step(tmp_path: Path) -> None:
-    """Then the job dies, and the restart from the last complete checkpoint ends as an undisturbed run does."""
+    """A killed rank ends the job, and a restart from the last complete checkpoint ends as an undisturbed run does."""
     script = Path(__file__).with_name("crash.py")
     ends = {}
     for how in ("undisturbed", "killed in a step", "killed in a save"):

@@ -1,4 +1,4 @@
-"""``steepest plan``, and the page of simulations: its figures are those of the script, and the script's come again."""
+"""Tests of ``steepest plan``, and of the page of simulations, whose figures the script reproduces."""
 
 from __future__ import annotations
 
@@ -77,31 +77,6 @@ def test_the_command_on_the_page_prints_that():
     assert [line.rstrip() for line in done.output.splitlines()] == lines
 
 
-@pytest.mark.parametrize(("name", "frequency", "lends"), [("7b", 1, True), ("70b", 10, True), ("70b", 1, False)])
-def test_lending_comes_again(name, frequency, lends):
-    key = f"{name}, f = {frequency}, {'lent' if lends else 'at home'}"
-    assert simulate.lending(name, frequency, 1024, lends) == FOUND["lending"][key]["1024"]
-
-
-def test_decompositions_count_as_long_as_they_take():
-    model = preset("7b", "soap", {"precondition_frequency": 1, "refresh_async": True})
-    d = 4096
-    square = next(job for job in jobs(model, mesh("fsdp", 8)) if job.window.shape == (d, d))
-    slow = simulate._in_time(model.rule, square)
-    assert slow.cost - square.cost == pytest.approx((simulate.SLOWER - 1) * 2 * 8 / 3 * d**3)
-    assert [cost for _, cost, _ in slow.errands] == pytest.approx([(2 + simulate.SLOWER * 8 / 3) * d**3] * 2)
-
-
-def test_what_is_lent_evens_the_plan():
-    at_home, lent = (
-        look(preset("70b", "soap", {"precondition_frequency": 1, "refresh_async": lends}), mesh("fsdp", 1024), TOKENS)
-        for lends in (False, True)
-    )
-    assert lent.flops_mean == pytest.approx(at_home.flops_mean)
-    assert lent.balance < at_home.balance
-    assert lent.state_max == at_home.state_max
-
-
 # What is planned.
 
 
@@ -140,9 +115,9 @@ def test_share_and_balance():
 
 
 def test_layouts_send_what_they_send():
-    """Directions are float32, gradients bfloat16; P entries in matrices of two sizes, dealt out evenly."""
+    """Directions are float32 and gradients bfloat16; P entries in matrices of two sizes are assigned evenly."""
     model = preset("7b", "soap", {})
-    P = sum(job.window.size for job in jobs(model, mesh("ddp", 32)))
+    P = sum(job.rectangle.size for job in jobs(model, mesh("ddp", 32)))
     ddp, fsdp, hsdp = (look(model, mesh(text, 32), TOKENS) for text in ("ddp", "fsdp", "hsdp:4x8"))
     assert ddp.sent_in_max == 0
     assert ddp.sent_out_mean == pytest.approx(4 * P * 31 / 32)
@@ -166,8 +141,8 @@ def test_a_model_from_a_file(tmp_path):
     ]  # fmt: skip
     assert {weight.itemsize for weight in model.weights} == {4}
     names = [job.name for job in jobs(model.cut(32), mesh("fsdp", 4))]
-    assert names == [f"1.weight.{k}" for k in range(10)] + ["3.weight"], "merged columns are no boxes: one job"
-    assert next(job.window.shape for job in jobs(model.cut(32), mesh("fsdp", 4))) == (32, 32)
+    assert names == [f"1.weight.{k}" for k in range(10)] + ["3.weight"], "slices can't cut merged columns: one job"
+    assert next(job.rectangle.shape for job in jobs(model.cut(32), mesh("fsdp", 4))) == (32, 32)
 
 
 def test_nothing_is_allocated_for_a_model_from_a_file(tmp_path):

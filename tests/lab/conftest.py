@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from steepest.lab.bench import speed as bench_speed
-from steepest.lab.race.race import Entry, Plan, Results
+from steepest.lab.race.race import Entry, Plan, Runs
 from steepest.lab.race.trial import Record, Run, Trial
 from steepest.lab.shared.contenders import Contender, preset
 
@@ -75,15 +75,15 @@ def _record(final: float, steps: int = 10, status: str = "finished", optimizer_m
     )
 
 
-def _results(plan: Plan, final: Callable[[Trial], float], **fields: object) -> Results:
+def _runs(plan: Plan, final: Callable[[Trial], float], **fields: object) -> Runs:
     """A race in which every trial of the plan was run, with these final losses; infinite ones diverged."""
-    found = Results(plan)
+    found = Runs(plan)
 
     def run(trials: list[Trial]) -> None:
         for trial in trials:
             loss = final(trial)
             status = "finished" if loss < float("inf") else "diverged"
-            found.runs.append(Run(trial, _record(min(loss, 9.0), trial.steps, status, **fields)))
+            found.finished.append(Run(trial, _record(min(loss, 9.0), trial.steps, status, **fields)))
 
     run(plan.tuning())
     run(plan.finals([best for entry in plan.entries if (best := found.best(entry)) is not None]))
@@ -106,8 +106,8 @@ def make_plan() -> Callable[..., Plan]:
 
 
 @pytest.fixture
-def make_results() -> Callable[..., Results]:
-    return _results
+def make_runs() -> Callable[..., Runs]:
+    return _runs
 
 
 @pytest.fixture

@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import steepest
 from steepest.cli import app
 
 ROOT = Path(__file__).parents[2]
 
 
-def steepest(*arguments: object):
+def steepest_race(*arguments: object):
     return CliRunner().invoke(app, ["race", *map(str, arguments)])
 
 
 def test_a_tiny_race_end_to_end_and_again(quick_task, tmp_path) -> None:
     out = tmp_path / "out"
     options = ("--workload", quick_task(), "--optimizers", "adamw, soap(lr=1e-2)", "--seeds", 1, "--out", out)
-    first = steepest(*options)
+    first = steepest_race(*options)
     assert first.exit_code == 0, first.output
     kept = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
     assert len(kept) == 2
@@ -31,14 +32,14 @@ def test_a_tiny_race_end_to_end_and_again(quick_task, tmp_path) -> None:
     assert found["headline"].split()[0] in (out / "report.html").read_text()
     assert "report.html" in first.output
 
-    second = steepest(*options)
+    second = steepest_race(*options)
     assert second.exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()} == kept
 
 
 def test_the_example_of_an_own_task_runs(tmp_path) -> None:
     example = ROOT / "examples" / "race_my_task.py"
-    done = steepest("--workload", example, "--optimizers", "adamw", "--steps", 15, "--seeds", 1, "--out", tmp_path)
+    done = steepest_race("--workload", example, "--optimizers", "adamw", "--steps", 15, "--seeds", 1, "--out", tmp_path)
     assert done.exit_code == 0, done.output
     assert "squared distance" in (tmp_path / "report.html").read_text()
 
@@ -46,7 +47,7 @@ def test_the_example_of_an_own_task_runs(tmp_path) -> None:
 def test_a_trial_that_fails_is_named(quick_task, tmp_path) -> None:
     task = quick_task()
     task.write_text(task.read_text() + FAILS_LATE)
-    done = steepest("--workload", task, "--optimizers", "adamw", "--seeds", 1, "--out", tmp_path / "out")
+    done = steepest_race("--workload", task, "--optimizers", "adamw", "--seeds", 1, "--out", tmp_path / "out")
     assert done.exit_code == 1
     assert "failed: RuntimeError: no more" in done.output
 
@@ -77,7 +78,7 @@ FAILS_LATE = """
 )
 def test_bad_input_gets_one_clear_line_and_status_2(tmp_path, monkeypatch, options, complaint) -> None:
     monkeypatch.chdir(tmp_path)
-    done = steepest("--workload", "digits", *options)
+    done = steepest_race("--workload", "digits", *options)
     assert done.exit_code == 2
     (line,) = done.stderr.splitlines()
     assert complaint in line
@@ -87,7 +88,7 @@ def test_bad_input_gets_one_clear_line_and_status_2(tmp_path, monkeypatch, optio
 def test_a_workload_that_fails_in_its_first_step_gets_one_clear_line(quick_task, tmp_path) -> None:
     task = quick_task()
     task.write_text(task.read_text().replace("batch[:, :2]", "batch"))
-    done = steepest("--workload", task, "--out", tmp_path)
+    done = steepest_race("--workload", task, "--out", tmp_path)
     assert done.exit_code == 2
     (line,) = done.stderr.splitlines()
     assert "workload quick_task.py: RuntimeError: The size of tensor" in line
@@ -98,7 +99,7 @@ def test_ctrl_c_leaves_a_report_and_no_processes(quick_task, tmp_path) -> None:
     out = tmp_path / "out"
     arguments = ["--workload", quick_task(pause=0.2), "--optimizers", "adamw", "--seeds", "4", "--workers", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "steepest.cli", "race", *map(str, arguments), "--out", str(out)],
+        [sys.executable, "-m", "steepest", "race", *map(str, arguments), "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -112,13 +113,67 @@ def test_ctrl_c_leaves_a_report_and_no_processes(quick_task, tmp_path) -> None:
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stdout + stderr
     assert "Traceback" not in stderr
-    assert "Broken off" in stdout
-    assert "Broken off" in (out / "report.html").read_text()
+    assert "Interrupted" in stdout
+    assert "Interrupted" in (out / "report.html").read_text()
     workers = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(quick_task()) not in workers
 
 
-def test_help_names_the_race() -> None:
-    done = CliRunner().invoke(app, ["--help"])
-    assert done.exit_code == 0
-    assert "race" in done.output
+def test_help_and_the_version() -> None:
+    """Each command has an example, and the page of all commands names each."""
+    commands = [command.callback.__name__ for command in app.registered_commands]
+    for name in commands:
+        shown = CliRunner().invoke(app, [name, "--help"])
+        assert shown.exit_code == 0
+        assert f"Example: steepest {name}" in shown.output
+    for arguments in (["--help"], []):
+        shown = CliRunner().invoke(app, arguments)
+        assert shown.exit_code == 0
+        assert all(name in shown.output for name in commands)
+    assert CliRunner().invoke(app, ["--version"]).output == f"steepest {steepest.__version__}\n"
+
+
+ANSWERED_AT_ONCE = {
+    "": (0, None),
+    "--help": (0, None),
+    "--version": (0, None),
+    "race --help": (0, None),
+    "rcae": (2, "steepest: No such command 'rcae'. Did you mean 'race'? (see python -m steepest --help)"),
+    "race --step 3": (2, "No such option: --step"),
+    "race --steps 0": (2, "Invalid value for '--steps'"),
+    "routes": (2, "(see python -m steepest routes --help)"),
+}
+
+
+@pytest.mark.parametrize("typed", ANSWERED_AT_ONCE)
+def test_help_and_usage_errors_do_not_wait_for_torch(typed: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "steepest", *typed.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    imported, said = [], []
+    for line in done.stderr.splitlines():
+        (imported if line.startswith("import time:") else said).append(line)
+    status, complaint = ANSWERED_AT_ONCE[typed]
+    assert done.returncode == status
+    assert not [line for line in imported if line.split("|")[-1].strip().partition(".")[0] == "torch"]
+    if complaint is None:
+        assert said == []
+        assert "steepest" in done.stdout
+    else:
+        assert len(said) == 1
+        assert complaint in said[0]
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+sys.argv = ["steepest", "spike"]
+from steepest.cli import main
+main()
+"""
+
+
+def test_a_missing_package_gets_one_line_with_the_remedy(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr == 'steepest: this needs torch; install it with: pip install "steepest[lab]"\n'

@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from steepest.cli import app
-from steepest.lab.race import pool as crew
+from steepest.lab.race import pool
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and limits")
 
@@ -27,9 +27,8 @@ import json, os, resource, signal
 import torch
 import steepest
 from steepest import cli
-from steepest.lab.race import pool as crew
+from steepest.lab.race import pool
 from steepest.lab.shared import fingerprints
-from steepest.lab.race import command as session
 from steepest.lab.race import training
 from steepest.lab.workloads import workload
 from steepest.lab.race.trial import Record
@@ -42,7 +41,7 @@ steepest.for_model(DIGITS.model(), "soap", lr=0.1)  # torch imports more for its
 def run(self, trial):  # in this process, which has everything imported
     return Record(**training.train(trial, DIGITS, lambda news: None).as_json())
 
-crew.Crew._run = run
+pool.Pool._run = run
 fsync, replace = os.fsync, os.replace
 
 def die():
@@ -310,6 +309,6 @@ def test_no_room_for_a_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     def full(*args: object) -> None:
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
 
-    monkeypatch.setattr(crew.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(pool.tempfile, "TemporaryFile", full)
     done = CliRunner().invoke(app, ["race", *OPTIONS, "--out", str(tmp_path)])
     expect_one_line(done.exit_code, done.output, "can't start a run: FileNotFoundError: [Errno 2] No usable temporary")

@@ -47,18 +47,18 @@ def loss_after(workload, steps: int, contender: str) -> tuple[float, float]:
 
 
 def test_the_photograph_is_a_photograph(photo) -> None:
-    assert photo.places.shape == (106 * 160, 2)
-    assert photo.colours.shape == (106 * 160, 3)
-    for values in (photo.places, photo.colours):
+    assert photo.inputs.shape == (106 * 160, 2)
+    assert photo.targets.shape == (106 * 160, 3)
+    for values in (photo.inputs, photo.targets):
         assert -1 <= values.min() < -0.9
         assert 0.9 < values.max() <= 1
-    assert len(photo.places.unique(dim=0)) == len(photo.places)
-    upper, lower = (photo.colours[side].mean() for side in (photo.places[:, 0] < -0.5, photo.places[:, 0] > 0.5))
+    assert len(photo.inputs.unique(dim=0)) == len(photo.inputs)
+    upper, lower = (photo.targets[side].mean() for side in (photo.inputs[:, 0] < -0.5, photo.inputs[:, 0] > 0.5))
     assert upper > lower + 0.5  # the sky is above
 
 
 def test_held_out_pixels_are_never_drawn(photo) -> None:
-    held_out = {tuple(place) for place in photo.places[: photo.held_out].tolist()}
+    held_out = {tuple(place) for place in photo.inputs[: photo.held_out].tolist()}
     places, colours = photo.batch(torch.Generator().manual_seed(0))
     assert places.shape == (2048, 2)
     assert colours.shape == (2048, 3)
@@ -69,7 +69,7 @@ def test_sines_keep_their_spread_through_the_layers(photo) -> None:
     """What the paper's initialization is for: in hidden layers, inputs of a sine have a deviation of about 1."""
     torch.manual_seed(0)
     model = photo.model()
-    x = torch.sin(FREQUENCY * model.first(photo.places))
+    x = torch.sin(FREQUENCY * model.first(photo.inputs))
     for layer in model.hidden:
         inputs = FREQUENCY * (layer(x) - layer.bias)
         assert 0.5 < inputs.std() < 2
@@ -83,10 +83,10 @@ def test_the_photograph_is_learned(photo, contender) -> None:
 
 
 def test_images_are_upright_and_of_every_kind(convnet) -> None:
-    assert convnet.images.shape == (5000, 1, 28, 28)
-    assert (convnet.images.min(), convnet.images.max()) == (-1, 1)
-    assert convnet.labels.bincount().tolist() == [500] * 10
-    ones = convnet.images[convnet.labels == 1].mean(dim=0)[0]  # [28, 28]
+    assert convnet.inputs.shape == (5000, 1, 28, 28)
+    assert (convnet.inputs.min(), convnet.inputs.max()) == (-1, 1)
+    assert convnet.targets.bincount().tolist() == [500] * 10
+    ones = convnet.inputs[convnet.targets == 1].mean(dim=0)[0]  # [28, 28]
     assert ones.amax(dim=1)[5:23].min() > -0.5  # a stroke from top to bottom
     assert ones[:, :5].max() < -0.9
 
@@ -111,7 +111,7 @@ def test_what_was_read_is_described(name, request) -> None:
     assert len(facts["sha256"]) == 64
     assert any("held out" in fact for fact in facts.values())
     assert workload.fingerprint() == workload.fingerprint()
-    kept = workload.images if name == "convnet" else workload.colours
+    kept = workload.inputs if name == "convnet" else workload.targets
     before, fingerprint = kept[0].clone(), workload.fingerprint()
     kept[0] = 0.5
     assert workload.fingerprint() != fingerprint

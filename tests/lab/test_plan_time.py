@@ -163,7 +163,7 @@ def test_phases_are_the_engines():
     for p in params.values():
         p.grad = torch.randn(p.shape)
     optimizer.step()
-    (engine,) = optimizer._phases.values()
+    (engine,) = optimizer._offsets.values()
     weights = tuple(Weight(name, shape, View(shape), 4) for name, shape in shapes.items())
     model = Model("", weights, "", Soap(precondition_frequency=3), AdamW())
     ours = _turns(model)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from steepest.cli import app
 from steepest.lab.race.poison import KINDS, MOST, Poison
-from steepest.lab.race.results import find
+from steepest.lab.race.results import find_results
 from steepest.lab.race.text import headline, notes
 from steepest.lab.race.training import train
 from steepest.lab.race.trial import Record, Trial
@@ -58,7 +58,7 @@ def bad(p: nn.Parameter) -> list[float]:
 
 def test_so_many_gradients_are_struck() -> None:
     params = parameters(4000)
-    count = Poison(0.1, seed=0).strike(params)
+    count = Poison(0.1, seed=0).apply(params)
     struck = [p for p in params if bad(p)]
     assert len(struck) == count
     assert count == pytest.approx(400, abs=80)
@@ -70,7 +70,7 @@ def test_so_many_gradients_are_struck() -> None:
 def test_kinds_take_turns() -> None:
     params = parameters(7)
     poison = Poison(1.0, seed=0)
-    assert poison.strike(params[:4]) + poison.strike(params[4:]) == 7
+    assert poison.apply(params[:4]) + poison.apply(params[4:]) == 7
     kinds = [kind for p in params for kind in {str(x) for x in bad(p)}]
     assert kinds == [str(KINDS[i % 3]) for i in range(7)]
 
@@ -78,7 +78,7 @@ def test_kinds_take_turns() -> None:
 def test_poison_comes_from_the_seed_alone() -> None:
     def struck(seed: int) -> list[bool]:
         params = parameters(100)
-        Poison(0.3, seed).strike(params)
+        Poison(0.3, seed).apply(params)
         return [bool(bad(p)) for p in params]
 
     torch.manual_seed(0)
@@ -92,8 +92,8 @@ def test_poison_comes_from_the_seed_alone() -> None:
 def test_parameters_without_a_gradient_are_passed_over() -> None:
     params = [*parameters(1), nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(0, 3))]
     params[2].grad = torch.zeros(0, 3)
-    assert Poison(1.0, seed=0).strike(params) == 1
-    assert Poison(0.0, seed=0).strike(parameters(1)) == 0
+    assert Poison(1.0, seed=0).apply(params) == 1
+    assert Poison(0.0, seed=0).apply(parameters(1)) == 0
 
 
 # What becomes of contenders.
@@ -161,13 +161,13 @@ def test_the_race_says_what_it_did(quick_task: Callable[[], Path], tmp_path: Pat
     )
 
 
-def test_who_does_not_count_is_said_not_to(make_plan, make_results) -> None:
+def test_who_does_not_count_is_said_not_to(make_plan, make_runs) -> None:
     plan = make_plan("adamw", "soap")
-    results = make_results(type(plan)(plan.workload, plan.entries, plan.steps, plan.seeds, poison=0.02), lambda t: 1.0)
-    for done in results.runs:
+    runs = make_runs(type(plan)(plan.workload, plan.entries, plan.steps, plan.seeds, poison=0.02), lambda t: 1.0)
+    for done in runs.finished:
         done.record.poisoned = 3
         done.record.skipped = 3 if done.trial.contender.label == "soap" else None
-    found = find(results)
+    found = find_results(runs)
     assert "with 2% of gradients poisoned" in headline(found)[1]
     assert "adamw uncounted of 6, soap 6 of 6." in notes(found)[0]
 

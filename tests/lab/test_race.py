@@ -5,15 +5,15 @@ import math
 import pytest
 
 from steepest.lab.race.pool import TrialFailed
-from steepest.lab.race.race import Entry, Plan, Results, race, shorter_distances
-from steepest.lab.race.results import Reach, find
+from steepest.lab.race.race import Entry, Plan, Runs, race, shorter_distances
+from steepest.lab.race.results import StepCount, find_results
 from steepest.lab.race.store import Store
 from steepest.lab.race.text import as_json, headline, notes
 from steepest.lab.race.trial import Run
 from steepest.lab.shared.contenders import preset
 
 
-class Audience:
+class Listener:
     """Counts what it is told."""
 
     def __init__(self) -> None:
@@ -23,11 +23,11 @@ class Audience:
         return lambda *args: self.told.append(name)
 
 
-class PaperCrew:
+class PaperPool:
     """Runs trials on paper: each gets a record without training, or an exception."""
 
     def __init__(self, make_record, stop_after: int = 10**6, fails=lambda trial: False) -> None:
-        self.audience, self.make_record, self.stop_after, self.fails = Audience(), make_record, stop_after, fails
+        self.listener, self.make_record, self.stop_after, self.fails = Listener(), make_record, stop_after, fails
         self.ran = []
 
     def run(self, trials, done, failed) -> None:
@@ -48,32 +48,31 @@ def store(tmp_path) -> Store:
 
 def test_everybody_is_tuned_then_the_best_runs_the_shorter_distances(make_plan, make_record, store) -> None:
     plan = make_plan("adamw", "soap", swept=True, shorter=(5, 8))
-    crew = PaperCrew(make_record)
-    race(plan, crew, store, Results(plan))
-    tuning, finals = crew.ran[:8], crew.ran[8:]  # four rates each, one seed
+    pool = PaperPool(make_record)
+    race(plan, pool, store, Runs(plan))
+    tuning, finals = pool.ran[:8], pool.ran[8:]  # four rates each, one seed
     assert {(trial.steps, trial.seed) for trial in tuning} == {(10, 0)}
     assert len(set(map(str, tuning))) == 8
     further = [(5, 0), (8, 0), (5, 1), (8, 1), (10, 1)]
     assert {(t.contender.label, t.contender.lr, t.steps, t.seed) for t in finals} == {
         (name, 0.01, steps, seed) for name in ("adamw", "soap") for steps, seed in further
     }
-    assert len(crew.ran) == plan.total_trials
-    assert sum(trial.steps for trial in crew.ran) == plan.total_steps
+    assert sorted(plan.distances) == sorted(trial.steps for trial in pool.ran)
 
 
 def test_a_race_that_was_broken_off_continues(make_plan, make_record, store) -> None:
     plan = make_plan("adamw", "soap", "moso")
-    first = PaperCrew(make_record, stop_after=4)
-    results = Results(plan)
+    first = PaperPool(make_record, stop_after=4)
+    runs = Runs(plan)
     with pytest.raises(KeyboardInterrupt):
-        race(plan, first, store, results)
-    assert len(results.runs) == 4
-    second = PaperCrew(make_record)
-    results = Results(plan)
-    race(plan, second, store, results)
+        race(plan, first, store, runs)
+    assert len(runs.finished) == 4
+    second = PaperPool(make_record)
+    runs = Runs(plan)
+    race(plan, second, store, runs)
     assert len(second.ran) == 2
-    assert len(results.runs) == 6
-    assert second.audience.told.count("skipped") == 4
+    assert len(runs.finished) == 6
+    assert second.listener.told.count("skipped") == 4
 
 
 def test_a_broken_off_race_has_seen_every_contender(make_plan) -> None:
@@ -83,11 +82,11 @@ def test_a_broken_off_race_has_seen_every_contender(make_plan) -> None:
 
 def test_a_trial_that_fails_leaves_the_others_alone(make_plan, make_record, store) -> None:
     plan = make_plan("adamw", "soap")
-    crew = PaperCrew(make_record, fails=lambda trial: trial.contender.label == "soap")
-    results = Results(plan)
-    race(plan, crew, store, results)
-    assert len(results.runs) == 2
-    assert [(trial.contender.label, reason) for trial, reason in results.failures] == [("soap", "it broke")] * 2
+    pool = PaperPool(make_record, fails=lambda trial: trial.contender.label == "soap")
+    runs = Runs(plan)
+    race(plan, pool, store, runs)
+    assert len(runs.finished) == 2
+    assert [(trial.contender.label, reason) for trial, reason in runs.failures] == [("soap", "it broke")] * 2
     assert TrialFailed.__doc__
 
 
@@ -96,70 +95,70 @@ def test_distances_are_shares_of_the_whole() -> None:
     assert shorter_distances(1) == ()
 
 
-def test_steps_to_the_target_lie_between_distances(make_plan, make_results) -> None:
+def test_steps_to_the_target_lie_between_distances(make_plan, make_runs) -> None:
     losses = {("adamw", 10): 2.0, ("soap", 10): 1.0, ("soap", 8): 1.5, ("soap", 4): 2.5}
     plan = make_plan("adamw", "soap", shorter=(4, 8))
-    found = find(make_results(plan, lambda t: losses.get((t.contender.label, t.steps), 3.0), optimizer_ms=10.0))
-    soap, adamw = found.lines
+    found = find_results(make_runs(plan, lambda t: losses.get((t.contender.label, t.steps), 3.0), optimizer_ms=10.0))
+    soap, adamw = found.entries
     assert found.target == 2.0
-    assert adamw.reach == Reach(10)
-    assert soap.reach == Reach(6.0)
+    assert adamw.steps_to_target == StepCount(10)
+    assert soap.steps_to_target == StepCount(6.0)
     assert soap.steps_share == soap.time_share == pytest.approx(0.6)
     assert headline(found)[0] == "soap reaches adamw's final loss in 60% of its steps and 60% of its CPU time."
 
 
-def test_without_distances_the_crossing_is_an_upper_bound(make_plan, make_results) -> None:
+def test_without_distances_the_crossing_is_an_upper_bound(make_plan, make_runs) -> None:
     plan = make_plan("adamw", "soap")
-    found = find(make_results(plan, lambda t: 2.0 if t.contender.label == "adamw" else 1.0))
-    assert found.lines[0].reach == Reach(pytest.approx(20 / 3), "≤")
+    found = find_results(make_runs(plan, lambda t: 2.0 if t.contender.label == "adamw" else 1.0))
+    assert found.entries[0].steps_to_target == StepCount(pytest.approx(20 / 3), "≤")
     assert "at most 67% of its steps" in headline(found)[0]
 
 
-def test_what_does_not_get_there_is_said_not_to(make_plan, make_results) -> None:
+def test_what_does_not_get_there_is_said_not_to(make_plan, make_runs) -> None:
     plan = make_plan("adamw", "soap")
-    found = find(make_results(plan, lambda t: 1.0 if t.contender.label == "adamw" else 2.0))
-    assert found.lines[1].reach is None
+    found = find_results(make_runs(plan, lambda t: 1.0 if t.contender.label == "adamw" else 2.0))
+    assert found.entries[1].steps_to_target is None
     assert headline(found)[0] == "Nobody is ahead of adamw by more than the noise between seeds."
 
 
-def test_differences_within_the_noise_are_no_lead(make_plan, make_results) -> None:
+def test_differences_within_the_noise_are_no_lead(make_plan, make_runs) -> None:
     plan = make_plan("adamw", "soap")
     finals = {("adamw", 0): 2.0, ("adamw", 1): 1.8, ("soap", 0): 1.9, ("soap", 1): 1.7}
-    found = find(make_results(plan, lambda t: finals[t.contender.label, t.seed]))
+    found = find_results(make_runs(plan, lambda t: finals[t.contender.label, t.seed]))
     assert "Nobody is ahead" in headline(found)[0]
     assert found.noise == pytest.approx(0.2)
 
 
-def test_the_best_setting_is_the_best_on_average_and_edges_are_flagged(make_plan, make_results) -> None:
+def test_the_best_setting_is_the_best_on_average_and_edges_are_flagged(make_plan, make_runs) -> None:
     plan = make_plan("adamw", "soap", swept=True)
-    found = find(
-        make_results(plan, lambda t: t.contender.lr if t.contender.label == "soap" else abs(t.contender.lr - 0.01))
+    found = find_results(
+        make_runs(plan, lambda t: t.contender.lr if t.contender.label == "soap" else abs(t.contender.lr - 0.01))
     )
-    by_name = {line.label: line for line in found.lines}
+    by_name = {line.label: line for line in found.entries}
     assert by_name["soap"].best.lr == min(c.lr for c in by_name["soap"].entry.candidates)
-    assert by_name["soap"].edges == ("lr",)
-    assert by_name["adamw"].edges == ()
+    assert by_name["soap"].best_at_edge_of == ("lr",)
+    assert by_name["adamw"].best_at_edge_of == ()
     assert any("edge" in note for note in notes(found))
     assert any("same number of trials: 4 settings × 2 seeds" in note for note in notes(found))
 
 
-def test_divergence_counts_as_infinitely_bad(make_plan, make_results) -> None:
+def test_divergence_counts_as_infinitely_bad(make_plan, make_runs) -> None:
     plan = make_plan("adamw", "soap", swept=True)
-    found = find(make_results(plan, lambda t: math.inf if t.contender.lr > 0.01 else 2 - t.contender.lr))
-    soap = next(line for line in found.lines if line.label == "soap")
+    found = find_results(make_runs(plan, lambda t: math.inf if t.contender.lr > 0.01 else 2 - t.contender.lr))
+    soap = next(line for line in found.entries if line.label == "soap")
     assert soap.best.lr == 0.01
-    assert soap.diverged == 4
-    everybody = find(make_results(make_plan("adamw", "soap"), lambda t: math.inf))
+    assert soap.runs_diverged == 4
+    everybody = find_results(make_runs(make_plan("adamw", "soap"), lambda t: math.inf))
     assert everybody.target is None
     assert headline(everybody)[0]
     assert as_json(everybody)["contenders"][0]["final"] is None
 
 
-def test_unequal_tuning_is_admitted(make_plan, make_results) -> None:
+def test_unequal_tuning_is_admitted(make_plan, make_runs) -> None:
     tuned, preset = make_plan("adamw", swept=True).entries, make_plan("soap").entries
     plan = make_plan("adamw")
     plan = type(plan)(plan.workload, (*tuned, *preset), plan.steps, plan.seeds)
-    assert any(note.startswith("Not tuned equally") for note in notes(find(make_results(plan, lambda t: 1.0))))
+    assert any(note.startswith("Not tuned equally") for note in notes(find_results(make_runs(plan, lambda t: 1.0))))
 
 
 def test_the_first_entry_is_the_baseline_where_adamw_is_not(make_plan) -> None:
@@ -167,9 +166,9 @@ def test_the_first_entry_is_the_baseline_where_adamw_is_not(make_plan) -> None:
     assert make_plan("soap", "moso").baseline.label == "soap"
 
 
-def test_what_else_was_tuned_is_said(make_results) -> None:
+def test_what_else_was_tuned_is_said(make_runs) -> None:
     entry = Entry.swept(preset("soap"), {"lr": [0.1], "warmup": [0.1, 0.2, 0.3]})
     plan = Plan("digits", (entry,), steps=10, seeds=1)
-    found = find(make_results(plan, lambda trial: 1 - trial.contender.warmup))
+    found = find_results(make_runs(plan, lambda trial: 1 - trial.contender.warmup))
     assert "Best of what was tuned besides lr: soap warmup=0.3*." in notes(found)
     assert str(plan.tuning()[1]) == "soap lr 0.1, warmup 0.2, 10 steps, seed 0"

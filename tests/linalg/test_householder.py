@@ -5,9 +5,8 @@ import torch
 
 from steepest.linalg import solvers
 from steepest.linalg.eigenbasis import eigenvectors
-from steepest.linalg.solvers import CONFLICT, householder, householder_qr
 from steepest.linalg.orthonormal import rcqr
-from steepest.linalg.solvers import cholesky_qr
+from steepest.linalg.solvers import CONFLICT, cholesky_qr, householder, householder_qr
 
 
 @pytest.mark.parametrize("d", [37, 48, CONFLICT])

@@ -5,9 +5,8 @@ import torch
 
 from steepest.linalg import attempts
 from steepest.linalg.eigenbasis import eigenvectors
-from steepest.linalg.solvers import householder_qr
 from steepest.linalg.precision import fp32_matmul_precision, tf32_emulated
-from steepest.linalg.solvers import SOLVERS
+from steepest.linalg.solvers import SOLVERS, householder_qr
 from steepest.linalg.symmetric import BLOCK, accumulate_gram, triangle_product
 from steepest.linalg.turning import turn, turned
 

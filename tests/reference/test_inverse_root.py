@@ -27,7 +27,7 @@ def update(scale, graft, matrix):
 
 
 def test_it_preconditions_twice_unless_grafted(matrix):
-    ratio = update(100.0, None, matrix) / update(1.0, None, matrix)
+    ratio = update(100.0, "none", matrix) / update(1.0, "none", matrix)
     torch.testing.assert_close(ratio, torch.tensor(0.01, dtype=torch.float64), rtol=1e-5, atol=0)
     ratio = update(100.0, "adam", matrix) / update(1.0, "adam", matrix)
     torch.testing.assert_close(ratio, torch.tensor(1.0, dtype=torch.float64), rtol=1e-5, atol=0)

@@ -1,139 +1,85 @@
-"""Saving and loading: slots of stacks to a `state_dict` and back, bit for bit.
+"""Checkpoints: the slots of stacks are saved to a `state_dict` and loaded from it, bit for bit.
 
-A saved state is plain: per parameter a dict of tensors, per group flat options. It can be loaded under
+A saved state is plain: a dict of tensors for each parameter, and flat options for each group. It can be loaded under
 ``torch.load(weights_only=True)``, and by parameter name in another order. Options that are functions (a schedule for
-the refresh frequency) are not saved; the loading optimizer keeps its own.
+the refresh frequency) are not saved; the optimizer that loads keeps its own.
 
-Loading reads everything first, and copies when nothing can go wrong any more: a state that is refused changes nothing.
+Loading first checks everything, and copies when nothing can go wrong any more. So a state that is refused changes
+nothing.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steepest.engine.group import check_options, option_defaults
-from steepest.exchange.placement import fits, local, put
+from steepest.exchange.shards import fits, local
 from steepest.rule import Elementwise, State
 from steepest.rules import RULES
 from steepest.stack.names import bare
-from steepest.stack.stack import Stack, loose, state_dtype
+from steepest.stack.stack import meta_views, segments_of, state_dtype
 from steepest.view import View
 
-if TYPE_CHECKING:
-    from steepest.engine.optimizer import Optimizer
-
 FORMAT = 1
-"""The layout of a saved state, as every parameter group carries it under "format": flattened distributed checkpoints
-keep what stands in groups, and nothing beside them. A state without a number is of format 0, which had the same
-layout. The number grows when an older steepest would misread the state."""
+"""The number of the format of a saved state. Every parameter group has it under "format", because flattened distributed
+checkpoints keep what is in groups, and nothing else. A state without a number is of format 0, which was laid out in the
+same way. The number grows when an older steepest would misread the state."""
 
 CLOCKS = ("step", "clock")
 
 
 def detached(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state_dict with tensors of its own, no views into stacks, and no functions among the options."""
+    """Return a state_dict with tensors of its own, which are no views into stacks, and without functions as options."""
     state = {key: {name: x.clone() for name, x in named.items()} for key, named in state_dict["state"].items()}
     groups = [{k: v for k, v in group.items() if not callable(v)} for group in state_dict["param_groups"]]
     return state_dict | {"state": state, "param_groups": groups}
 
 
-@torch.no_grad()
-def load(
-    optimizer: Optimizer, state_dict: dict[str, Any], read: Callable[[Tensor], Tensor] = lambda saved: saved
-) -> None:
-    """Check a state_dict against the optimizer as a whole, then copy it in; see `Optimizer.load_state_dict`.
-
-    Args:
-        optimizer: what takes the state.
-        state_dict: the saved state.
-        read: from a tensor in it to the one with the values, if those come from elsewhere.
-    """
-    state_dict = copy.copy(state_dict)
-    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
-        state_dict = hook(optimizer, state_dict) or state_dict
-    saved, options = check(optimizer, state_dict)
-    optimizer._welcome(
-        (number, i)
-        for number, group in enumerate(optimizer.param_groups)
-        for i, p in enumerate(group["params"])
-        if p in saved
-    )
-    for p, tensors in saved.items():
-        for name, x in optimizer.state[p].items():
-            put(x, read(tensors[name]))
-    for group, new in zip(optimizer.param_groups, options, strict=True):
-        group.update(new)
-    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        post_hook(optimizer)
-
-
-def check(
-    optimizer: Optimizer, state_dict: Mapping[str, Any]
+def match(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, State]
 ) -> tuple[dict[Tensor, Mapping[str, Tensor]], list[dict[str, Any]]]:
-    """Raise ValueError unless a state_dict fits the optimizer; else each parameter's tensors in it, and the options."""
-    _expect_parts(state_dict)
-    groups = state_dict["param_groups"]
+    """Match a saved state with an optimizer's groups and state; nothing is changed.
+
+    Returns:
+        The saved tensors of each parameter, and the saved options of each group.
+
+    Raises:
+        ValueError: if the saved state doesn't fit.
+    """
+    _check_structure(state_dict)
+    saved_groups = state_dict["param_groups"]
     saved: dict[Tensor, Mapping[str, Tensor]] = {}
-    options = [_options(number, group) for number, group in enumerate(groups)]
-    if len(groups) != len(optimizer.param_groups):
+    options = [read_options(number, group) for number, group in enumerate(saved_groups)]
+    if len(saved_groups) != len(groups):
         raise ValueError(
-            f"the saved state has {len(groups)} parameter groups, the optimizer has {len(optimizer.param_groups)}: "
+            f"the saved state has {len(saved_groups)} parameter groups, the optimizer has {len(groups)}: "
             "build it with as many; groups that are new are added after loading, with add_param_group"
         )
-    for number, (group, there, new) in enumerate(zip(optimizer.param_groups, groups, options, strict=True)):
-        keys = _match(number, group, there)
+    for number, (group, saved_group, new) in enumerate(zip(groups, saved_groups, options, strict=True)):
+        keys = _match_parameters(number, group, saved_group)
         _check_options(number, group, new)
-        for p, name, key in zip(group["params"], group.get("param_names") or map(_numbered, keys), keys, strict=True):
+        names = group.get("param_names") or [f"parameter {key}" for key in keys]
+        for p, name, key in zip(group["params"], names, keys, strict=True):
             tensors = state_dict["state"].get(key)
             if tensors is not None and not (isinstance(tensors, Mapping) and not tensors):
-                here = optimizer.state.get(p) or _blank(p, group)
-                _check_layout(name, p, here, group, group | new)
-                _check(name, tensors, here)
+                here = state.get(p) or _meta_state(p, group)
+                _check_view(name, p, here, group, {**group, **new})
+                _check_tensors(name, tensors, here)
                 saved[p] = tensors
-            elif optimizer.state.get(p):
-                raise ValueError(f"the saved state has nothing for {name}; load it into the optimizer that it is of")
+            elif state.get(p):
+                raise ValueError(
+                    f"the saved state has nothing for {name}; load it into an optimizer of the same parameters"
+                )
     return saved, options
 
 
-def _numbered(key: Any) -> str:
-    return f"parameter {key}"
-
-
-# What a state_dict must be, whoever loads it.
-
-
-def _expect_parts(state_dict: Any) -> None:
-    """Raise unless there are groups with parameters, and dicts of tensors."""
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        what = f"only {_some(state_dict)}" if isinstance(state_dict, Mapping) else f"it is a {_kind(state_dict)}"
-        raise ValueError(f"what was saved has no 'state' and 'param_groups', {what}")
-    state, groups = state_dict["state"], state_dict["param_groups"]
-    if not isinstance(state, Mapping):
-        raise ValueError(f"the saved 'state' is a {_kind(state)}, not a dict from parameters to tensors")
-    if not isinstance(groups, list | tuple):
-        raise ValueError(f"the saved 'param_groups' are a {_kind(groups)}, not a list")
-    seen: set[Any] = set()
-    for number, group in enumerate(groups):
-        keys = group.get("params") if isinstance(group, Mapping) else None
-        if not isinstance(keys, list | tuple) or not all(isinstance(key, int | str) for key in keys):
-            raise ValueError(f"parameter group {number} of the saved state is no dict with a list of 'params'")
-        names = keys if group.get("param_names") is None else group["param_names"]
-        if not isinstance(names, list | tuple) or not len(names) == len(keys) == len(set(keys)):
-            raise ValueError(f"parameter group {number} of the saved state doesn't have one name for each parameter")
-        if not all(isinstance(name, int | str) for name in names):
-            raise ValueError(f"parameter group {number} of the saved state has names that are no text: {_some(names)}")
-        if seen & set(keys):
-            raise ValueError(f"parameter group {number} of the saved state has {_some(seen & set(keys))} once more")
-        seen |= set(keys)
-
-
-def _options(number: int, group: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved group's options, as values of their own: the saver may go on changing a tensor learning rate."""
+def read_options(number: int, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the options of a saved group, as copies, because whoever saved them may go on changing a tensor."""
     options = {k: v for k, v in group.items() if k not in ("params", "param_names", "format")}
     written = group.get("format", 0)
     if not isinstance(written, int) or isinstance(written, bool) or written < 0:
@@ -146,11 +92,41 @@ def _options(number: int, group: Mapping[str, Any]) -> dict[str, Any]:
     return copy.deepcopy(options)
 
 
-# Whether it fits this optimizer.
+# What every state_dict must be.
 
 
-def _match(number: int, here: Mapping[str, Any], there: Mapping[str, Any]) -> Sequence[Any]:
-    """The saved key of each parameter of a group: by name where both sides have names, else by position."""
+def _check_structure(state_dict: Any) -> None:
+    """Raise unless a state_dict has groups with parameters, and a dict of state."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        found = f"only {_some(state_dict)}" if isinstance(state_dict, Mapping) else f"it is a {_kind(state_dict)}"
+        raise ValueError(f"the saved state has no 'state' and 'param_groups', {found}")
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the saved 'state' is a {_kind(state)}, not a dict from parameters to tensors")
+    if not isinstance(groups, list | tuple):
+        raise ValueError(f"the saved 'param_groups' are a {_kind(groups)}, not a list")
+    seen: set[Any] = set()
+    for number, group in enumerate(groups):
+        keys = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(keys, list | tuple) or not all(isinstance(key, int | str) for key in keys):
+            raise ValueError(f"parameter group {number} of the saved state is not a dict with a list of 'params'")
+        names = keys if group.get("param_names") is None else group["param_names"]
+        if not isinstance(names, list | tuple) or not len(names) == len(keys) == len(set(keys)):
+            raise ValueError(f"parameter group {number} of the saved state doesn't have one name for each parameter")
+        if not all(isinstance(name, int | str) for name in names):
+            raise ValueError(
+                f"parameter group {number} of the saved state has names that are not strings: {_some(names)}"
+            )
+        if seen & set(keys):
+            raise ValueError(f"parameter group {number} of the saved state repeats {_some(seen & set(keys))}")
+        seen |= set(keys)
+
+
+# What fits this optimizer.
+
+
+def _match_parameters(number: int, here: Mapping[str, Any], there: Mapping[str, Any]) -> Sequence[Any]:
+    """Return the saved key of each parameter of a group: by name where both sides have names, else by position."""
     keys: Sequence[Any] = there["params"]
     mine, theirs = here.get("param_names"), there.get("param_names")
     if mine and theirs:
@@ -158,8 +134,8 @@ def _match(number: int, here: Mapping[str, Any], there: Mapping[str, Any]) -> Se
         added = [name for name in mine if name not in theirs]
         if added:
             raise ValueError(
-                f"parameter group {number} has {_some(added)}, of which the saved state knows nothing: load before "
-                "they are added with add_param_group"
+                f"parameter group {number} has {_some(added)}, which the saved state doesn't have: load before they "
+                "are added with add_param_group"
             )
         removed = [name for name in theirs if name not in mine]
         if removed:
@@ -172,12 +148,12 @@ def _match(number: int, here: Mapping[str, Any], there: Mapping[str, Any]) -> Se
     if len(here["params"]) != len(keys):
         raise ValueError(
             f"parameter group {number} was saved with {len(keys)} parameters and has {len(here['params'])} here: load "
-            "into a group of the same ones; new ones are added after loading, with add_param_group"
+            "into a group of the same parameters; new ones are added after loading, with add_param_group"
         )
     return keys
 
 
-def _check_options(number: int, group: dict[str, Any], new: dict[str, Any]) -> None:
+def _check_options(number: int, group: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raise unless the saved options are in range under the same rule."""
     rule = group["rule"]
     if new.get("rule", rule) != rule:
@@ -189,33 +165,37 @@ def _check_options(number: int, group: dict[str, Any], new: dict[str, Any]) -> N
             wanted = "a bool" if plain is bool else "a plain value"
             raise ValueError(f"{name}={value!r} in parameter group {number} of the saved state: must be {wanted}")
     try:
-        check_options(group | new)
+        check_options({**group, **new})
     except ValueError:
         raise
     except Exception as error:
         raise ValueError(f"the options of parameter group {number} of the saved state are damaged: {error}") from error
 
 
-def _check(name: str, saved: Any, here: State) -> None:
-    """Raise unless what was saved are the tensors of a parameter's state, each in its shape."""
+def _check_tensors(name: str, saved: Any, here: State) -> None:
+    """Raise unless a saved state has the tensors of a parameter's state, each in its shape."""
     if not isinstance(saved, Mapping):
         raise ValueError(f"{name}: the saved state is a {_kind(saved)}, not a dict of tensors")
     for key in saved:
         if key not in here:
-            raise ValueError(f"{name}: the saved state has {key!r}, which is not in use here; was it another rule's?")
+            raise ValueError(
+                f"{name}: the saved state has {key!r}, which is not used here; was it saved by another rule?"
+            )
     for key, x in here.items():
         if key not in saved:
-            raise ValueError(f"{name}: the saved state has no {key!r}, only {_some(saved)}; was it another rule's?")
+            raise ValueError(
+                f"{name}: the saved state has no {key!r}, only {_some(saved)}; was it saved by another rule?"
+            )
         y = saved[key]
         if not isinstance(y, Tensor) or y.shape != x.shape:
-            what = f"with shape {list(y.shape)}" if isinstance(y, Tensor) else f"as a {_kind(y)}"
-            raise ValueError(f"{name}: {key!r} was saved {what}, and has shape {list(x.shape)} here")
+            form = f"with shape {list(y.shape)}" if isinstance(y, Tensor) else f"as a {_kind(y)}"
+            raise ValueError(f"{name}: {key!r} was saved {form}, and has shape {list(x.shape)} here")
         number = y.is_floating_point() if x.is_floating_point() else y.dtype == x.dtype
         if not number or y.layout != torch.strided or y.is_meta:
-            raise ValueError(f"{name}: {key!r} was saved as {_kind(y)}, which does not go into {_kind(x)}")
+            raise ValueError(f"{name}: {key!r} was saved as {_kind(y)}, which can't be copied into a {_kind(x)}")
         if not fits(x, y):
             raise ValueError(
-                f"{name}: {key!r} was saved as another rank's part; load it with torch.distributed.checkpoint"
+                f"{name}: {key!r} was saved as the shard of another rank; load it with torch.distributed.checkpoint"
             )
         y = local(y)
         if key.split(".")[0] in CLOCKS and not bool(((y >= 0) & (y == y.floor()) & torch.isfinite(y)).all()):
@@ -224,36 +204,36 @@ def _check(name: str, saved: Any, here: State) -> None:
             )
 
 
-def _check_layout(name: str, p: Tensor, here: State, group: Mapping[str, Any], then: Mapping[str, Any]) -> None:
-    """Raise unless the options ``then`` see a parameter as the same matrices, with the same state, as it is here."""
+def _check_view(name: str, p: Tensor, here: State, group: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    """Raise unless options ``then`` see a parameter as the same matrices, with the same state, as ``group`` does."""
     try:
-        same = _forms(_blank(p, then)) == _forms(here)
+        same = _formats(_meta_state(p, then)) == _formats(here)
         if same and not issubclass(RULES[group["rule"]], Elementwise):
-            same = _seen(p, then) == _seen(p, group)
+            same = _cuts(p, then) == _cuts(p, group)
     except Exception as error:
         raise ValueError(f"{name}: the saved options are damaged: {error}") from error
     if not same:
         changed = [k for k in option_defaults(group["rule"]) if repr(then[k]) != repr(group[k])]
-        theirs = ", ".join(f"{k}={then[k]!r} (here {group[k]!r})" for k in changed)
-        raise ValueError(f"{name}: the saved options see it otherwise: {theirs}; build the optimizer with those")
+        options = ", ".join(f"{k}={then[k]!r} (here {group[k]!r})" for k in changed)
+        raise ValueError(f"{name}: its state was laid out by other options: {options}; build the optimizer with those")
 
 
-def _blank(p: Tensor, group: Mapping[str, Any]) -> State:
-    """A parameter's state as its group's options have it, on the meta device: names, shapes and dtypes."""
+def _meta_state(p: Tensor, group: Mapping[str, Any]) -> State:
+    """Return the state that a parameter has under its group's options, on the meta device."""
     rule = RULES[group["rule"]].from_group(group)
-    ghost = torch.empty(p.shape, dtype=p.dtype, device="meta")
+    meta = torch.empty(p.shape, dtype=p.dtype, device="meta")
     if isinstance(rule, Elementwise):
-        return rule.init(ghost.to(state_dtype(p)))
-    seats = loose(0, ghost, group)
-    return {name: x for seat in seats for name, x in Stack.blank(rule, 0, seat, ghost).views(seat).items()}
+        return rule.init(meta.to(state_dtype(p)))
+    segments = segments_of(0, meta, group)
+    return {name: x for segment in segments for name, x in meta_views(rule, segment, meta).items()}
 
 
-def _forms(state: State) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def _formats(state: State) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (x.shape, x.dtype) for name, x in state.items()}
 
 
-def _seen(p: Tensor, group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells one view of a parameter from another."""
+def _cuts(p: Tensor, group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells one view of a parameter from another."""
     view = View.of(p, group)
     return view.stored, view.transpose, view.heads, [(r.start, c.start) for r, c in view.blocks], view.pieces
 

@@ -1,76 +1,85 @@
-"""The state of an optimizer that several ranks share, in one plain dict: for small jobs, exports, and other programs.
+"""The state that several ranks share as one plain dict: for small jobs, exports, and other programs.
 
-Distributed checkpoints (torch.distributed.checkpoint) need none of this, and write in parallel.
+Distributed checkpoints (torch.distributed.checkpoint) don't need this, and write in parallel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from steepest.engine import checkpoint
-from steepest.exchange.placement import is_shared
+from steepest.engine.checkpoint import detached
+from steepest.exchange.peers import world
+from steepest.exchange.shards import is_dtensor
 
-if TYPE_CHECKING:
-    from steepest.engine.optimizer import Optimizer
-
-
-@torch.no_grad()
-def consolidate(optimizer: Optimizer) -> dict[str, Any] | None:
-    """See `steepest.Optimizer.consolidate`."""
-    if not _has_company():
-        return optimizer.state_dict()
-    packed = torch.optim.Optimizer.state_dict(optimizer)
-    state = {key: {name: _on_first(x) for name, x in named.items()} for key, named in packed["state"].items()}
-    return checkpoint.detached(packed | {"state": state}) if dist.get_rank() == 0 else None
+Read = Callable[[Tensor], Tensor]
+"""Returns the values of a tensor of a state_dict, if they are elsewhere."""
 
 
 @torch.no_grad()
-def load_consolidated(optimizer: Optimizer, state_dict: Mapping[str, Any] | None) -> None:
-    """See `steepest.Optimizer.load_consolidated`."""
-    if not _has_company():
+def consolidated(state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the whole of a state_dict of which each rank has a part, on rank 0; None elsewhere."""
+    if not _distributed():
+        return detached(state_dict)
+    state = {key: {name: _on_rank_0(x) for name, x in named.items()} for key, named in state_dict["state"].items()}
+    return detached(state_dict | {"state": state}) if dist.get_rank() == 0 else None
+
+
+def distributed(
+    state_dict: Mapping[str, Any] | None, check: Callable[[Mapping[str, Any]], object]
+) -> tuple[dict[str, Any], Read]:
+    """Distribute a consolidated state from rank 0.
+
+    Args:
+        state_dict: the state on rank 0.
+        check: raises if the state doesn't fit.
+
+    Returns:
+        On every rank, a state_dict that may have no values, and the function that reads them. Every rank must read the
+        same tensors in the same order.
+
+    Raises:
+        Exception: on all ranks, whatever ``check`` raises on rank 0.
+    """
+    if not _distributed():
         if state_dict is None:
             raise ValueError("state_dict=None: must be what consolidate() returned")
-        optimizer.load_state_dict(dict(state_dict))
-        return
-    from steepest.exchange.domain import world
-
-    group = world().host_group
-    parcel: list[Any] = [None]
-    if dist.get_rank() == 0:
+        return dict(state_dict), lambda x: x
+    group, first = world().host_group, dist.get_rank() == 0
+    message: list[Any] = [None]
+    if first:
         try:
             if state_dict is None:
                 raise ValueError("state_dict=None on rank 0: must be what consolidate() returned there")
-            checkpoint.check(optimizer, state_dict)
-            parcel = [_without_values(state_dict)]
+            check(state_dict)
+            message = [_without_values(state_dict)]
         except Exception as error:
-            parcel = [error]
-    dist.broadcast_object_list(parcel, 0, group)
-    if isinstance(parcel[0], Exception):
-        raise parcel[0]
+            message = [error]
+    dist.broadcast_object_list(message, 0, group)
+    if isinstance(message[0], Exception):
+        raise message[0]
 
     def read(x: Tensor) -> Tensor:
-        x = x.detach().cpu().contiguous() if dist.get_rank() == 0 else torch.empty(x.shape, dtype=x.dtype)
+        x = x.detach().cpu().contiguous() if first else torch.empty(x.shape, dtype=x.dtype)
         dist.broadcast(x, 0, group)
         return x
 
-    checkpoint.load(optimizer, dict(parcel[0] if state_dict is None or dist.get_rank() else state_dict), read)
+    return dict(state_dict if first and state_dict is not None else message[0]), read
 
 
-def _has_company() -> bool:
+def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _on_first(x: Tensor) -> Tensor:
-    """The whole of ``x`` on rank 0, in the host's memory; elsewhere whatever is at hand. Every rank must ask."""
-    from steepest.exchange.compat import Owned
-    from steepest.exchange.domain import world
+def _on_rank_0(x: Tensor) -> Tensor:
+    """Return the whole of ``x`` on rank 0, in the host's memory, and anything elsewhere. Every rank must call it."""
+    from steepest.exchange.dtensor import Owned
 
-    if not is_shared(x):
+    if not is_dtensor(x):
         return x
     if not isinstance(x, Owned):
         whole: Tensor = x.full_tensor()  # type: ignore[attr-defined]
@@ -87,7 +96,7 @@ def _on_first(x: Tensor) -> Tensor:
 
 
 def _without_values(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with tensors of the same shapes that take no room, to be checked where the values are not yet."""
+    """Return the state_dict with tensors that have the same shapes and take no memory."""
     state = {
         key: {name: torch.zeros((), dtype=x.dtype).expand(x.shape) for name, x in named.items()}
         for key, named in state_dict["state"].items()

@@ -1,26 +1,25 @@
-"""One step of the parameters that are no matrices: torch.optim's own functions, on lists of what this rank holds."""
+"""One step of the parameters that are not matrices: torch.optim's own functions, on lists of this rank's shards."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steepest.engine.apply import write
-from steepest.engine.step import safe_norm
-from steepest.exchange.placement import is_shared, local, place
+from steepest.engine.step import safe_norm, write
+from steepest.exchange.peers import Peers
+from steepest.exchange.shards import is_dtensor, local, meta_shard
 from steepest.linalg import attempts
 from steepest.linalg.phases import phase
 from steepest.rule import Elementwise, State
 from steepest.stack.names import parameter_name
-from steepest.stack.stack import beside
 from steepest.stack.undo import undoing
 
-if TYPE_CHECKING:
-    from steepest.exchange.domain import Domain
+LANES = 16
+"""The numbers in the widest vector registers, which are AVX-512's, in float32."""
 
 
 @phase("elementwise")
@@ -30,44 +29,57 @@ def step_elementwise(
     number: int,
     grads: Sequence[Tensor | None],
     states: Mapping[Tensor, State],
-    homes: Mapping[Tensor, Domain],
+    peers: Mapping[Tensor, Peers],
 ) -> Tensor | int:
     """Step the parameters of a group that have a gradient.
 
     Args:
-        rule: the group's.
+        rule: the group's rule.
         group: parameters and options.
-        number: the group's.
-        grads: by position, what this rank holds of the gradients; None takes no part.
-        states: each parameter's.
-        homes: the ranks that hold parts of a parameter, if there are others.
+        number: the number of the group.
+        grads: by position, this rank's shard of each gradient; None takes no part in the step.
+        states: the state of each parameter.
+        peers: the ranks that hold shards of a parameter, if other ranks do.
 
     Returns:
-        How many parameters were left out since their gradient is not finite.
+        The number of parameters that were skipped because their gradient is not finite.
     """
     batches: dict[Any, list[int]] = {}
     for i, (p, grad) in enumerate(zip(group["params"], grads, strict=True)):
         if grad is not None and p.numel():
-            batches.setdefault((p.device, p.dtype, homes.get(p)), []).append(i)
+            batches.setdefault((p.device, p.dtype, peers.get(p)), []).append(i)
     skipped: Tensor | int = 0
-    for (*_, home), indices in batches.items():
-        parts = {i: _here(group["params"][i], states[group["params"][i]]) for i in indices}
-        near = {i: beside(parts[i], local(group["params"][i]), grad) for i in indices if (grad := grads[i]) is not None}
-        norms = torch.stack(torch._foreach_norm(list(near.values())))
+    for (*_, holders), indices in batches.items():
+        local_states = {i: _local_state(group["params"][i], states[group["params"][i]]) for i in indices}
+        local_grads = {
+            i: _like_state(local_states[i], local(group["params"][i]), grad)
+            for i in indices
+            if (grad := grads[i]) is not None
+        }
+        norms = torch.stack(torch._foreach_norm(list(local_grads.values())))
         finite = norms < safe_norm(norms.dtype)
-        if home is not None:
-            finite = home.all(finite)
+        if holders is not None:
+            finite = holders.all(finite)
         skipped = skipped + (~finite).sum()
         mask = None if attempts.at_hand(finite) else finite
         if mask is None:
-            indices = [i for i, fine in zip(indices, finite.tolist(), strict=True) if fine]
-        _apply(rule, group, number, [(i, near[i], parts[i]) for i in indices], mask)
+            indices = [i for i, good in zip(indices, finite.tolist(), strict=True) if good]
+        _apply(rule, group, number, [(i, local_grads[i], local_states[i]) for i in indices], mask)
     return skipped
 
 
-def _here(p: Tensor, state: State) -> State:
-    """What this rank holds of a parameter's state."""
-    return {name: local(x) for name, x in state.items()} if is_shared(p) else state
+def _local_state(p: Tensor, state: State) -> State:
+    """Return this rank's shard of a parameter's state."""
+    return {name: local(x) for name, x in state.items()} if is_dtensor(p) else state
+
+
+def _like_state(state: State, p: Tensor, x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype and memory layout of p's state, because fused kernels pair entries by address."""
+    for moment in state.values():
+        if moment.shape == p.shape:
+            p = moment
+            break
+    return x if x.dtype == p.dtype and x.stride() == p.stride() else torch.empty_like(p).copy_(x)
 
 
 def _apply(
@@ -77,39 +89,40 @@ def _apply(
     batch: Sequence[tuple[int, Tensor, State]],
     finite: Tensor | None,
 ) -> None:
+    """Step parameters of one dtype and device, given by position, gradient and state; undo it where not ``finite``."""
     if not batch:
         return
     params = [group["params"][i] for i, *_ in batch]
     grads = [grad for _, grad, _ in batch]
     states = [state for *_, state in batch]
-    # The weights themselves, unless their dtype is too coarse to step in.
-    weights = [beside(state, local(p), local(p)) for p, state in zip(params, states, strict=True)]
-    everything = [[x[None] for x in (W, *state.values())] for W, state in zip(weights, states, strict=True)]
-    undos = [] if finite is None else [undoing(fine, xs) for fine, xs in zip(finite, everything, strict=True)]
-    lanes = [_in_whole_lanes(W, grad, state) for W, grad, state in zip(weights, grads, states, strict=True)]
+    # These are the weights themselves, unless their dtype is too coarse to step in.
+    weights = [_like_state(state, local(p), local(p)) for p, state in zip(params, states, strict=True)]
+    changed = [[x[None] for x in (W, *state.values())] for W, state in zip(weights, states, strict=True)]
+    undos = [] if finite is None else [undoing(good, xs) for good, xs in zip(finite, changed, strict=True)]
+    padded = [_in_whole_lanes(W, grad, state) for W, grad, state in zip(weights, grads, states, strict=True)]
     rule.apply(
-        [W for W, _, _ in lanes],
-        [grad for _, grad, _ in lanes],
-        [state for _, _, state in lanes],
+        [W for W, _, _ in padded],
+        [grad for _, grad, _ in padded],
+        [state for _, _, state in padded],
         group["lr"],
         group["weight_decay"],
     )
-    for (W, _, state), own, own_state in zip(lanes, weights, states, strict=True):
+    for (W, _, state), own, own_state in zip(padded, weights, states, strict=True):
         if W is not own:
-            for x, mine in [(W, own), *((state[name], own_state[name]) for name in state)]:
-                mine.copy_(x[: mine.numel()].view(mine.shape) if x.dim() else x)
+            for x, target in [(W, own), *((state[name], own_state[name]) for name in state)]:
+                target.copy_(x[: target.numel()].view(target.shape) if x.dim() else x)
     for undo in undos:
         undo()
     for (i, *_), p, W, state in zip(batch, params, weights, states, strict=True):
         if W is not local(p):
-            write(group, parameter_name(group, number, i), local(p), W, partial(place, p), state["step"])
+            write(group, parameter_name(group, number, i), local(p), W, partial(meta_shard, p), state["step"])
 
 
 def _in_whole_lanes(W: Tensor, grad: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-    """The same with as many numbers as fill a CPU's vector registers; themselves if they do, or on other devices.
+    """Return the tensors padded to whole vector registers on a CPU; unchanged if they fill them, or elsewhere.
 
-    torch's fused functions round a remainder otherwise than whole registers. A shard would then differ in its last
-    bits from the same part of the whole.
+    torch's fused functions round a remainder differently from whole registers. A shard would then differ in its last
+    bits from the same part of the whole parameter.
     """
     short = -W.numel() % LANES
     if not short or W.device.type != "cpu":
@@ -119,7 +132,3 @@ def _in_whole_lanes(W: Tensor, grad: Tensor, state: State) -> tuple[Tensor, Tens
         return torch.cat([x.reshape(-1), x.new_zeros(short)])
 
     return padded(W), padded(grad), {name: x if name == "step" else padded(x) for name, x in state.items()}
-
-
-LANES = 16
-"""Numbers in the widest registers there are: AVX-512's, in float32."""

@@ -1,14 +1,16 @@
-"""The options of a parameter group: the engine's own, a rule's, their defaults, and whether values are in range."""
+"""The options of a parameter group: those of the engine and those of its rule, their defaults, and their checks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from steepest.rule import Rule, check, check_choice, nearest
+from steepest.exchange.shards import local
+from steepest.rule import Rule, State, check, check_choice, nearest
 from steepest.rules import RULES
+from steepest.stack.stack import ranges
 from steepest.view import OPTIONS as VIEW_OPTIONS
 
 DECAY_METHODS = ("decoupled", "independent", "palm", "cautious", "l2")
@@ -19,7 +21,7 @@ OPTIONS: dict[str, Any] = {
     "stochastic_rounding": False,
     "rounding_seed": 0,
 }
-"""What every group has, whatever its rule."""
+"""The options of every group, whatever its rule."""
 STACK_OPTIONS: dict[str, Any] = {
     "weight_decay_method": "decoupled",
     "stagger": False,
@@ -28,14 +30,16 @@ STACK_OPTIONS: dict[str, Any] = {
     "block_size": 0,
     **VIEW_OPTIONS,
 }
-"""What groups have whose rule steps matrices."""
+"""The further options of groups whose rule steps matrices."""
+MOST_LINES = 8
+"""The most lines that `describe` has for groups."""
 
 
 def option_defaults(rule: str) -> dict[str, Any]:
-    """Every option of a group under ``rule``, the engine's and the rule's, with its default.
+    """Return every option of a group under ``rule``, those of the engine and those of the rule, with its default.
 
     Raises:
-        ValueError: for a rule that does not exist; it names the nearest.
+        ValueError: for a rule that does not exist; the message names the nearest one.
 
     >>> option_defaults("adamw")["betas"]
     (0.9, 0.999)
@@ -47,7 +51,7 @@ def option_defaults(rule: str) -> dict[str, Any]:
 
 
 def check_options(group: Mapping[str, Any]) -> None:
-    """Raise the ValueError that names the first option of a group that is out of range."""
+    """Raise a ValueError that names the first option of a group that is out of range."""
     lr, wd, seed = group["lr"], group["weight_decay"], group["rounding_seed"]
     if lr is None:
         raise ValueError("lr=None: a group needs a learning rate, of its own or from the optimizer")
@@ -62,3 +66,33 @@ def check_options(group: Mapping[str, Any]) -> None:
     for name in ("compile", "cuda_graph"):
         check(isinstance(group.get(name, False), bool), name, group.get(name), "a bool")
     RULES[group["rule"]].from_group(group)
+
+
+def describe(name: str, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, State]) -> str:
+    """Describe an optimizer: a line for each group, or for several groups that have the same options.
+
+    A line has the rule, the learning rate, the options that differ from their defaults, the number of parameters and of
+    their entries, and the bytes of state on this rank.
+    """
+    alike: dict[str, list[int]] = {}
+    for number, group in enumerate(groups):
+        defaults = option_defaults(group["rule"])
+        del defaults["rule"], defaults["lr"]
+        changed = {k: group[k] for k, default in defaults.items() if repr(group.get(k, default)) != repr(default)}
+        words = [group["rule"], *(f"{k}={value!r}" for k, value in ({"lr": group["lr"]} | changed).items())]
+        alike.setdefault(", ".join(words), []).append(number)
+    lines = []
+    for options, numbers in alike.items():
+        params = [p for number in numbers for p in groups[number]["params"]]
+        entries = sum(p.numel() for p in params)
+        nbytes = sum(local(x).nbytes for p in params for x in state.get(p, {}).values())
+        counts = [_count(len(params), "parameter"), _count(entries, "entry", "entries"), f"{nbytes:,} bytes of state"]
+        which = [str(r.start) if r.stop == r.start + 1 else f"{r.start}-{r.stop - 1}" for r in ranges(numbers)]
+        lines.append(f"  group{'s' * (len(numbers) > 1)} {', '.join(which)}: {', '.join([options, *counts])}")
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES:] = [f"  ... and {len(lines) - MOST_LINES} more kinds of groups"]
+    return "\n".join([f"{name}(", *lines, ")"])
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -1,6 +1,6 @@
-"""The engine: the only `torch.optim.Optimizer` here. It gathers, asks the rule, and moves the weights.
+"""The engine: it gathers gradients, asks the rules for directions, and moves the weights.
 
-    parameter ──view──▶ matrices ──exchange──▶ stack [B, m, n] ──rule──▶ directions ──exchange──▶ parameter
+    parameter ──view──▶ matrices ──gather──▶ stack [B, m, n] ──rule──▶ directions ──scatter──▶ parameter
 
 Every optimizer of `steepest.optimizers` is this class with a rule's name and its options filled in. Groups may name
 different rules: matrices under one, embeddings and norms under another, in one optimizer object.
@@ -8,35 +8,34 @@ different rules: matrices under one, embeddings and norms under another, in one 
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from steepest.engine import checkpoint
-from steepest.engine import consolidate as consolidation
-from steepest.engine.apply import apply
+from steepest.engine import checkpoint, consolidate, participants
 from steepest.engine.elementwise import step_elementwise
-from steepest.engine.group import check_options, option_defaults
-from steepest.engine.step import directions, finish, safe_norm
-from steepest.exchange.lot import Lot, Tensors
-from steepest.exchange.placement import local, put
-from steepest.exchange.sharing import domains, held_gradient, share
+from steepest.engine.group import check_options, describe, option_defaults
+from steepest.engine.participants import Gradients
+from steepest.engine.step import apply, finish, safe_norm, step_stack
+from steepest.exchange.assign import assign, peers_of
+from steepest.exchange.bucket import Bucket, Tensors
+from steepest.exchange.peers import Peers
+from steepest.exchange.shards import copy_into, is_dtensor, local
 from steepest.rule import Elementwise, Rule, nearest
 from steepest.rules import RULES
 from steepest.rules.aliases import resolve
 from steepest.stack.names import parameter_name
-from steepest.stack.stack import Stack, spread, state_dtype
+from steepest.stack.stack import Stack, state_dtype
+from steepest.stack.stagger import Offsets, group_offsets, slot_offsets
 from steepest.view import View
-
-if TYPE_CHECKING:
-    from steepest.exchange.domain import Domain
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Steps parameter groups, each by the rule that it names.
+    """An optimizer that steps each parameter group by the rule that the group names.
 
     Args:
         params: tensors, groups (dicts), or ``(name, tensor)`` pairs. A group may set ``rule`` and any option.
@@ -54,16 +53,15 @@ class Optimizer(torch.optim.Optimizer):
         >>> b
         Parameter containing:
         tensor([-0.1000, -0.1000], requires_grad=True)
+        >>> opt
+        Optimizer(
+          group 0: soap, lr=0.1, 1 parameter, 4 entries, 108 bytes of state
+          group 1: adamw, lr=0.1, 1 parameter, 2 entries, 20 bytes of state
+        )
     """
 
     def __init__(self, params: Iterable[Any], rule: str = "adamw", **options: Any) -> None:
-        self._lots: list[Lot] = []
-        self._domains: dict[Tensor, Domain] = {}  # the ranks that hold parts of a parameter, where there are others
-        self._elsewhere: dict[Domain, int] = {}  # what the other ranks have skipped
-        self._waiting: list[tuple[int, int]] = []  # frozen, by group and position: no state before a gradient
-        self._phases: dict[tuple[int, int], dict[tuple[int, int, int], int]] = {}
-        self._homes: list[tuple[Tensor, torch.device]] = []  # whom state was laid out for, and where
-        self._skipped = torch.zeros((), dtype=torch.int64)
+        self._reset()
         options = resolve({"rule": rule} | options)
         rule = options["rule"]
         known = option_defaults(rule)
@@ -72,8 +70,22 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name}={options[name]!r}: {rule} has no such option{nearest(name, known)}")
         super().__init__(params, known | options)
 
+    def _reset(self) -> None:
+        """Forget all parameters, where they are, and how they are stepped."""
+        self._buckets: list[Bucket] = []
+        self._peers: dict[Tensor, Peers] = {}  # the ranks that hold shards of a parameter, where other ranks do
+        self._distributed = False  # whether there are peers or DTensors
+        self._elsewhere: dict[Peers, int] = {}  # the updates that other ranks have skipped
+        self._frozen: list[tuple[int, int]] = []  # groups and positions of parameters that have no state yet
+        self._offsets: dict[tuple[int, int], Offsets] = {}  # by group and period
+        self._devices: list[tuple[Tensor, torch.device]] = []  # the parameters that state was laid out for
+        self._skipped = torch.zeros((), dtype=torch.int64)
+
+    def __repr__(self) -> str:
+        return describe(type(self).__name__, self.param_groups, self.state)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with options of their own; whatever the group leaves out is filled in."""
+        """Add parameters, with options of their own; options that the group leaves out are filled in."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group={param_group!r}: must be a dict")
         inherits = param_group.get("rule", self.defaults["rule"]) == self.defaults["rule"]
@@ -92,19 +104,22 @@ class Optimizer(torch.optim.Optimizer):
             if isinstance(p, Tensor) and issubclass(RULES[rule], Rule):
                 View.of(p, group)
         super().add_param_group(group)
-        shared_among = _shared_among(group["params"])
-        group |= RULES[rule].settled(group, lambda holds: _on_all(shared_among.values(), holds))
-        group["format"] = checkpoint.FORMAT
-        self._domains |= shared_among
         for name in self.defaults.keys() - known.keys() - param_group.keys():
-            del group[name]  # the other rule's options, which torch fills in everywhere
+            del group[name]  # an option of the other rule, which torch fills in everywhere
         number = len(self.param_groups) - 1
-        wanted = [i for i, p in enumerate(group["params"]) if p.requires_grad]
-        self._waiting += [(number, i) for i, p in enumerate(group["params"]) if not p.requires_grad]
-        self._adopt(number, wanted)
-        self._homes += [(p, p.device) for p in group["params"]]
+        peers = self._note_group(number)
+        group |= RULES[rule].settled(group, lambda holds: _on_all(peers.values(), holds))
+        self._adopt([(number, i) for i, p in enumerate(group["params"]) if p.requires_grad])
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    # A step.
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step.
 
         Args:
@@ -122,214 +137,167 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._follow()
+            self._rebind()
             rules = [RULES[group["rule"]].from_group(group) for group in self.param_groups]
-            grads = self._take_stock()  # whatever is refused is refused before a change
-            _run(self._trip(lot, rules[lot.group], grads[lot.group]) for lot in self._in_order())
+            grads = self._participants()  # raises, if at all, before anything has changed
+            _interleave(
+                [self._step_bucket(bucket, rules[bucket.group], grads[bucket.group]) for bucket in self._buckets]
+            )
             for number, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
                 if isinstance(rule, Elementwise):
-                    left_out = step_elementwise(rule, group, number, grads[number], self.state, self._domains)
-                    self._skipped = left_out + self._skipped
+                    skipped = step_elementwise(rule, group, number, grads[number], self.state, self._peers)
+                    self._skipped = skipped + self._skipped
         return loss
+
+    def _step_bucket(self, bucket: Bucket, rule: Rule | Elementwise, grads: Tensors) -> Iterator[None]:
+        """Step the matrices of a bucket; pause wherever tensors travel between ranks."""
+        assert isinstance(rule, Rule)
+        group = self.param_groups[bucket.group]
+        weights = None
+        if group["weight_decay_method"] == "l2" and group["weight_decay"] != 0:
+            weights = [None if g is None else local(p) for p, g in zip(group["params"], grads, strict=True)]
+
+        gradients, decaying = yield from bucket.gather(grads, weights)
+        directions = []
+        for stack in bucket.stacks:
+            made = step_stack(rule, stack, gradients, decaying, group, self._refresh_offsets(stack, group, rule))
+            if made is not None:
+                directions.append(made)
+        moves = yield from bucket.scatter(directions)
+        apply(group, bucket.group, moves, rule.decay_follows)
+
+        for stack in bucket.stacks:
+            if stack.deferred:
+                finish(rule, stack)
+
+    def _participants(self) -> Gradients:
+        """Return the gradients that take part in this step; a frozen parameter that has a gradient by now gets state.
+
+        A parameter sits the step out if it has no gradient on some rank; all ranks that hold it agree on that.
+        """
+        grads: Gradients = []
+        refused: set[tuple[int, int]] = set()
+        for number, group in enumerate(self.param_groups):
+            grads.append([])
+            for i, p in enumerate(group["params"]):
+                grad = p.grad
+                if grad is not None and grad.is_sparse:
+                    raise RuntimeError(
+                        f"the gradient of a parameter of shape {list(p.shape)} is sparse: only dense gradients work"
+                    )
+                if group["nonfinite"] == "raise" and grad is not None:
+                    dtype = state_dtype(p)
+                    if not bool(torch.linalg.vector_norm(local(grad).to(dtype)) < safe_norm(dtype)):
+                        refused.add((number, i))
+                grads[number].append(grad)
+        if self._distributed:
+            self._elsewhere |= participants.agree(self.param_groups, grads, refused, self._peers, self._buckets)
+        if refused:
+            number, i = min(refused)
+            group = self.param_groups[number]
+            raise FloatingPointError(
+                f"the gradient of {parameter_name(group, number, i)} (shape {list(group['params'][i].shape)}) is not "
+                'finite or too large to square; nonfinite="skip" would leave the parameter out of this step'
+            )
+        if self._frozen:
+            self._adopt([(n, i) for n, i in self._frozen if grads[n][i] is not None])
+        return grads
+
+    def _refresh_offsets(self, stack: Stack, group: Mapping[str, Any], rule: Rule) -> Sequence[int]:
+        """Return for each slot of a stack the step of its period in which it refreshes."""
+        if not group["stagger"]:
+            return [0] * stack.size
+        period = rule.period(int(stack.clock[0]))
+        key = (stack.group, period)
+        if key not in self._offsets:
+            frozen = {i for number, i in self._frozen if number == stack.group}
+            self._offsets[key] = group_offsets(rule, group, period, frozen)
+        return slot_offsets(self._offsets[key], stack)
+
+    # What was skipped, and what failed.
 
     @property
     def skipped(self) -> int:
-        """How many updates of single matrices their non-finite gradients have cost. Asking waits for the device.
+        """Return the number of updates of single matrices that were skipped because a gradient was not finite.
 
-        Other ranks' matrices count too, as of the beginning of the latest step.
+        Asking waits for the device. The matrices of other ranks count too, as of the beginning of the latest step.
         """
         self._settle()
-        mine = sum(stack.skipped for lot in self._lots if lot.counts for stack in lot.stacks)
+        mine = sum(stack.skipped for bucket in self._buckets if bucket.counts for stack in bucket.stacks)
         return int(self._skipped) + mine + sum(self._elsewhere.values())
 
     @property
     def failed_decompositions(self) -> int:
-        """How often every solver failed on a matrix, in float64 too; asking waits for the device.
+        """Return how many times every solver failed on a matrix, in float64 too; asking waits for the device.
 
-        The matrix then keeps its old basis or inverse root, at first the identity, and steps all the same; with a polar
-        factor or a basis that are made anew in every step it stays where it is, but for weight decay. Of matrices that
-        other ranks step, those ranks know.
+        The matrix then keeps its old basis or inverse root, at first the identity, and steps all the same. With a polar
+        factor or a basis that is computed anew in every step, it stays where it is, except for weight decay. Only the
+        matrices that this rank steps are counted.
         """
         return sum(int(stack.failures.sum()) for stack in self._stacks)
 
     @property
     def _stacks(self) -> list[Stack]:
-        """What this process steps."""
-        return [stack for lot in self._lots for stack in lot.stacks]
+        """Return the stacks that this process steps."""
+        return [stack for bucket in self._buckets for stack in bucket.stacks]
 
-    # Before a step: who takes part.
+    # State: it is allocated at once for parameters that train, and at the first gradient for frozen ones.
 
-    def _take_stock(self) -> list[Tensors]:
-        """By group, the parts that this rank holds of the gradients: None for parameters that sit this step out.
-
-        They do if any rank has no gradient for them; all ranks that hold a part agree on that, and on what to refuse.
-        """
-        self._settle()
-        places = [(number, i) for number, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
-        absent = {place: _is_absent(self.param_groups[place[0]]["params"][place[1]]) for place in places}
-        refused = {place: not absent[place] and _is_refused(self.param_groups[place[0]], place[1]) for place in places}
-        for domain, those in self._by_domain(places).items():
-            lots = [lot for lot in self._lots if lot.domain == domain and lot.counts]
-            mine = sum(stack.skipped for lot in lots for stack in lot.stacks)
-            flags = [absent[place] for place in those] + [refused[place] for place in those]
-            agreed, everyone = domain.agree(flags, mine)
-            absent |= dict(zip(those, agreed[: len(those)], strict=True))
-            refused |= dict(zip(those, agreed[len(those) :], strict=True))
-            self._elsewhere[domain] = everyone - mine
-        for number, i in places:
-            if refused[number, i]:
-                raise _refusal(self.param_groups[number], number, i)
-        self._welcome(place for place in places if not absent[place])
-        return [
-            [None if absent[number, i] else held_gradient(p) for i, p in enumerate(group["params"])]
-            for number, group in enumerate(self.param_groups)
-        ]
-
-    def _by_domain(self, places: Iterable[tuple[int, int]]) -> dict[Domain, list[tuple[int, int]]]:
-        found: dict[Domain, list[tuple[int, int]]] = {}
-        for number, i in places:
-            domain = self._domains.get(self.param_groups[number]["params"][i])
-            if domain is not None:
-                found.setdefault(domain, []).append((number, i))
-        return found
-
-    # One lot, one step: gather, rule, spread, apply.
-
-    def _in_order(self) -> list[Lot]:
-        """Lots as they set out: a domain's one after the other, so that all its ranks send in the same order.
-
-        Between them might come what only some of these ranks step.
-        """
-        return sorted(self._lots, key=lambda lot: (lot.travels, () if lot.domain is None else lot.domain.ranks))
-
-    def _trip(self, lot: Lot, rule: Rule | Elementwise, grads: Tensors) -> Iterator[None]:
-        """Take a lot's step, with a pause wherever its tensors are on their way."""
-        assert isinstance(rule, Rule)
-        group = self.param_groups[lot.group]
-        arrive = lot.gather(grads)
-        weights = [None if grad is None else local(p) for p, grad in zip(group["params"], grads, strict=True)]
-        arrive_too = lot.gather(weights) if _has_penalty(group) else None
-        if lot.travels:
-            yield
-        gradients = arrive()
-        decaying = None if arrive_too is None else arrive_too()
-        made = [
-            directions(rule, stack, gradients, decaying, group, self._stagger(stack, group, rule))
-            for stack in lot.stacks
-        ]
-        land = lot.spread([d for d in made if d is not None])
-        if lot.travels:
-            yield
-        apply(group, lot.group, land(), rule.decay_follows)
-        answers = yield from lot.borrowed(rule)
-        for stack in lot.stacks:
-            finish(rule, stack, answers)
-
-    def _stagger(self, stack: Stack, group: Mapping[str, Any], rule: Rule) -> list[int]:
-        """The phase of each slot's refresh; spread over all matrices of the group that share a period.
-
-        They queue by name, or by position where there are no names: neither thawing nor loading by name in another
-        order changes a phase, nor does it matter which rank steps what.
-        """
-        if not group["stagger"]:
-            return [0] * stack.size
-        period = rule.period(int(stack.clock[0]))
-        key = (stack.group, period)
-        if key not in self._phases:
-            names = group.get("param_names") or range(len(group["params"]))
-            frozen = {i for number, i in self._waiting if number == stack.group}
-            jobs = sorted(
-                (names[i], piece, k, i, m, n)
-                for i, p in enumerate(group["params"])
-                if i not in frozen
-                for piece, (b, m, n) in enumerate(View.of(p, group).pieces)
-                for k in range(b)
-            )
-            times = spread([rule.refresh_cost(m, n) for *_, m, n in jobs], period)
-            self._phases[key] = {(i, piece, k): at for (_, piece, k, i, *_), at in zip(jobs, times, strict=True)}
-        phases = self._phases[key]
-        return [phases[(*seat.key, seat.first + k)] for seat in stack.seats for k in range(seat.stop - seat.start)]
-
-    # State: eager for what trains, at the first gradient for what was frozen.
-
-    def _adopt(self, number: int, indices: Sequence[int]) -> None:
-        """Allocate state for the parameters at ``indices`` of group ``number``, and show it in ``self.state``."""
-        group = self.param_groups[number]
-        rule = RULES[group["rule"]].from_group(group)
-        if isinstance(rule, Elementwise):
-            for i in indices:
-                p = group["params"][i]
-                self.state[p] = rule.init(torch.empty_like(p, dtype=state_dtype(p), requires_grad=False))
-            return
-        lots = share(rule, number, group, indices, self._lots, self._domains)
-        self._lots += lots
-        for lot in lots:
-            for i, state in lot.state():
-                self.state[group["params"][i]].update(state)
-        self._phases.clear()
-
-    def _welcome(self, ready: Iterable[tuple[int, int]]) -> None:
-        """Adopt frozen parameters, by group and position, that have thawed."""
-        thawed = sorted(set(ready) & set(self._waiting))
+    def _adopt(self, thawed: Iterable[tuple[int, int]]) -> None:
+        """Allocate state for parameters that have none, given by group and position, and show it in ``self.state``."""
+        thawed = set(thawed)
         for number in sorted({number for number, _ in thawed}):
-            self._adopt(number, [i for n, i in thawed if n == number])
-        self._waiting = [place for place in self._waiting if place not in thawed]
+            group = self.param_groups[number]
+            indices = sorted(i for n, i in thawed if n == number)
+            rule = RULES[group["rule"]].from_group(group)
+            if isinstance(rule, Elementwise):
+                for i in indices:
+                    p = group["params"][i]
+                    self.state[p] = rule.init(torch.empty_like(p, dtype=state_dtype(p), requires_grad=False))
+                continue
+            buckets = assign(rule, number, group, indices, self._buckets, self._peers)
+            for bucket in buckets:
+                for i, state in bucket.state():
+                    self.state[group["params"][i]].update(state)
+            # Peers exchange their buckets one after the other. With buckets in between that only some of the ranks
+            # step, ranks would send in different orders, and wait for each other.
+            self._buckets += buckets
+            self._buckets.sort(key=lambda b: (b.communicates, () if b.peers is None else b.peers.ranks))
+            self._offsets.clear()
+        self._frozen = [key for key in self._frozen if key not in thawed]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state, by parameter, as tensors of its own: no view drags a whole stack into the file."""
-        self._follow()
+    def _note_group(self, number: int) -> dict[Tensor, Peers]:
+        """Note the parameters of a new group, all of them as frozen, and return the ranks that share them."""
+        group = self.param_groups[number]
+        group["format"] = checkpoint.FORMAT
+        peers = peers_of(group["params"])
+        self._peers |= peers
+        self._distributed = self._distributed or bool(peers) or any(map(is_dtensor, group["params"]))
+        self._frozen += [(number, i) for i in range(len(group["params"]))]
+        self._devices += [(p, p.device) for p in group["params"]]
+        return peers
+
+    def _rebind(self) -> None:
+        """Lay the state out anew if parameters in the groups have been replaced, or moved to another device."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        known = self._devices
+        if len(params) != len(known):
+            raise RuntimeError(
+                f"the groups have {len(params)} parameters, and had {len(known)}: add parameters with add_param_group"
+            )
+        for p, (q, device) in zip(params, known, strict=True):
+            if p is not q or p.device != device:
+                state = self.__getstate__()
+                new = {q: p for (q, _), p in zip(known, params, strict=True)}
+                self.__setstate__(state | {"state": {new[q]: named for q, named in state["state"].items()}})
+                break
         self._settle()
-        return checkpoint.detached(super().state_dict())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy a saved state in. Dtypes stay as they are here: float32 factors of a bfloat16 parameter stay float32.
-
-        Raises:
-            ValueError: if it doesn't fit: other groups, parameters or rules, missing or misshapen state, options out
-                of range, a format of a newer steepest. Nothing has changed then.
-        """
-        self._follow()
-        self._settle()
-        checkpoint.load(self, state_dict)
-
-    def consolidate(self) -> dict[str, Any] | None:
-        """The whole state as a plain dict, on rank 0; None elsewhere. Every rank must ask.
-
-        What `state_dict` is in one process, and one process can load it. In one process, the same as `state_dict`.
-        Values come to the host's memory of rank 0 one tensor after the other: for large models use
-        torch.distributed.checkpoint instead.
-        """
-        self._follow()
-        self._settle()
-        return consolidation.consolidate(self)
-
-    def load_consolidated(self, state_dict: Mapping[str, Any] | None) -> None:
-        """Load what `consolidate`, or `state_dict` in one process, returned. Every rank must ask.
-
-        Args:
-            state_dict: read on rank 0 only; others may pass None.
-
-        Raises:
-            ValueError: as `load_state_dict`, on all ranks. Nothing has changed then.
-        """
-        self._follow()
-        self._settle()
-        consolidation.load_consolidated(self, state_dict)
-
-    def _follow(self) -> None:
-        """Lay the state out anew if a host has replaced parameters in their groups, or moved them to another device."""
-        homes = [(p, p.device) for group in self.param_groups for p in group["params"]]
-        if len(homes) != len(self._homes):
-            raise RuntimeError(f"there were {len(self._homes)} parameters, now {len(homes)}: add_param_group adds some")
-        if all(p is q and device == home for (p, device), (q, home) in zip(homes, self._homes, strict=True)):
-            return
-        heirs = {q: p for (p, _), (q, _) in zip(homes, self._homes, strict=True)}
-        state = self.__getstate__()
-        self.__setstate__(state | {"state": {heirs[q]: named for q, named in state["state"].items()}})
 
     def _settle(self) -> None:
-        for stack in self._stacks:
-            stack.settle()
+        """Account for what the device has done since the last step."""
+        for bucket in self._buckets:
+            for stack in bucket.stacks:
+                stack.settle()
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
@@ -339,65 +307,86 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state["state"]
         super().__setstate__(state | {"state": defaultdict(dict)})
-        self._lots, self._domains, self._elsewhere, self._waiting, self._phases = [], {}, {}, [], {}
-        self._skipped = torch.zeros((), dtype=torch.int64)
-        for number, group in enumerate(self.param_groups):
-            group["format"] = checkpoint.FORMAT
-            self._waiting += [(number, i) for i in range(len(group["params"]))]
-            self._domains |= _shared_among(group["params"])
-        self._homes = [(p, p.device) for group in self.param_groups for p in group["params"]]
-        self._welcome((number, i) for number, i in self._waiting if self.param_groups[number]["params"][i] in saved)
+        self._reset()
+        for number in range(len(self.param_groups)):
+            self._note_group(number)
+        self._adopt([(n, i) for n, i in self._frozen if self.param_groups[n]["params"][i] in saved])
         for p, named in saved.items():
             for name, x in named.items():
-                put(self.state[p][name], x)
+                copy_into(self.state[p][name], x)
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, by parameter, as tensors of its own: no view drags a whole stack into the file."""
+        self._rebind()
+        return checkpoint.detached(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy a saved state in. Dtypes stay as they are here: float32 factors of a bfloat16 parameter stay float32.
+
+        Raises:
+            ValueError: if it doesn't fit: other groups, parameters or rules, missing or misshapen state, options out
+                of range, a format of a newer steepest. Nothing has changed then.
+        """
+        self._load(state_dict)
+
+    def consolidate(self) -> dict[str, Any] | None:
+        """Return the whole state as a plain dict on rank 0, and None elsewhere. Every rank must call it.
+
+        It is what `state_dict` returns in one process, and one process can load it. Values are copied to the host's
+        memory of rank 0 one tensor after the other: for large models use torch.distributed.checkpoint instead.
+        """
+        self._rebind()
+        return consolidate.consolidated(super().state_dict())
+
+    def load_consolidated(self, state_dict: Mapping[str, Any] | None) -> None:
+        """Load what `consolidate`, or `state_dict` in one process, returned. Every rank must call it.
+
+        Args:
+            state_dict: read on rank 0 only; others may pass None.
+
+        Raises:
+            ValueError: as `load_state_dict`, on all ranks. Nothing has changed then.
+        """
+        self._rebind()
+        self._load(
+            *consolidate.distributed(state_dict, lambda saved: checkpoint.match(saved, self.param_groups, self.state))
+        )
+
+    @torch.no_grad()
+    def _load(self, state_dict: dict[str, Any], read: Callable[[Tensor], Tensor] = lambda saved: saved) -> None:
+        """Check a state as a whole, then copy it in; ``read`` returns the values of a tensor in it."""
+        self._rebind()
+        state_dict = copy.copy(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        saved, options = checkpoint.match(state_dict, self.param_groups, self.state)
+        self._adopt([(n, i) for n, i in self._frozen if self.param_groups[n]["params"][i] in saved])
+        for p, tensors in saved.items():
+            for name, x in self.state[p].items():
+                copy_into(x, read(tensors[name]))
+        for group, new in zip(self.param_groups, options, strict=True):
+            group.update(new)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
 
-def _run(trips: Iterable[Iterator[None]]) -> None:
-    """Run trips to their ends: while one computes, the next one's tensors come, and those of the one before land."""
-    under_way: list[Iterator[None]] = []
-    for trip in trips:
-        under_way = [t for t in (trip, *under_way) if next(t, DONE) is not DONE]
-    while under_way:
-        under_way = [t for t in under_way if next(t, DONE) is not DONE]
+def _interleave(tasks: Iterable[Iterator[None]]) -> None:
+    """Run the steps of buckets interleaved: while one computes, the next one's gradients travel."""
+    paused: list[Iterator[None]] = []
+    for task in tasks:
+        paused = [t for t in (task, *paused) if next(t, DONE) is not DONE]
+    while paused:
+        paused = [t for t in paused if next(t, DONE) is not DONE]
 
 
 DONE = object()
 
 
-def _shared_among(params: Sequence[Tensor]) -> dict[Tensor, Domain]:
-    return {p: domain for p, domain in zip(params, domains(params), strict=True) if domain is not None}
-
-
-def _on_all(domains: Iterable[Domain], holds: bool) -> bool:
-    """Whether something holds on all ranks of some domains, which they ask for in the same order."""
-    for domain in dict.fromkeys(domains):
-        (refuted,), _ = domain.agree([not holds], 0)
+def _on_all(peers: Iterable[Peers], holds: bool) -> bool:
+    """Return whether something holds on all ranks of some peers, who ask in the same order."""
+    for ranks in dict.fromkeys(peers):
+        (refuted,), _ = ranks.agree([not holds])
         holds = not refuted
     return holds
-
-
-def _is_absent(p: Tensor) -> bool:
-    """Whether a parameter of which this rank holds anything has no gradient; only dense ones are taken."""
-    if p.grad is not None and p.grad.is_sparse:
-        raise RuntimeError(f"the gradient of a parameter of shape {list(p.shape)} is sparse: only dense ones are taken")
-    return p.grad is None and bool(local(p).numel() or not p.numel())
-
-
-def _is_refused(group: Mapping[str, Any], index: int) -> bool:
-    """Whether a gradient is not finite in a group that has none of that."""
-    p = group["params"][index]
-    if group["nonfinite"] != "raise" or p.grad is None:
-        return False
-    dtype = state_dtype(p)
-    return not bool(torch.linalg.vector_norm(local(p.grad).to(dtype)) < safe_norm(dtype))
-
-
-def _refusal(group: Mapping[str, Any], number: int, index: int) -> FloatingPointError:
-    return FloatingPointError(
-        f"the gradient of {parameter_name(group, number, index)} (shape {list(group['params'][index].shape)}) is not "
-        'finite or too large to square; nonfinite="skip" would leave the parameter out of this step'
-    )
-
-
-def _has_penalty(group: Mapping[str, Any]) -> bool:
-    return bool(group["weight_decay_method"] == "l2" and group["weight_decay"] != 0)

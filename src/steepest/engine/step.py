@@ -1,61 +1,63 @@
-"""One stack, one step: what its rule makes of the gradients that have come, and what must leave no trace."""
+"""One step of a stack: its rule turns gradients into directions, and the weights move along them.
+
+A gradient that is not finite must leave no trace: weights, state and clocks of its matrix stay as they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steepest.exchange.lot import Directions
+from steepest.exchange.bucket import Directions, Move
 from steepest.linalg import attempts
+from steepest.linalg.phases import phase
+from steepest.linalg.rounding import positions, round_stochastically, rounding_key
 from steepest.rule import LowRank, Rule, Step
 from steepest.stack.graphs import Inputs, compiled
-from steepest.stack.stack import Answers, Echo, Run, Stack, Windows, put_off, ranges, to_device
+from steepest.stack.names import parameter_name
+from steepest.stack.stack import AsyncCopy, Deferred, Pieces, Run, Stack, ranges, to_device
 from steepest.stack.undo import undoing
 
+# The rule.
 
-def directions(
-    rule: Rule,
-    stack: Stack,
-    grads: Windows,
-    weights: Windows | None,
-    group: Mapping[str, Any],
-    phases: Sequence[int],
+
+def step_stack(
+    rule: Rule, stack: Stack, grads: Pieces, weights: Pieces | None, group: Mapping[str, Any], offsets: Sequence[int]
 ) -> Directions | None:
-    """Have the rule step a stack; None if no matrix in it moves.
+    """Update the state of a stack by its gradients, and return directions; None if no matrix moves.
 
     Args:
-        rule: its rule.
+        rule: the rule of the group.
         stack: state and clocks, which advance.
-        grads: gradients of its pieces; pieces without one are not in this step.
-        weights: of the same pieces, if they decay by way of their gradient.
-        group: by how much they decay, and how updates are launched.
-        phases: for each slot when in its period it refreshes.
+        grads: the gradients of its pieces; a piece without a gradient takes no part in the step.
+        weights: the weights of the same pieces, if weight decay is part of the gradient.
+        group: options.
+        offsets: for each slot, the step of its period in which it refreshes.
     """
-    stack.put_off.clear()  # of a step that was broken off
-    live = [seat.key in grads for seat in stack.seats for _ in seat.range]
+    stack.deferred.clear()  # a step that raised may have left something
+    live = [segment.key in grads for segment in stack.segments for _ in range(segment.start, segment.stop)]
     if not any(live):
         return None
     G = stack.fill(grads)  # [B, m, n]
     finite = _drop_nonfinite(stack, G, live)
     penalty = None if weights is None else stack.fill(weights) * group["weight_decay"]
-
     moved = [False] * stack.size
     made: list[tuple[slice, Tensor | LowRank]] = []
-    for run in stack.runs(rule, live, phases):
-        d = _update(rule, stack, run, G, penalty, finite, group)  # [b, m, n]
+    for run in stack.runs(rule, live, offsets):
+        d = _update(rule, stack, run, Inputs(G, penalty, finite), group)  # [b, m, n]
         if d is not None:
             moved[run.slots] = [True] * (run.slots.stop - run.slots.start)
             made.append((run.slots, d))
     if not made:
         return None
     if isinstance(made[0][1], LowRank):
-        low = [(slots, d) for slots, d in made if isinstance(d, LowRank)]
-        left = _joined([(slots, d.left) for slots, d in low], stack.size)
-        right = _joined([(slots, d.right) for slots, d in low], stack.size)
+        left = _joined([(slots, d.left) for slots, d in made if isinstance(d, LowRank)], stack.size)
+        right = _joined([(slots, d.right) for slots, d in made if isinstance(d, LowRank)], stack.size)
         low_rank = LowRank(left, right)
         return Directions(stack, low_rank.product(), moved, low_rank, finite)
     D = _joined([(slots, d) for slots, d in made if isinstance(d, Tensor)], stack.size)
@@ -63,7 +65,7 @@ def directions(
 
 
 def _joined(parts: Sequence[tuple[slice, Tensor]], size: int) -> Tensor:
-    """One tensor of ``size`` slots from those that runs have made, usually one of all; zero in between."""
+    """Join the tensors that runs have made, usually one of all slots; slots in between are zero."""
     slots, x = parts[0]
     if slots == slice(0, size):
         return x
@@ -76,90 +78,175 @@ def _joined(parts: Sequence[tuple[slice, Tensor]], size: int) -> Tensor:
 def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
     """Take matrices whose gradient is not finite out of this step.
 
-    On a CPU the answer is at hand, and they leave ``live``. Elsewhere asking would wait for the device: their
-    gradient becomes zero, and the mask ``[B, 1, 1]`` that is returned undoes whatever the step does to them.
+    On a CPU the answer is at hand, and they leave ``live``. On other devices, asking would wait. There their gradient
+    becomes zero, and the mask ``[B, 1, 1]`` that is returned undoes what the step does to them.
     """
     norms = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
     finite: Tensor = norms < safe_norm(G.dtype)  # False for NaN
     if attempts.at_hand(G):
-        present = sum(live)
-        live[:] = [alive and fine for alive, fine in zip(live, finite.view(-1).tolist(), strict=True)]
-        stack.skipped += present - sum(live)
+        for slot, good in enumerate(finite.view(-1).tolist()):
+            if live[slot] and not good:
+                live[slot] = False
+                stack.skipped += 1
         return None
     undone = to_device(live, G.device) & ~finite.view(-1)
     G.masked_fill_(~finite, 0)
-    stack.undone = Echo(undone.long())
+    stack.undone = AsyncCopy(undone.long())
     return finite
 
 
-def _update(
-    rule: Rule,
-    stack: Stack,
-    run: Run,
-    G: Tensor,
-    penalty: Tensor | None,
-    finite: Tensor | None,
-    group: Mapping[str, Any],
-) -> Tensor | LowRank | None:
-    """Advance the clocks of one run, and have the rule update it; where ``finite`` is False nothing happens."""
-    s = run.slots
-    whole = s == slice(0, stack.size)
-
-    def part(x: Tensor) -> Tensor:
-        return x if whole else x[s]
-
-    t, failures, state = part(stack.t), part(stack.failures), {name: part(x) for name, x in stack.state.items()}
-    inputs = Inputs(part(G), None if penalty is None else part(penalty), None if finite is None else part(finite))
+def _update(rule: Rule, stack: Stack, run: Run, inputs: Inputs, group: Mapping[str, Any]) -> Tensor | LowRank | None:
+    """Advance the clocks of a run, and return the rule's directions; where ``finite`` is False nothing changes."""
+    slots, finite = run.slots, inputs.finite
+    whole = slots == slice(0, stack.size)
+    t, failures, state = stack.t, stack.failures, dict(stack.state)
+    if not whole:
+        t, failures, state = t[slots], failures[slots], {name: x[slots] for name, x in state.items()}
+        penalty = inputs.penalty
+        inputs = Inputs(
+            inputs.G[slots],
+            None if penalty is None else penalty[slots],
+            None if finite is None else finite[slots],
+        )
     step = Step(t, run.stage, run.refresh, inputs.penalty, failures)
     steady = run.stage == "steady" and run.refresh is None
-    compiles = steady and bool(group.get("compile")) and whole
-    update = compiled(rule, G) if compiles else rule.update
+    compiles = steady and whole and bool(group.get("compile"))
+    update = compiled(rule, inputs.G) if compiles else rule.update
 
     def work(inputs: Inputs) -> Tensor | LowRank | None:
-        changes = [t, failures, *state.values()]
-        undo = undoing(inputs.finite, changes)
+        undo = None if inputs.finite is None else undoing(inputs.finite, [t, failures, *state.values()])
         t.add_(1)
-        restored = stack.storage.restored(state)
-        mine = step if inputs.penalty is step.penalty else replace(step, penalty=inputs.penalty)
-        D = update(inputs.G, restored, mine)
-        stack.storage.store(restored, state, t)
-        undo()
+        restored = state if stack.storage is None else stack.storage.restored(state)
+        now = step if inputs.penalty is step.penalty else replace(step, penalty=inputs.penalty)
+        D = update(inputs.G, restored, now)
+        if stack.storage is not None:
+            stack.storage.store(restored, state, t)
+        if undo is not None:
+            undo()
         return D
 
-    stack.clock[s] += 1
+    stack.clock[slots] += 1
     if steady and group.get("cuda_graph"):
-        D = stack.recorder(work, inputs, (rule, s, compiles))
+        D = stack.recorder(work, inputs, (rule, slots, compiles))
     else:
         D = work(inputs)
     if rule.defers(step):
-        of_all = Step(stack.t, run.stage, failures=stack.failures)
-        stack.put_off += [put_off(of_all, due, None if finite is None else finite[due]) for due in ranges(run.due)]
+        for due in ranges(run.due):
+            part = Step(stack.t[due], run.stage, slice(0, due.stop - due.start), failures=stack.failures[due])
+            stack.deferred.append(Deferred(due, part, None if finite is None else finite[due]))
     return D
 
 
-def finish(rule: Rule, stack: Stack, answers: Answers) -> None:
-    """Have the rule do what it has put off in this step, beside what the device is told next.
-
-    Where there are ``answers`` for a piece, what they answer is not computed again.
-    """
-    if not stack.put_off:
-        return
-    left = stack.put_off
-    if any(seat.key in answers for seat in stack.seats):
-        apart = [rest.of(seat, answers.get(seat.key, {})) for rest in left for seat in stack.seats]
-        left = [rest for rest in apart if rest is not None]
-    with stack.beside(left):
-        for rest in left:
-            state = {name: x[rest.slots] for name, x in stack.state.items()}
-            changes = [stack.failures[rest.slots], *state.values()]
-            undo = undoing(rest.finite, changes)
-            restored = stack.storage.restored(state)
-            rule.finish(restored, rest.step)
-            stack.storage.store(restored, state, rest.step.t)
-            undo()
-    stack.put_off.clear()
+def finish(rule: Rule, stack: Stack) -> None:
+    """Let the rule do what it has deferred until after the step, on a GPU beside the next forward and backward pass."""
+    with stack.side_stream():
+        for deferred in stack.deferred:
+            state = {name: x[deferred.slots] for name, x in stack.state.items()}
+            changed = [stack.failures[deferred.slots], *state.values()]
+            undo = None if deferred.finite is None else undoing(deferred.finite, changed)
+            restored = state if stack.storage is None else stack.storage.restored(state)
+            rule.finish(restored, deferred.step)
+            if stack.storage is not None:
+                stack.storage.store(restored, state, deferred.step.t)
+            if undo is not None:
+                undo()
+    stack.deferred.clear()
 
 
+@cache
 def safe_norm(dtype: torch.dtype) -> float:
-    """The largest gradient norm whose square, whitened by the smallest floor (1e-8), is finite: 1.8e15 in float32."""
+    """Return the largest gradient norm whose square, whitened by the smallest floor (1e-8), is finite.
+
+    It is 1.8e15 in float32.
+    """
     return float(torch.finfo(dtype).max ** 0.5 * 1e-4)
+
+
+# The weights.
+
+
+@phase("apply")
+def apply(group: Mapping[str, Any], number: int, moves: Sequence[Move], decay_follows: bool) -> None:
+    """Move weights in place: ``W ← (1 - decay) W - lr · D``.
+
+    Args:
+        group: learning rate, weight decay and rounding.
+        number: the number of the group.
+        moves: parts of its parameters, and their directions.
+        decay_follows: whether weights decay after the step, as SOAP's authors do, and not before it.
+    """
+    weights, steps = [], []
+    for move in moves:
+        if not move.may_stay and move.W.dtype == move.D.dtype:
+            weights.append(move.W)
+            steps.append(move.D)
+            continue
+        W = move.W.to(move.D.dtype)
+        new = W.clone()
+        _descend(group, [new], [move.D], decay_follows)
+        if move.may_stay:
+            new = torch.where(move.D.isnan(), W, new)
+        write(group, parameter_name(group, number, move.index), move.W, new, move.in_whole, move.t)
+    if weights:
+        _descend(group, weights, steps, decay_follows)
+
+
+def decay_factor(group: Mapping[str, Any], W: Tensor, D: Tensor) -> float | Tensor:
+    """Return the factor by which weight decay multiplies the weights in a step along ``D``.
+
+    ``decoupled`` 1 - lr·wd (AdamW, arXiv:1711.05101); ``independent`` 1 - wd, whatever the learning rate; ``palm``
+    1 - lr²·wd (PaLM, arXiv:2204.02311); ``cautious`` as decoupled, but only where the step shrinks the weight too, D·W
+    >= 0 (Chen et al., arXiv:2510.12402); ``l2`` 1, because there the decay is part of the gradient.
+
+    >>> options = {"lr": 0.1, "weight_decay": 0.5}
+    >>> decay_factor(options | {"weight_decay_method": "palm"}, torch.ones(2), torch.ones(2))
+    0.995
+    >>> decay_factor(options | {"weight_decay_method": "cautious"}, torch.ones(2), torch.tensor([1.0, -1.0]))
+    tensor([0.9500, 1.0000])
+    """
+    lr: float | Tensor = group["lr"]
+    wd: float = group["weight_decay"]
+    method: str = group["weight_decay_method"]
+    if wd == 0 or method == "l2":
+        return 1.0
+    if method == "cautious":
+        return 1 - (lr * wd) * (D * W >= 0).to(W.dtype)
+    return 1 - wd * {"decoupled": lr, "independent": 1.0, "palm": lr * lr}[method]
+
+
+def write(
+    group: Mapping[str, Any], name: str, out: Tensor, new: Tensor, in_whole: Callable[[], Tensor], t: Tensor | None
+) -> None:
+    """Copy ``new`` into ``out``, rounded to its dtype as the group says.
+
+    Args:
+        group: ``stochastic_rounding`` and ``rounding_seed``; they count for bfloat16 only.
+        name: the name of the parameter.
+        out: the parameter or a part of it.
+        new: the new values, of the same shape.
+        in_whole: returns the same part of a meta tensor of the whole parameter's shape.
+        t: the count of updates, this one included.
+    """
+    if group["stochastic_rounding"] and out.dtype == torch.bfloat16 and t is not None:
+        key = rounding_key(name, group["rounding_seed"], t)
+        new = round_stochastically(new, positions(in_whole(), new.device), key)
+    out.copy_(new)
+
+
+def _descend(group: Mapping[str, Any], weights: list[Tensor], steps: list[Tensor], decay_follows: bool) -> None:
+    """Move tensors of one dtype in place: ``W ← factor · W - lr · D``."""
+    lr = group["lr"]
+    factors: Any
+    if group["weight_decay_method"] == "cautious":
+        factors = [decay_factor(group, W, D) for W, D in zip(weights, steps, strict=True)]
+    else:
+        factors = decay_factor(group, weights[0], steps[0])
+    decays = not (isinstance(factors, float) and factors == 1.0)
+    if decays and not decay_follows:
+        torch._foreach_mul_(weights, factors)
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(weights, [lr * D for D in steps])
+    else:
+        torch._foreach_add_(weights, steps, alpha=-lr)
+    if decays and decay_follows:
+        torch._foreach_mul_(weights, factors)

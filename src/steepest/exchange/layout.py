@@ -1,7 +1,7 @@
-"""Which part of a parameter each rank holds: rectangles, the cells of a grid.
+"""The shard of a parameter that each rank holds: rectangles, which are the cells of a grid.
 
-Whole on every rank, in shards, in shards of shards: every placement by dimensions cuts a parameter along some of its
-dimensions and lays the cells out on ranks, each on one or, replicated, on several.
+Replicas, shards, and shards of shards are all alike: every placement by dimensions cuts a parameter along some of its
+dimensions, and puts each cell on one rank or, replicated, on several.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from operator import itemgetter
 
 @dataclass(frozen=True)
 class Rectangle:
-    """A box of entries, in a parameter's own dimensions.
+    """A rectangle of entries, in a parameter's own dimensions.
 
     >>> Rectangle((0, 2), (4, 4)) & Rectangle((3, 0), (4, 4))
     Rectangle(start=(3, 2), shape=(1, 2))
@@ -29,31 +29,31 @@ class Rectangle:
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Rectangle:
-        """All of a parameter of this shape."""
+        """Return the rectangle that covers a parameter of this shape."""
         return cls((0,) * len(shape), tuple(shape))
 
     @property
     def size(self) -> int:
-        """Entries."""
+        """Return the number of entries."""
         return math.prod(self.shape)
 
     @property
     def empty(self) -> bool:
-        """Whether there are none."""
+        """Return whether there are no entries."""
         return 0 in self.shape
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """What indexes it in the parameter."""
-        return self.within(Rectangle.whole(self.shape))
+        """Return the slices that cut it out of the parameter."""
+        return tuple(slice(a, a + n) for a, n in zip(self.start, self.shape, strict=True))
 
-    def within(self, window: Rectangle) -> tuple[slice, ...]:
-        """What indexes it in a window of the parameter that contains it."""
-        places = zip(self.start, self.shape, window.start, strict=True)
-        return tuple(slice(a - origin, a - origin + n) for a, n, origin in places)
+    def within(self, outer: Rectangle) -> tuple[slice, ...]:
+        """Return the slices that cut it out of another rectangle, which contains it."""
+        sides = zip(self.start, self.shape, outer.start, strict=True)
+        return tuple(slice(a - origin, a - origin + n) for a, n, origin in sides)
 
     def __and__(self, other: Rectangle) -> Rectangle:
-        """What both cover."""
+        """Return the intersection of two rectangles."""
         sides = list(zip(self.start, self.shape, other.start, other.shape, strict=True))
         start = tuple(max(a, b) for a, _, b, _ in sides)
         return Rectangle(
@@ -63,27 +63,27 @@ class Rectangle:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which rectangle of a parameter each rank of a group holds. Parameters that lie alike share one.
+    """The shard of a parameter that each rank of a group holds. Parameters that are laid out alike share a layout.
 
     Args:
-        shape: the parameter's.
-        parts: by rank; empty rectangles for ranks that hold nothing, the same one for replicas.
+        shape: the shape of the parameter.
+        shards: one for each rank; empty for ranks that hold nothing, equal for replicas.
 
     Raises:
-        ValueError: unless the distinct parts are the cells of a grid, as every sharding by dimensions makes them.
+        ValueError: unless the distinct shards are the cells of a grid, as every sharding by dimensions makes them.
 
-    >>> Layout.sharded((37, 8), mesh=(4,), placements=(0,)).parts[3]
+    >>> Layout.sharded((37, 8), mesh=(4,), placements=(0,)).shards[3]
     Rectangle(start=(30, 0), shape=(7, 8))
     """
 
     shape: tuple[int, ...]
-    parts: tuple[Rectangle, ...]
+    shards: tuple[Rectangle, ...]
 
     def __post_init__(self) -> None:
         tiled = all(_tiles(spans, n) for spans, n in zip(self._spans, self.shape, strict=True))
         if not (tiled and len(self._holders) == math.prod(map(len, self._spans))) and 0 not in self.shape:
             raise ValueError(
-                f"parts={list(dict.fromkeys(self.parts))[:9]!r}: must be all the cells of a grid over a parameter of "
+                f"shards={list(dict.fromkeys(self.shards))[:9]!r}: must be all the cells of a grid over a parameter of "
                 f"shape {list(self.shape)}"
             )
 
@@ -92,72 +92,76 @@ class Layout:
 
     @classmethod
     def replicated(cls, shape: Sequence[int], world: int) -> Layout:
-        """Whole on every rank."""
+        """Return the layout that has the whole parameter on every rank."""
         return cls(tuple(shape), (Rectangle.whole(shape),) * world)
 
     @classmethod
     def sharded(cls, shape: Sequence[int], mesh: Sequence[int], placements: Sequence[int | None]) -> Layout:
-        """Ranks in a mesh, row by row; each of its dimensions cuts a dimension of the parameter, or None: replicates.
+        """Return the layout over a mesh of ranks, which are numbered row by row.
 
-        The cuts are torch.chunk's, and DTensor's: pieces of ``ceil(rows / ranks)``, and whatever is left for the last.
+        Each dimension of the mesh cuts a dimension of the parameter, or replicates where its placement is None. The
+        cuts are those of torch.chunk and of DTensor: shards of ``ceil(rows / ranks)``, and the rest for the last rank.
         """
-        parts = []
-        for place in product(*map(range, mesh)):
+        shards = []
+        for coordinate in product(*map(range, mesh)):
             start, size = [0] * len(shape), list(shape)
-            for ranks, i, d in zip(mesh, place, placements, strict=True):
+            for ranks, i, d in zip(mesh, coordinate, placements, strict=True):
                 if d is not None:
-                    piece = -(-size[d] // ranks)
-                    start[d] += min(i * piece, size[d])
-                    size[d] = max(min(piece, size[d] - i * piece), 0)
-            parts.append(Rectangle(tuple(start), tuple(size)))
-        return cls(tuple(shape), tuple(parts))
+                    length = -(-size[d] // ranks)
+                    start[d] += min(i * length, size[d])
+                    size[d] = max(min(length, size[d] - i * length), 0)
+            shards.append(Rectangle(tuple(start), tuple(size)))
+        return cls(tuple(shape), tuple(shards))
 
     @property
     def world(self) -> int:
-        """Ranks."""
-        return len(self.parts)
+        """Return the number of ranks."""
+        return len(self.shards)
 
     @property
     def whole(self) -> Rectangle:
-        """All of the parameter."""
+        """Return the rectangle that covers the parameter."""
         return Rectangle.whole(self.shape)
 
     @cached_property
     def digest(self) -> str:
-        """Equal for equal layouts, in every process."""
-        return fingerprint(self.shape, *((part.start, part.shape) for part in self.parts))
+        """Return a digest that is equal for equal layouts, in every process."""
+        return fingerprint(self.shape, *((shard.start, shard.shape) for shard in self.shards))
 
     @cached_property
     def _holders(self) -> dict[tuple[int, ...], tuple[int, ...]]:
-        """Where the cells start, with the ranks that hold each."""
+        """Return the ranks that hold each cell, by the start of the cell."""
         holders: dict[tuple[int, ...], list[int]] = {}
-        for rank, part in enumerate(self.parts):
-            if not part.empty:
-                holders.setdefault(part.start, []).append(rank)
+        for rank, shard in enumerate(self.shards):
+            if not shard.empty:
+                holders.setdefault(shard.start, []).append(rank)
         return {start: tuple(ranks) for start, ranks in holders.items()}
 
     @cached_property
-    def _copies(self) -> int:
-        """Of the cell that has most, and at least 1."""
+    def _replicas(self) -> int:
+        """Return the largest number of ranks that hold the same cell, and at least 1."""
         return max(map(len, self._holders.values()), default=1)
 
     @cached_property
     def _spans(self) -> tuple[list[tuple[int, int]], ...]:
-        """For each dimension where its cells start and how long they are, in order."""
-        parts = {part for part in self.parts if not part.empty}
-        return tuple(sorted({(p.start[d], p.shape[d]) for p in parts}) for d in range(len(self.shape)))
+        """Return for each dimension the starts and lengths of its cells, in order."""
+        shards = {shard for shard in self.shards if not shard.empty}
+        return tuple(sorted({(s.start[d], s.shape[d]) for s in shards}) for d in range(len(self.shape)))
 
     def replica(self, rank: int) -> int:
-        """The how-manieth a rank is among those that hold the same; those that hold nothing are dealt out."""
-        part = self.parts[rank]
-        return rank % self._copies if part.empty else bisect_left(self._holders[part.start], rank)
+        """Return the index of a rank among the ranks that hold the same shard.
 
-    def meet(self, window: Rectangle) -> list[tuple[Rectangle, tuple[int, ...]]]:
-        """The cells that meet a window, cut to it, each with the ranks that hold it."""
-        if window.empty:
+        Ranks that hold nothing are assigned to replicas in turn.
+        """
+        shard = self.shards[rank]
+        return rank % self._replicas if shard.empty else bisect_left(self._holders[shard.start], rank)
+
+    def cells(self, rectangle: Rectangle) -> list[tuple[Rectangle, tuple[int, ...]]]:
+        """Return the intersections of the cells with a rectangle, each with the ranks that hold the cell."""
+        if rectangle.empty:
             return []
-        sides = []  # for each dimension: where a cell starts, where what is cut of it starts, and its length
-        for spans, low, n in zip(self._spans, window.start, window.shape, strict=True):
+        sides = []  # for each dimension: the start of each cell, the start of what is cut of it, and its length
+        for spans, low, n in zip(self._spans, rectangle.start, rectangle.shape, strict=True):
             first = bisect_right(spans, low, key=itemgetter(0)) - 1
             last = bisect_left(spans, low + n, key=itemgetter(0))
             cuts = [(a, max(a, low), min(a + k, low + n)) for a, k in spans[first:last]]
@@ -169,17 +173,20 @@ class Layout:
         return found
 
     def source(self, holders: Sequence[int], owner: int) -> int:
-        """Which of the ranks that hold a cell sends it to ``owner``: itself, or the one in its own replica."""
+        """Return the rank that sends a cell to ``owner``, of the ranks that hold it.
+
+        That is the owner itself if it holds the cell, else the rank of the owner's own replica.
+        """
         return holders[self.replica(owner) % len(holders)]
 
 
-def fingerprint(*things: object) -> str:
-    """A digest of things that print alike in every process."""
-    return hashlib.sha256("\n".join(map(repr, things)).encode()).hexdigest()
+def fingerprint(*values: object) -> str:
+    """Return a digest of values whose ``repr`` is the same in every process."""
+    return hashlib.sha256("\n".join(map(repr, values)).encode()).hexdigest()
 
 
 def _tiles(spans: Sequence[tuple[int, int]], length: int) -> bool:
-    """Whether intervals (start, length), in order, cover ``0:length`` without gap or overlap."""
+    """Return whether intervals (start, length), in order, cover ``0:length`` without gap or overlap."""
     edge = 0
     for start, n in spans:
         if start != edge:

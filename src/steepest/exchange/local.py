@@ -1,75 +1,71 @@
-"""Matrices that are stepped where they are: those of one process, and whole ones that no other rank has a part of."""
+"""Matrices that are stepped where they are: those of one process, and whole ones of which no other rank has a shard."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from steepest.exchange.lot import Directions, Lot, Move, Tensors
-from steepest.exchange.placement import local, place, shard_like
-from steepest.linalg.phases import phase
-from steepest.stack.stack import Seat, Stack, Windows
-
-if TYPE_CHECKING:
-    from steepest.exchange.domain import Domain
+from steepest.exchange.bucket import Bucket, Directions, Move, Tensors
+from steepest.exchange.peers import Peers
+from steepest.exchange.shards import local, meta_shard, shard_like
+from steepest.stack.stack import Pieces, Segment, Stack
 
 
-class Here(Lot):
-    """One stack, stepped here. Nothing is copied on the way: windows are views of gradients and weights."""
+class LocalBucket(Bucket):
+    """A bucket of one stack that is stepped here, by views of gradients and weights."""
 
-    travels = False
+    communicates = False
 
     def __init__(
-        self,
-        number: int,
-        stack: Stack,
-        params: Sequence[Tensor],
-        domain: Domain | None = None,
-        replica: int = 0,
+        self, number: int, stack: Stack, params: Sequence[Tensor], peers: Peers | None = None, replica: int = 0
     ) -> None:
         self.group = number
-        self.domain = domain
+        self.peers = peers
         self.counts = replica == 0
         self.stacks = [stack]
         self.params = params
 
     def state(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """See `Lot.state`."""
-        for seat in self.stacks[0].seats:
-            p, views = self.params[seat.index], self.stacks[0].views(seat)
-            yield seat.index, {name: shard_like(p, x) for name, x in views.items()}
+        """See `Bucket.state`."""
+        (stack,) = self.stacks
+        for segment in stack.segments:
+            p = self.params[segment.index]
+            yield segment.index, {name: shard_like(p, x) for name, x in stack.views(segment).items()}
 
-    @phase("gather")
-    def gather(self, tensors: Tensors) -> Callable[[], Windows]:
-        """See `Lot.gather`."""
-        seats = [(seat, tensors[seat.index]) for seat in self.stacks[0].seats]
-        windows = {seat.key: seat.view.window(x, seat.piece) for seat, x in seats if x is not None}
-        return lambda: windows
+    def gather(self, grads: Tensors, weights: Tensors | None) -> Generator[None, None, tuple[Pieces, Pieces | None]]:
+        """See `Bucket.gather`."""
+        yield from ()
+        return self._pieces(grads), None if weights is None else self._pieces(weights)
 
-    def spread(self, directions: Sequence[Directions]) -> Callable[[], list[Move]]:
-        """See `Lot.spread`."""
-        moves = [
-            self._move(made, seat)
-            for made in directions
-            for seat in made.stack.seats
-            if any(made.moved[seat.start : seat.stop])
-        ]
-        return lambda: moves
+    def scatter(self, directions: Sequence[Directions]) -> Generator[None, None, list[Move]]:
+        """See `Bucket.scatter`."""
+        yield from ()
+        moves = []
+        for made in directions:
+            everything_moves = made.finite is None and all(made.moved)
+            for segment in made.stack.segments:
+                if everything_moves:
+                    D, may_stay = made.D[segment.slots], False
+                elif any(made.moved[segment.slots]):
+                    D, may_stay = made.of(segment), made.may_stay(segment)
+                else:
+                    continue
+                p, view, piece = self.params[segment.index], segment.view, segment.piece
+                W, D = view.cut(local(p), piece), view.unbatch(D, piece)
+                t = made.stack.t[segment.start]
+                moves.append(Move(segment.index, W, D, may_stay, t, partial(_in_whole, p, segment)))
+        return moves
 
-    def _move(self, made: Directions, seat: Seat) -> Move:
-        p, view, piece = self.params[seat.index], seat.view, seat.piece
-        return Move(
-            seat.index,
-            view.window(local(p), piece),
-            view.shaped(made.marked(seat), piece),
-            made.stays(seat),
-            made.stack.t[seat.start],
-            partial(_part, p, seat),
-        )
+    def _pieces(self, tensors: Tensors) -> Pieces:
+        pieces = {}
+        for segment in self.stacks[0].segments:
+            x = tensors[segment.index]
+            if x is not None:
+                pieces[segment.key] = segment.view.matrices(x, segment.piece)
+        return pieces
 
 
-def _part(p: Tensor, seat: Seat) -> Tensor:
-    return seat.view.window(place(p), seat.piece)
+def _in_whole(p: Tensor, segment: Segment) -> Tensor:
+    return segment.view.cut(meta_shard(p), segment.piece)

@@ -1,110 +1,84 @@
-"""Who steps which matrix, and what moves between ranks for it: decided before anything is sent, on every rank alike.
+"""Plans: which rank steps which matrices, and what ranks send for that.
 
-A parameter may lie on the ranks of a process group in any way: whole on each, in shards, in shards of shards. A
-`Layout` says in which rectangles. What one rank steps, a `Job`, is a window of a parameter: the whole of it, one of its
-blocks, the experts that a rank holds anyway. A `Plan` gives every job an owner and puts jobs into buckets. For each
-bucket, gradients move *inward* to the owners, the owners compute, and directions move *outward*, to whoever holds a
-part. Layouts differ in their rectangles and in nothing else:
+Every rank makes the same plan by itself, before anything is sent. A parameter may lie on the ranks of a process group
+in any way: whole on each, in shards, in shards of shards; its `Layout` says how. A `Job` is what one rank steps: a
+rectangle of a parameter, which is the whole of it or one of its pieces. A `Plan` gives every job an owner, and puts
+jobs into buckets. For each bucket, gradients move *inward* to the owners, the owners compute, and directions move
+*outward* to every rank that holds a shard. Layouts differ in their rectangles and in nothing else:
 
     elements that a rank sends, of P in all                     in          out
     whole on each of W ranks (DDP)                              0           P (W-1)/W
     sharded over W ranks (FSDP2, tensor parallel)               P/W         P/W         less what stays where it is
     sharded over S ranks, R such replicas (HSDP)                P/(RS)      P/S         likewise
 
-Everything here is arithmetic of the standard library: no tensors, no communication. So a plan for thousands of ranks
-can be looked at on one machine; ``steepest plan`` does.
+Everything here is arithmetic of the standard library, without tensors or communication. So a plan for thousands of
+ranks can be examined on one machine, as ``steepest plan`` does.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from steepest.exchange.layout import Layout, Rectangle, fingerprint
 
-__all__ = ["BUCKET_BYTES", "Job", "Layout", "Loan", "Plan", "Rectangle", "Traffic", "Transfer", "make_plan"]
-
 BUCKET_BYTES = 128 * 2**20
-"""What a rank gathers at a time. At 1024 ranks each pair then exchanges 128 KiB, below which latency would govern; and
-where there is more than a few times that to gather, buckets are enough for communication to hide behind computation."""
-
-
-UNEVEN = 1.1
-"""By how much the busiest rank may exceed the mean before it lends errands: below that a trip is not worth it."""
+"""The most bytes that a rank gathers for one bucket. At 1024 ranks each pair then exchanges 128 KiB; with less, latency
+would dominate. Where there is more than a few times that to gather, there are enough buckets for communication to hide
+behind computation."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one rank steps: all matrices in a window of a parameter."""
+    """A job is what one rank steps: all matrices in a rectangle of a parameter."""
 
     name: str
-    """The parameter's, fully qualified, and the piece's number if it is a piece; no two jobs share one."""
+    """The parameter's qualified name, and the number of the piece if it is one piece; no two jobs share a name."""
     layout: Layout
-    window: Rectangle
-    """The part of the parameter that it is; ``layout.whole`` for all."""
+    rectangle: Rectangle
+    """The rectangle of the parameter that the job covers; ``layout.whole`` for all of it."""
     cost: float
     """FLOPs of a step."""
     memory: int
-    """Bytes of state on its owner."""
+    """Bytes of state on the owner."""
     itemsizes: tuple[int, int]
-    """Bytes per entry of what moves inward, gradients, and outward, directions."""
-    errands: tuple[tuple[str, float, int], ...] = ()
-    """Parts of it that another rank may do after the step: a name, FLOPs of a step, which are among ``cost``, and the
-    bytes that it takes there and back whenever it is due. Refreshes of single factors are."""
-    bucket: str = ""
-    """Jobs that differ here never share a bucket: what can't be packed into one buffer, or is stepped apart."""
+    """Bytes per entry of gradients, which move inward, and of directions, which move outward."""
+    kind: str = ""
+    """Jobs of different kinds never share a bucket, because their tensors can't be packed into one buffer."""
     factored: int = 0
-    """Entries of its direction's factors, which travel wherever they are fewer than those of a part; 0: it has none."""
-    among: tuple[int, ...] = ()
-    """Ranks that may own it; none: any. For whole matrices that a rank holds anyway, as experts are."""
+    """Entries of the factors of a low-rank direction, which are sent to ranks where they are fewer; 0: no factors."""
 
     def held(self, rank: int) -> Rectangle:
-        """What a rank holds of the window; perhaps nothing."""
-        return self.layout.parts[rank] & self.window
+        """Return the part of the job's rectangle that a rank holds, which may be empty."""
+        return self.layout.shards[rank] & self.rectangle
 
-    def in_factors(self, part: Rectangle) -> bool:
-        """Whether another rank that holds ``part`` gets the direction's factors, and multiplies them itself."""
+    def sends_factors(self, part: Rectangle) -> bool:
+        """Return whether another rank, which holds ``part``, is sent the direction's factors and multiplies them."""
         return 0 < self.factored < part.size
 
     def outward_entries(self, part: Rectangle) -> int:
-        """What travels to another rank that holds ``part``."""
-        return self.factored if self.in_factors(part) else part.size
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """What its owner fits together."""
-        return self.window.shape
+        """Return the number of entries that are sent to another rank, which holds ``part``."""
+        return self.factored if self.sends_factors(part) else part.size
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """One rectangle from one rank to another, or to itself: then it is a copy."""
+    """One rectangle that moves from one rank to another, or is copied if both are the same rank."""
 
     job: int
     source: int
     target: int
-    part: Rectangle
-    """In the parameter's dimensions, within the job's window."""
+    rectangle: Rectangle
+    """In the parameter's dimensions, within the job's rectangle."""
     factored: bool = False
-    """Whether the factors of the whole direction go instead."""
-
-
-@dataclass(frozen=True)
-class Loan:
-    """An errand that another rank than the owner does."""
-
-    job: int
-    errand: int
-    """Its number among the job's."""
-    rank: int
+    """Whether the factors of the job's whole direction are sent instead."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one step, by rank; what stays on its rank is not in it."""
+    """The bytes that each rank sends and receives in one step; copies within a rank don't count."""
 
     sent_in: tuple[int, ...]
     received_in: tuple[int, ...]
@@ -112,85 +86,70 @@ class Traffic:
     received_out: tuple[int, ...]
 
     def sent(self, rank: int) -> int:
-        """Both ways."""
+        """Return the bytes that a rank sends, inward and outward."""
         return self.sent_in[rank] + self.sent_out[rank]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Owners and buckets for jobs on ``world`` ranks; `make_plan` makes it."""
+    """Owners and buckets for jobs on ``world`` ranks, as `make_plan` makes them."""
 
     jobs: tuple[Job, ...]
     world: int
     owners: tuple[int, ...]
-    """By job."""
+    """The owner of each job."""
     buckets: tuple[tuple[int, ...], ...]
-    """The jobs of each, ascending."""
-    loans: tuple[Loan, ...] = ()
-    """Errands that don't stay with their job's owner, in the order of jobs."""
+    """The jobs of each bucket, ascending."""
 
     def inward(self, bucket: int, rank: int | None = None) -> tuple[Transfer, ...]:
-        """Gradients of a bucket to their owners, every entry once; only those with ``rank`` at an end, if given.
+        """Return the transfers of a bucket's gradients to the owners, which move every entry once.
 
-        Sorted by source, target, job and place: what one rank packs for another is what that one unpacks.
+        With ``rank``, only the transfers from or to that rank. They are sorted by source, target, job and position, so
+        that a rank unpacks what another one packs.
         """
         found = []
         for j in self.buckets[bucket]:
             job, owner = self.jobs[j], self.owners[j]
-            for part, holders in job.layout.meet(self._reach(j, rank)):
+            for part, holders in job.layout.cells(self._relevant(j, rank)):
                 source = job.layout.source(holders, owner)
                 if rank in (None, owner, source):
                     found.append(Transfer(j, source, owner, part))
         return tuple(sorted(found, key=_order))
 
     def outward(self, bucket: int, rank: int | None = None) -> tuple[Transfer, ...]:
-        """Directions of a bucket from their owners to everybody's part, sorted likewise."""
+        """Return the transfers of a bucket's directions from the owners to all shards; otherwise as `inward`."""
         found = []
         for j in self.buckets[bucket]:
             job, owner = self.jobs[j], self.owners[j]
-            for part, holders in job.layout.meet(self._reach(j, rank)):
+            for part, holders in job.layout.cells(self._relevant(j, rank)):
                 found += [
-                    Transfer(j, owner, target, part, target != owner and job.in_factors(part))
+                    Transfer(j, owner, target, part, target != owner and job.sends_factors(part))
                     for target in holders
                     if rank in (None, owner, target)
                 ]
         return tuple(sorted(found, key=_order))
 
-    def _reach(self, j: int, rank: int | None) -> Rectangle:
-        """The part of a job whose transfers may concern a rank."""
-        return self.jobs[j].window if rank is None or rank == self.owners[j] else self.jobs[j].held(rank)
-
-    def owned(self, rank: int) -> tuple[int, ...]:
-        """The jobs of a rank, ascending."""
-        return tuple(j for j, owner in enumerate(self.owners) if owner == rank)
+    def _relevant(self, j: int, rank: int | None) -> Rectangle:
+        """Return the part of a job's rectangle whose transfers may concern a rank."""
+        job = self.jobs[j]
+        return job.rectangle if rank is None or rank == self.owners[j] else job.held(rank)
 
     def loads(self) -> tuple[float, ...]:
-        """FLOPs of a step, by rank."""
+        """Return the FLOPs of a step of each rank."""
         loads = [0.0] * self.world
         for owner, job in zip(self.owners, self.jobs, strict=True):
             loads[owner] += job.cost
-        for loan in self.loans:
-            _, cost, _ = self.jobs[loan.job].errands[loan.errand]
-            loads[self.owners[loan.job]] -= cost
-            loads[loan.rank] += cost
         return tuple(loads)
 
-    def lent(self) -> tuple[int, ...]:
-        """Bytes that each rank sends or receives for errands of its own jobs, in a step in which all are due."""
-        sizes = [0] * self.world
-        for loan in self.loans:
-            sizes[self.owners[loan.job]] += self.jobs[loan.job].errands[loan.errand][2]
-        return tuple(sizes)
-
     def memory(self) -> tuple[int, ...]:
-        """Bytes of state, by rank."""
+        """Return the bytes of state of each rank."""
         sizes = [0] * self.world
         for owner, job in zip(self.owners, self.jobs, strict=True):
             sizes[owner] += job.memory
         return tuple(sizes)
 
     def lockstep(self) -> float:
-        """FLOPs from the first bucket to the last if every rank waits for the slowest after each."""
+        """Return the FLOPs from the first bucket to the last if every rank waits for the slowest after each."""
         worst = 0.0
         for bucket in self.buckets:
             loads: dict[int, float] = {}
@@ -200,64 +159,58 @@ class Plan:
         return worst
 
     def traffic(self) -> Traffic:
-        """What every rank sends and receives: counted job by job, not transfer by transfer, of which there are many."""
+        """Return what every rank sends and receives in a step.
+
+        It is counted by jobs that are alike, because there are many transfers.
+        """
         sent_in, received_in, sent_out, received_out = ([0] * self.world for _ in range(4))
-        kinds = [replace(job, name="", cost=0.0, memory=0, errands=(), bucket="", among=()) for job in self.jobs]
-        alike = Counter((job, job.layout.replica(owner)) for owner, job in zip(self.owners, kinds, strict=True))
-        outward: dict[Job, int] = {}  # entries that go to all ranks together
-        for (job, replica), count in alike.items():
-            cells = job.layout.meet(job.window)
+        alike = [replace(job, name="", cost=0.0, memory=0, kind="") for job in self.jobs]
+        counts = Counter((job, job.layout.replica(owner)) for owner, job in zip(self.owners, alike, strict=True))
+        outward: dict[Job, int] = {}  # entries that move to all ranks together
+        for (job, replica), count in counts.items():
+            cells = job.layout.cells(job.rectangle)
             outward[job] = sum(job.outward_entries(part) * len(holders) for part, holders in cells)
             for part, holders in cells:
                 sent_in[holders[replica % len(holders)]] += count * part.size * job.itemsizes[0]
                 for rank in holders:
                     received_out[rank] += count * job.outward_entries(part) * job.itemsizes[1]
-        for owner, job in zip(self.owners, kinds, strict=True):
-            kept, back = job.held(owner).size, job.outward_entries(job.held(owner))
+        for owner, job in zip(self.owners, alike, strict=True):
+            kept, own = job.held(owner).size, job.outward_entries(job.held(owner))
             sent_in[owner] -= kept * job.itemsizes[0]
-            received_in[owner] += (job.window.size - kept) * job.itemsizes[0]
-            sent_out[owner] += (outward[job] - back) * job.itemsizes[1]
-            received_out[owner] -= back * job.itemsizes[1]
+            received_in[owner] += (job.rectangle.size - kept) * job.itemsizes[0]
+            sent_out[owner] += (outward[job] - own) * job.itemsizes[1]
+            received_out[owner] -= own * job.itemsizes[1]
         return Traffic(tuple(sent_in), tuple(received_in), tuple(sent_out), tuple(received_out))
 
     def digest(self) -> str:
-        """Equal on all ranks if their plans are, and only then."""
+        """Return a digest that is the same on all ranks if and only if their plans are."""
         facts = [
-            (j.name, j.layout.digest, j.window, j.cost, j.memory, j.itemsizes, j.factored, j.errands, j.bucket, j.among)
-            for j in self.jobs
+            (job.name, job.layout.digest, job.rectangle, job.cost, job.memory, job.itemsizes, job.factored, job.kind)
+            for job in self.jobs
         ]
-        return fingerprint(self.world, self.owners, self.buckets, self.loans, *facts)
+        return fingerprint(self.world, self.owners, self.buckets, *facts)
 
 
 def make_plan(
-    jobs: Iterable[Job],
-    world: int,
-    *,
-    bucket_bytes: int = BUCKET_BYTES,
-    memory_cap: int | None = None,
-    loads: Sequence[float] = (),
+    jobs: Iterable[Job], world: int, *, bucket_bytes: int = BUCKET_BYTES, loads: Sequence[float] = ()
 ) -> Plan:
     """Give every job an owner, and put jobs into buckets. The same jobs give the same plan, in every process.
 
-    Owners: dearest jobs first, each to the rank that has least to do so far (Graham, 1969: longest processing time
-    first, at most 4/3 of the best there is). Names break ties. Jobs with few ranks to choose from go before the rest.
+    Owners: the most expensive jobs come first, and each goes to the least loaded rank so far (Graham, 1969: longest
+    processing time first, at most 4/3 of the best there is). Names break ties.
 
-    Buckets: every rank brings its dearest jobs into the first bucket, the next dearest into the second, ... So all
-    ranks work on like matrices at the same time, like shapes meet in one bucket, and nobody waits long for another.
-
-    Errands: whoever has more to do than `UNEVEN` of the mean lends the dearest ones that another rank can do and still
-    have less to do than itself. So nothing is lent where there are many matrices.
+    Buckets: every rank puts its most expensive jobs into the first bucket, the next most expensive into the second, and
+    so on. So all ranks work on similar matrices at the same time, matrices of one shape meet in one bucket, and no rank
+    waits long for another.
 
     Args:
         jobs: in the same order on every rank.
-        world: ranks of the group.
-        bucket_bytes: of what a rank gathers for a bucket; a job larger than that fills one alone.
-        memory_cap: bytes of state that no rank may exceed.
-        loads: FLOPs that each rank has to do anyway, as by another plan; none if left out.
+        world: the number of ranks of the group.
+        bucket_bytes: the most that a rank gathers for a bucket; a larger job fills a bucket alone.
+        loads: FLOPs that each rank has to do besides, for example by another plan; zero if left out.
 
     Raises:
-        ValueError: for two jobs of one name, layouts, ranks or loads that don't fit the group, or if no assignment
-            within ``memory_cap`` is found.
+        ValueError: for two jobs of one name, and for layouts or loads that don't fit the group.
 
     >>> shapes = {"up": (8, 2), "down": (2, 8), "gate": (8, 2)}
     >>> layouts = {name: Layout.sharded(shape, mesh=(2,), placements=(0,)) for name, shape in shapes.items()}
@@ -265,7 +218,7 @@ def make_plan(
     >>> plan.owners, plan.buckets
     ((0, 0, 1), ((0, 1, 2),))
     >>> plan.inward(0)[1]
-    Transfer(job=1, source=0, target=0, part=Rectangle(start=(0, 0), shape=(1, 8)), factored=False)
+    Transfer(job=1, source=0, target=0, rectangle=Rectangle(start=(0, 0), shape=(1, 8)), factored=False)
     >>> plan.traffic().sent_in
     (32, 64)
     """
@@ -273,107 +226,35 @@ def make_plan(
     loads = list(loads) or [0.0] * world
     _check(jobs, world, bucket_bytes, loads)
     order = sorted(range(len(jobs)), key=lambda j: (-jobs[j].cost, jobs[j].name))
-    owners = _assign(jobs, order, loads, memory_cap)
-    return Plan(jobs, world, owners, _fill(jobs, order, owners, bucket_bytes), _lend(jobs, owners, loads))
+    owners = _assign(jobs, order, loads)
+    return Plan(jobs, world, owners, _fill(jobs, order, owners, bucket_bytes))
 
 
-def _assign(jobs: Sequence[Job], order: Sequence[int], loads: Sequence[float], cap: int | None) -> tuple[int, ...]:
-    """Owners by cost; by memory if those don't fit, which packs better and balances worse."""
-    owners = _greedy(jobs, order, loads, cap, by_memory=False)
-    if owners is None:
-        largest = sorted(order, key=lambda j: -jobs[j].memory)
-        owners = _greedy(jobs, largest, loads, cap, by_memory=True)
-    if owners is None:
-        world = len(loads)
-        need = max(max(job.memory for job in jobs), -(-sum(job.memory for job in jobs) // world))
-        raise ValueError(
-            f"memory_cap={cap}: found no assignment of {len(jobs)} jobs to {world} ranks; some rank needs {need} bytes "
-            "or more. Raise it, cut matrices into blocks, or use more ranks"
-        )
-    return owners
-
-
-def _greedy(
-    jobs: Sequence[Job], order: Sequence[int], loads: Sequence[float], cap: int | None, by_memory: bool
-) -> tuple[int, ...] | None:
-    """Each job to the rank with least so far that has room; None if there is none."""
-    cost, memory = list(loads), [0] * len(loads)
+def _assign(jobs: Sequence[Job], order: Sequence[int], loads: Sequence[float]) -> tuple[int, ...]:
+    """Give each job, in this order, to the rank with the least cost so far; memory and then number break ties."""
     owners = [-1] * len(jobs)
-
-    def filled(rank: int) -> tuple[float, float, int]:
-        return (memory[rank], cost[rank], rank) if by_memory else (cost[rank], memory[rank], rank)
-
-    def give(j: int, rank: int) -> None:
+    ranks = [(load, 0, rank) for rank, load in enumerate(loads)]
+    heapq.heapify(ranks)
+    for j in order:
+        cost, memory, rank = ranks[0]
         owners[j] = rank
-        cost[rank] += jobs[j].cost
-        memory[rank] += jobs[j].memory
-
-    def fits(j: int, rank: int) -> bool:
-        return cap is None or memory[rank] + jobs[j].memory <= cap
-
-    for j in (j for j in order if jobs[j].among):
-        open_to = [filled(rank) for rank in jobs[j].among if fits(j, rank)]
-        if not open_to:
-            return None
-        give(j, min(open_to)[-1])
-    queue = [filled(rank) for rank in range(len(loads))]
-    heapq.heapify(queue)
-    for j in (j for j in order if not jobs[j].among):
-        full = []
-        while queue and not fits(j, queue[0][-1]):
-            full.append(heapq.heappop(queue))
-        if not queue:
-            return None
-        rank = queue[0][-1]
-        give(j, rank)
-        heapq.heapreplace(queue, filled(rank))
-        for entry in full:
-            heapq.heappush(queue, entry)
+        heapq.heapreplace(ranks, (cost + jobs[j].cost, memory + jobs[j].memory, rank))
     return tuple(owners)
 
 
-def _lend(jobs: Sequence[Job], owners: Sequence[int], loads: Sequence[float]) -> tuple[Loan, ...]:
-    """Errands from the ranks that have most to do to those that have least, while that evens things out."""
-    if not any(job.errands for job in jobs):
-        return ()
-    busy = list(loads)
-    at_home: list[list[tuple[float, int, int]]] = [[] for _ in loads]  # by rank: what it could lend, dearest last
-    for j, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
-        busy[owner] += job.cost
-        at_home[owner] += [(cost, -j, -k) for k, (_, cost, _) in enumerate(job.errands)]
-    for errands in at_home:
-        errands.sort()
-    bearable = UNEVEN * math.fsum(busy) / len(busy)
-    idle = [(load, rank) for rank, load in enumerate(busy)]
-    heapq.heapify(idle)
-    loans = []
-    # Those who lend keep the entry of what they had: more than all have who lend after them, so these never ask them.
-    for rank in sorted(range(len(busy)), key=lambda rank: (-busy[rank], rank)):
-        while at_home[rank] and busy[rank] > bearable:
-            cost, j, k = at_home[rank].pop()
-            load, target = idle[0]
-            if load + cost >= busy[rank]:
-                continue  # a cheaper one may do
-            loans.append(Loan(-j, -k, target))
-            busy[rank] -= cost
-            busy[target] += cost
-            heapq.heapreplace(idle, (busy[target], target))
-    return tuple(sorted(loans, key=lambda loan: (loan.job, loan.errand)))
-
-
 def _fill(jobs: Sequence[Job], order: Sequence[int], owners: Sequence[int], limit: int) -> tuple[tuple[int, ...], ...]:
-    """Buckets of each key, filled by every rank in this order."""
-    keys = list(dict.fromkeys(job.bucket for job in jobs))
+    """Return the buckets of each kind, which every rank fills in this order."""
+    kinds = list(dict.fromkeys(job.kind for job in jobs))
     buckets: dict[tuple[int, int], list[int]] = {}
-    filled: dict[tuple[int, int], tuple[int, int]] = {}  # by key and rank: the last bucket, and the bytes in it
+    filled: dict[tuple[int, int], tuple[int, int]] = {}  # by kind and rank: the last bucket, and the bytes in it
     for j in order:
-        key, size = keys.index(jobs[j].bucket), jobs[j].window.size * max(jobs[j].itemsizes)
-        last, bytes_ = filled.get((key, owners[j]), (0, 0))
+        kind, size = kinds.index(jobs[j].kind), jobs[j].rectangle.size * max(jobs[j].itemsizes)
+        last, bytes_ = filled.get((kind, owners[j]), (0, 0))
         if bytes_ and bytes_ + size > limit:
             last, bytes_ = last + 1, 0
-        filled[key, owners[j]] = last, bytes_ + size
-        buckets.setdefault((key, last), []).append(j)
-    return tuple(tuple(sorted(buckets[place])) for place in sorted(buckets))
+        filled[kind, owners[j]] = last, bytes_ + size
+        buckets.setdefault((kind, last), []).append(j)
+    return tuple(tuple(sorted(buckets[key])) for key in sorted(buckets))
 
 
 def _check(jobs: Sequence[Job], world: int, bucket_bytes: int, loads: Sequence[float]) -> None:
@@ -386,10 +267,8 @@ def _check(jobs: Sequence[Job], world: int, bucket_bytes: int, loads: Sequence[f
         raise ValueError(f"name={twice[0]!r}: two jobs have it; a piece of a parameter needs a name of its own")
     for job in jobs:
         if job.layout.world != world:
-            raise ValueError(f"world={world}: the layout of {job.name} is one of {job.layout.world} ranks")
-        if any(not 0 <= rank < world for rank in job.among):
-            raise ValueError(f"among={job.among}: {job.name} may only be owned by ranks 0 to {world - 1}")
+            raise ValueError(f"world={world}: the layout of {job.name} is for {job.layout.world} ranks")
 
 
 def _order(transfer: Transfer) -> tuple[int, int, int, tuple[int, ...]]:
-    return transfer.source, transfer.target, transfer.job, transfer.part.start
+    return transfer.source, transfer.target, transfer.job, transfer.rectangle.start

@@ -1,12 +1,12 @@
-"""The race: contenders train the same model on the same data, with equal tuning, and everything that happened is shown.
+"""Commands that compare and study optimizers: the race, the bench, the plan, the spike study, and listings.
 
-Five nouns, each in a file of its own:
+The race has these parts, each with a file of its own:
 
-* a `workload` is something to train: a model, batches, a loss, a validation;
-* a `contender <contenders>` is an optimizer with all its settings, and how they were found;
-* a `trial` is one contender's run on a workload, for some steps, with one seed, and the `Record` it leaves;
-* a `race` decides which trials are run, a `crew` runs each in a process of its own, a `store` keeps their records;
-* `findings` are what the records say, in numbers and words; the console and the report only show them.
+* a `workload <steepest.lab.workloads.workload>` is a model with data, a loss and a validation;
+* a `contender <steepest.lab.shared.contenders>` is an optimizer with all its settings and their provenance;
+* a `trial <steepest.lab.race.trial>` is one run of a contender on a workload, which leaves a record;
+* a `race <steepest.lab.race.race>` decides which trials are run, a pool runs each in a process, a store keeps records;
+* `results <steepest.lab.race.results>` are what the records say in numbers, which console and report show.
 """
 
 from steepest.lab.workloads.workload import Workload

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ HOPELESS = 1e-5
 """A squared pivot below which a second pass can't be relied on."""
 
 
-def choose(device: str) -> str:
+def choose(device: str) -> Literal["qr", "first_order"]:
     """The solver that "auto" stands for on a type of device.
 
     On a CPU it is "qr", at every size and frequency that were measured (benchmarks/refresh.py, docs/soap.md):

@@ -1,81 +1,95 @@
-"""The optimizers by name: thin, final classes, and one door to them and to torch.optim's own."""
+"""The optimizers: a final class for each with a typed signature, and their names beside those of torch.optim.
+
+Each class passes its arguments on to `steepest.engine.optimizer.Optimizer`, which checks them and does the work.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from steepest.engine.optimizer import Optimizer
 from steepest.optimizers.dion import Dion, Dion2
+from steepest.optimizers.inverse_root import InverseRootSOAP
 from steepest.optimizers.lion import Lion
 from steepest.optimizers.moso import MOSO
 from steepest.optimizers.muon import AdaMuon, Muon, NorMuon
-from steepest.optimizers.shampoo import KL_SHAMPOO_OPTIONS, KLShampoo, Shampoo
-from steepest.optimizers.soap import REKLS, REKLS_OPTIONS, SOAP, soap_options
-from steepest.optimizers.spelling import Params, spelled
+from steepest.optimizers.shampoo import KLShampoo, Shampoo
+from steepest.optimizers.shared import Params
+from steepest.optimizers.soap import REKLS, SOAP
+from steepest.optimizers.spelling import spelled
 from steepest.optimizers.torch_optim import TORCH
 from steepest.recipes import unfold
 from steepest.rule import nearest
 from steepest.rules import RULES
+from steepest.rules.aliases import resolve
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a name stands for."""
+    """An optimizer of this package, as a class and as a rule with options."""
 
     optimizer: Callable[..., Optimizer]
-    """The class, or the class with options that the name stands for."""
-    spell: Callable[[dict[str, Any]], dict[str, Any]]
-    """From the class's keyword options to a parameter group's, with its ``rule``."""
-    paper: str
+    rule: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Options in which a group of this name differs from the defaults of its rule."""
+    source: str = ""
+
+    @property
+    def paper(self) -> str:
+        """Where the optimizer was published."""
+        return self.source or RULES[self.rule].paper
 
 
-def _entry(optimizer: Callable[..., Optimizer], rule: str, paper: str = "", **fixed: Any) -> Entry:
-    return Entry(optimizer, lambda options: {"rule": rule} | options | fixed, paper or RULES[rule].paper)
+def _kl_soap(params: Params, **options: Any) -> SOAP:
+    return SOAP(params, use_kl_shampoo=True, **options)
 
-
-KL_SOAP_OPTIONS: dict[str, Any] = {"use_kl_shampoo": True}
 
 NAMES: dict[str, Entry] = {
-    "soap": Entry(SOAP, soap_options, RULES["soap"].paper),
-    "kl-soap": Entry(
-        partial(SOAP, **KL_SOAP_OPTIONS),
-        lambda options: soap_options(KL_SOAP_OPTIONS | options),
-        "Lin et al., arXiv:2509.03378",
+    "soap": Entry(SOAP, "soap"),
+    "kl-soap": Entry(_kl_soap, "kl_soap"),
+    "rekls": Entry(REKLS, "kl_soap", {"solver": "eigh", "precondition_frequency": 1}, "Emerging-Optimizers, 2025"),
+    "inverse-root-soap": Entry(
+        InverseRootSOAP,
+        "inverse_root",
+        {
+            "betas": (0.9, 0.999),
+            "weight_decay": 0.0,
+            "precondition_frequency": 10,
+            "max_precond_dim": 1024,
+        },
     ),
-    "rekls": _entry(REKLS, "soap", paper="Emerging-Optimizers, 2025", **REKLS_OPTIONS),
-    "moso": _entry(MOSO, "moso"),
-    "shampoo": _entry(Shampoo, "shampoo"),
-    "kl-shampoo": _entry(KLShampoo, "shampoo", paper="Lin et al., arXiv:2509.03378", **KL_SHAMPOO_OPTIONS),
-    "muon": _entry(Muon, "muon"),
-    "normuon": _entry(NorMuon, "normuon"),
-    "adamuon": _entry(AdaMuon, "adamuon"),
-    "dion": _entry(Dion, "dion"),
-    "dion2": _entry(Dion2, "dion2"),
-    "lion": _entry(Lion, "lion"),
+    "moso": Entry(MOSO, "moso"),
+    "shampoo": Entry(Shampoo, "shampoo"),
+    "kl-shampoo": Entry(KLShampoo, "kl_shampoo", {"exponent": -0.5}),
+    "muon": Entry(Muon, "muon"),
+    "normuon": Entry(NorMuon, "normuon"),
+    "adamuon": Entry(AdaMuon, "adamuon"),
+    "dion": Entry(Dion, "dion"),
+    "dion2": Entry(Dion2, "dion2"),
+    "lion": Entry(Lion, "lion"),
 }
-"""Our optimizers by name. A rule without a class of its own goes by the name that it is registered under."""
+"""The optimizers of this package by name. A rule without a class of its own goes by the name of the rule."""
 
 ALIASES = {"soap-kl": "kl-soap", "shampoo-kl": "kl-shampoo"}
-"""Other names for some. Case doesn't matter, nor do hyphens, underscores and blanks: see `canonical`."""
+"""Other names of some optimizers. Case, hyphens, underscores and blanks never matter: see `canonical`."""
 
 
 def create(name: str, params: Params, **options: Any) -> torch.optim.Optimizer:
-    """An optimizer by name: ours, or any of torch.optim's, or one with a recipe's settings.
+    """Build an optimizer by name: one of this package, one of torch.optim's, or one with a recipe's settings.
 
     Args:
-        name: as in `NAMES`, or that of a class of torch.optim ("adamw", "nadam", "lbfgs", ..., and "torch.muon" where
-            there is one of ours), in any spelling: "KL_SOAP" and "Adam-W" are known too. Or a recipe's ("soap/paper",
-            see `steepest.recipe`), whose settings for matrices all parameters get.
-        params: what to optimize.
-        options: the optimizer's own; they go before a recipe's.
+        name: A name of `NAMES`; that of a class of torch.optim ("adamw", "nadam", "lbfgs", ..., and "torch.muon" where
+            this package has one of the same name); or that of a recipe (`steepest.recipe`), whose settings for matrices
+            hold for all parameters. Spelling doesn't matter: "KL_SOAP" and "Adam-W" are known too.
+        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        options: The arguments of the optimizer's class; they take precedence over a recipe's.
 
     Raises:
-        ValueError: for an unknown name; it suggests the nearest.
+        ValueError: If the name or an option is unknown; the message suggests the nearest.
 
     Example:
         >>> W = torch.nn.Parameter(torch.zeros(2, 3))
@@ -98,28 +112,29 @@ def create(name: str, params: Params, **options: Any) -> torch.optim.Optimizer:
     raise ValueError(f"name={name!r}: no such optimizer{nearest(key, [*NAMES, *TORCH, *RULES])}")
 
 
-def group_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of an optimizer or recipe, given by name, as a parameter group spells them; ``rule`` is among them.
+def group_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a parameter group, ``rule`` among them, for an optimizer or a recipe and its options.
 
     Raises:
-        ValueError: for a name that is no rule; torch.optim's can't share an optimizer with ours, AdamW excepted.
+        ValueError: If the name is not that of a rule: torch.optim's optimizers, AdamW excepted, can't share an
+            optimizer with those of this package.
 
     >>> group_options("kl-soap", {"lr": 0.1})
-    {'rule': 'soap', 'use_kl_shampoo': True, 'lr': 0.1}
+    {'rule': 'kl_soap', 'lr': 0.1}
     >>> group_options("lion/paper", {"weight_decay": 0.3})
     {'rule': 'lion', 'lr': 0.0001, 'betas': (0.9, 0.99), 'weight_decay': 0.3}
     """
     name, options = unfold(name, options)
     key = canonical(name)
     if key in NAMES:
-        return NAMES[key].spell(options)
+        return resolve({"rule": NAMES[key].rule, **NAMES[key].settings, **options})
     if key in RULES:
-        return {"rule": key} | options
+        return resolve({"rule": key, **options})
     raise ValueError(f"name={name!r}: no such rule{nearest(key, [*NAMES, *RULES])}")
 
 
 def canonical(name: str) -> str:
-    """A name as `NAMES`, torch.optim's classes (in lower case) and rules have it, if one of them is meant.
+    """Return a name as `NAMES`, torch.optim (in lower case) or `RULES` spells it, or in lower case if none has it.
 
     >>> [canonical(name) for name in ("KL_SOAP", "soap-kl", "Adam-W", "inverse root", "torch.Muon", "xyz")]
     ['kl-soap', 'kl-soap', 'adamw', 'inverse_root', 'torch.muon', 'xyz']

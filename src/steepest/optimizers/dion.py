@@ -1,42 +1,37 @@
-"""The orthogonalized family on part of a matrix."""
+"""Dion2 and Dion."""
 
 from __future__ import annotations
 
-from typing import final
+from typing import Unpack, final
 
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.spelling import Params, given
+from steepest.optimizers.shared import Params, SharedOptions
+from steepest.rule.words import DecayMethod, Orthonormalizer, Polar, PolarDtype, Scale
 
 
 @final
 class Dion2(Optimizer):
-    """Muon on the rows that have waited longest: a fraction of the work, and of what must be communicated.
+    """Dion2 is Muon on the rows with the largest accumulated gradients, a fraction of them in each step.
 
-    Ahn, Amsel and Langford, "Dion2: A Simple Method to Shrink Matrix in Muon", arXiv:2512.16928. Gradients add up; at
+    Ahn, Amsel and Langford, "Dion2: A Simple Method to Shrink Matrix in Muon", arXiv:2512.16928. Gradients add up; in
     each step the rows (columns, if the matrix is tall) with the largest L1 norm are orthogonalized, applied and decay.
-    It keeps 4mn bytes.
+    That is a fraction of Muon's work, and of what must be communicated. It keeps 4mn bytes.
 
     Args:
-        params: tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: see `Muon`.
-        fraction: of the shorter side's rows that move at each step, rounded up.
-        ef_decay: what the rows that have moved keep of their accumulated gradient. It takes the place of a momentum.
-        weight_decay: strength of the decay; it acts on all rows.
-        scale: see `Muon`; it is computed from the whole matrix's shape, so that rows move as under Muon.
-        ns: see `Muon`.
-        ns_dtype: see `Muon`.
-        eps: see `Muon`.
-        weight_decay_method: see `Muon`.
-        merge_dims: see `Muon`.
-        compile: see `Muon`.
-        cuda_graph: see `Muon`.
-        nonfinite: see `Muon`.
-        stochastic_rounding: see `Muon`.
+        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        lr: The learning rate, in Muon's unit.
+        fraction: The fraction of the shorter side's rows that move in each step, rounded up.
+        ef_decay: The share of its accumulated gradient that a row keeps after it has moved. It takes the place of a
+            momentum.
+        weight_decay: The strength of the weight decay; it acts on all rows.
+        scale: As in `Muon`, computed from the shape of the whole matrix, so that rows move as far as under Muon.
+        ns, ns_dtype, eps, weight_decay_method, merge_dims: As in `Muon`.
+        options: `SharedOptions`.
 
     Raises:
-        ValueError: for an option out of range.
+        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch
@@ -56,46 +51,53 @@ class Dion2(Optimizer):
         ef_decay: float = 0.95,
         weight_decay: float = 0.01,
         *,
-        scale: str = "match_rms_adamw",
-        ns: str = "keller",
-        ns_dtype: str = "auto",
+        scale: Scale = "match_rms_adamw",
+        ns: Polar = "keller",
+        ns_dtype: PolarDtype = "auto",
         eps: float = 1e-7,
-        weight_decay_method: str = "decoupled",
+        weight_decay_method: DecayMethod = "decoupled",
         merge_dims: bool = True,
-        compile: bool = False,
-        cuda_graph: bool = False,
-        nonfinite: str = "skip",
-        stochastic_rounding: bool = False,
+        **options: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(params, "dion2", **given(locals()))
+        super().__init__(
+            params,
+            "dion2",
+            lr=lr,
+            fraction=fraction,
+            ef_decay=ef_decay,
+            weight_decay=weight_decay,
+            scale=scale,
+            ns=ns,
+            ns_dtype=ns_dtype,
+            eps=eps,
+            weight_decay_method=weight_decay_method,
+            merge_dims=merge_dims,
+            **options,
+        )
 
 
 @final
 class Dion(Optimizer):
-    """The momentum's leading subspace, orthonormalized; what is left out stays in the momentum.
+    """Dion orthonormalizes the leading subspace of the momentum; the rest stays in the momentum.
 
-    Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295. One power iteration per step follows the
-    subspace of rank r. It keeps 4(mn + min(m, n) r) bytes. `Dion2` is its authors' later and simpler method.
+    Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295, Algorithm 1. One power iteration per step
+    tracks a subspace of rank r. It keeps 4(mn + min(m, n) r) bytes. `Dion2` is its authors' later and simpler method.
 
     Args:
-        params: tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: see `Muon`.
-        momentum: what the applied part of the momentum keeps; the rest stays whole.
-        rank_fraction: r as a fraction of the shorter side, rounded up.
-        weight_decay: strength of the decay.
-        scale: see `Muon`; the paper's is "mup". A step of rank r has sqrt(r / min(m, n)) of the root mean square that
-            the name promises.
-        orthonormalize: "rcqr", randomized Cholesky-QR: products and triangular solves, as GPUs like them; or "qr",
-            Householder's. Up to rounding they give the same steps.
-        weight_decay_method: see `Muon`.
-        merge_dims: see `Muon`.
-        compile: see `Muon`.
-        cuda_graph: see `Muon`.
-        nonfinite: see `Muon`.
-        stochastic_rounding: see `Muon`.
+        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        lr: The learning rate, in Muon's unit.
+        momentum: The share of the applied part that stays in the momentum; the rest of the momentum stays whole.
+        rank_fraction: The rank r as a fraction of the shorter side, rounded up.
+        weight_decay: The strength of the weight decay.
+        scale: As in `Muon`; the paper's is "mup". An update of rank r has sqrt(r / min(m, n)) of the root mean square
+            that the name promises.
+        orthonormalize: "rcqr": randomized Cholesky-QR, by products and triangular solves, which suit GPUs. "qr":
+            Householder's. Up to rounding both give the same updates.
+        weight_decay_method, merge_dims: As in `Muon`.
+        options: `SharedOptions`.
 
     Raises:
-        ValueError: for an option out of range.
+        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch
@@ -115,13 +117,22 @@ class Dion(Optimizer):
         rank_fraction: float = 0.25,
         weight_decay: float = 0.01,
         *,
-        scale: str = "match_rms_adamw",
-        orthonormalize: str = "rcqr",
-        weight_decay_method: str = "decoupled",
+        scale: Scale = "match_rms_adamw",
+        orthonormalize: Orthonormalizer = "rcqr",
+        weight_decay_method: DecayMethod = "decoupled",
         merge_dims: bool = True,
-        compile: bool = False,
-        cuda_graph: bool = False,
-        nonfinite: str = "skip",
-        stochastic_rounding: bool = False,
+        **options: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(params, "dion", **given(locals()))
+        super().__init__(
+            params,
+            "dion",
+            lr=lr,
+            momentum=momentum,
+            rank_fraction=rank_fraction,
+            weight_decay=weight_decay,
+            scale=scale,
+            orthonormalize=orthonormalize,
+            weight_decay_method=weight_decay_method,
+            merge_dims=merge_dims,
+            **options,
+        )

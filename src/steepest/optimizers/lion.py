@@ -1,33 +1,32 @@
-"""Signs of momentum."""
+"""Lion."""
 
 from __future__ import annotations
 
-from typing import final
+from typing import Unpack, final
 
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.spelling import Params, given
+from steepest.optimizers.shared import GroupOptions, Params
 
 
 @final
 class Lion(Optimizer):
-    """The sign of a momentum that looks one step ahead.
+    """Lion moves every entry by the sign of a momentum that looks one step ahead.
 
-    Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675. For parameters of any shape, with
-    half of Adam's memory: 4 bytes an entry.
+    Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675, Algorithm 2. It takes parameters of
+    any shape, and keeps 4 bytes an entry, half of Adam's.
 
     Args:
-        params: tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: learning rate: what every entry moves by. The paper advises a third to a tenth of AdamW's.
-        betas: the momentum's share in the step, and its decay.
-        weight_decay: strength of the decay, decoupled; as steps are smaller than AdamW's, the paper takes 3 to 10
-            times as much.
-        nonfinite: see `Muon`.
-        stochastic_rounding: see `Muon`.
+        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        lr: The learning rate, by which every entry moves. The paper recommends a third to a tenth of AdamW's.
+        betas: The weight of the momentum in the update, and its decay rate.
+        weight_decay: The strength of the decoupled weight decay. The paper recommends 3 to 10 times AdamW's, as the
+            learning rate is smaller.
+        options: `GroupOptions`.
 
     Raises:
-        ValueError: for an option out of range.
+        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch
@@ -45,8 +44,6 @@ class Lion(Optimizer):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.01,
-        *,
-        nonfinite: str = "skip",
-        stochastic_rounding: bool = False,
+        **options: Unpack[GroupOptions],
     ) -> None:
-        super().__init__(params, "lion", **given(locals()))
+        super().__init__(params, "lion", lr=lr, betas=betas, weight_decay=weight_decay, **options)

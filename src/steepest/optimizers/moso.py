@@ -1,49 +1,48 @@
-"""One-sided SOAP on momentum."""
+"""MOSO."""
 
 from __future__ import annotations
 
-from typing import final
+from typing import Unpack, final
 
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.spelling import Params, given
+from steepest.optimizers.shared import Params, SharedOptions
+from steepest.rule.words import DecayMethod, MosoInner, Precision
 
 
 @final
 class MOSO(Optimizer):
-    """One-sided SOAP on Muon's momentum: momentum first, then Adam in the momentum's eigenbasis, on the smaller side.
+    """MOSO is one-sided SOAP on momentum: Adam in the eigenbasis of the momentum's covariance, on the smaller side.
 
     Khona, Emerging-Optimizers, 2025. For a weight of m <= n it keeps 12mn + 8m² bytes ("adam") or 8mn + 8m²
-    ("rmsprop"), and costs little: the eigenvectors are those of the smaller side only.
+    ("rmsprop"). It is cheaper than SOAP, since only the smaller side has eigenvectors.
 
     Args:
-        params: tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: learning rate, as for Adam.
-        momentum: decay of the momentum.
-        betas: decay of the moments in the eigenbasis.
-        shampoo_beta: decay of the momentum's covariance.
-        eps: keeps the division finite.
-        weight_decay: strength of the decay.
-        inner: "adam": bias-corrected Adam on the projected momentum. "rmsprop": only divide by its root mean square;
-            Adam on top of momentum damps twice.
-        noise_floor: for "adam": entries far below this fraction of the root mean square vanish quadratically. A
-            gradient of low rank (few samples) is zero up to rounding in most directions of its own eigenbasis, and Adam
-            would take full-size steps there.
+        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        lr: The learning rate, in Adam's unit.
+        momentum: The decay rate of the momentum.
+        betas: The decay rates of the moments in the eigenbasis.
+        shampoo_beta: The decay rate of the momentum's covariance. 1 is refused, since the bias correction would divide
+            zero by zero.
+        eps: The constant that keeps the division finite.
+        weight_decay: The strength of the weight decay.
+        inner: "adam": bias-corrected Adam on the projected momentum. "rmsprop": the projected momentum divided by its
+            root mean square, since Adam damps the momentum a second time.
+        noise_floor: For "adam", the fraction of the root mean square far below which entries vanish quadratically. A
+            gradient of low rank (few samples) is zero up to rounding in most directions of its own eigenbasis, and
+            Adam would take steps of full size there.
         weight_decay_method: "decoupled", "independent", "palm", "cautious" or "l2"; see `SOAP`.
-        power_iter_steps: orthogonal iterations per step.
-        max_update_rms: scale a matrix's update down to this root mean square; 0 never does.
-        fp32_matmul_prec: precision of float32 products.
-        qr_fp32_matmul_prec: precision of the products in a refresh.
-        max_precond_dim: where the smaller side is longer, it gets the identity.
-        merge_dims: see `SOAP`.
-        compile: see `Muon`.
-        cuda_graph: see `Muon`.
-        nonfinite: see `SOAP`.
-        stochastic_rounding: see `SOAP`.
+        power_iter_steps: The number of orthogonal iterations per step.
+        max_update_rms: The largest root mean square of a matrix's update; larger ones are scaled down. 0: no limit.
+        fp32_matmul_prec: The precision of float32 products: "highest", "high" (TF32) or "medium" (bfloat16).
+        qr_fp32_matmul_prec: The precision of the products of a refresh.
+        max_precond_dim: Matrices whose smaller side is longer than this are not rotated.
+        merge_dims: Whether the trailing dimensions of a convolution merge into one; see `SOAP`.
+        options: `SharedOptions`.
 
     Raises:
-        ValueError: for an option out of range. shampoo_beta = 1 is: its bias correction would be 0/0.
+        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch
@@ -65,18 +64,34 @@ class MOSO(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
-        inner: str = "adam",
+        inner: MosoInner = "adam",
         noise_floor: float = 3e-4,
-        weight_decay_method: str = "decoupled",
+        weight_decay_method: DecayMethod = "decoupled",
         power_iter_steps: int = 1,
         max_update_rms: float = 0.0,
-        fp32_matmul_prec: str = "highest",
-        qr_fp32_matmul_prec: str = "high",
+        fp32_matmul_prec: Precision = "highest",
+        qr_fp32_matmul_prec: Precision = "high",
         max_precond_dim: int = 8192,
         merge_dims: bool = True,
-        compile: bool = False,
-        cuda_graph: bool = False,
-        nonfinite: str = "skip",
-        stochastic_rounding: bool = False,
+        **options: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(params, "moso", **given(locals()))
+        super().__init__(
+            params,
+            "moso",
+            lr=lr,
+            momentum=momentum,
+            betas=betas,
+            shampoo_beta=shampoo_beta,
+            eps=eps,
+            weight_decay=weight_decay,
+            inner=inner,
+            noise_floor=noise_floor,
+            weight_decay_method=weight_decay_method,
+            power_iter_steps=power_iter_steps,
+            max_update_rms=max_update_rms,
+            fp32_matmul_prec=fp32_matmul_prec,
+            qr_fp32_matmul_prec=qr_fp32_matmul_prec,
+            max_precond_dim=max_precond_dim,
+            merge_dims=merge_dims,
+            **options,
+        )

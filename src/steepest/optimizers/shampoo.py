@@ -3,60 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import Literal, Unpack, final
 
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.spelling import Params, given
+from steepest.optimizers.shared import Params, SharedOptions
+from steepest.rule.words import DecayMethod, Graft, Precision
+
+
+class ShampooOptions(SharedOptions, total=False):
+    """`SharedOptions`, and the floor that `Shampoo` has with ``use_kl_shampoo``; `KLShampoo` documents it."""
+
+    kl_floor: float
 
 
 @final
 class Shampoo(Optimizer):
-    """The momentum between inverse roots of the gradients' two covariances.
+    """Shampoo multiplies the momentum by inverse roots of the gradients' two covariances.
 
-    Gupta et al., "Shampoo: Preconditioned Stochastic Tensor Optimization", arXiv:1802.09568; with averages and grafting
-    as in Shi et al., arXiv:2309.06497. For a weight of m × n it keeps 4mn + 8(m² + n²) bytes, and 4mn more where
-    grafting needs a second moment. Without grafting and eps, the first step is the gradient's polar factor, as Muon's.
+    Gupta et al., "Shampoo: Preconditioned Stochastic Tensor Optimization", arXiv:1802.09568, Algorithm 1; with averages
+    and grafting as in Shi et al., arXiv:2309.06497. For a weight of m × n it keeps 4mn + 8(m² + n²) + 4(m + n) bytes,
+    and 4mn more if grafting needs a second moment. Without grafting and eps, the first update is the gradient's polar
+    factor, as Muon's is.
 
     Args:
-        params: tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: learning rate; with the default grafting AdamW's, whose step's norm each matrix takes.
-        betas: decay of the momentum, and of the second moment that grafting uses.
-        shampoo_beta: decay of the covariances; their averages are unbiased at every step. 1 means sums, as in the
-            first paper: steps shrink as in AdaGrad.
-        eps: added to the covariances' eigenvalues.
-        weight_decay: strength of the decay.
-        exponent: of both covariances; None: ``-1/(2k)`` with k covariances, so -1/4, and -1/2 where one side is too
-            long for one. -1/2 whitens each side for itself; with grafting it was well ahead on a small language model
-            (d = 64, 200 steps, lr 1e-2, one seed): loss 1.80 against 1.90.
-        relative_eps: ``eps`` is a fraction of each covariance's largest eigenvalue, so that the unit of the loss does
-            not matter. Otherwise it has the unit of squared gradients.
-        graft: give each matrix the norm of the step that "sgd", "adam" or "rmsprop" (Adam without bias correction)
-            would take with the same momentum, or "none".
-        graft_eps: keeps grafting's division finite.
-        use_kl_shampoo: feed the covariances with gradients whitened by the other side; see `KLShampoo`.
-        kl_floor: for ``use_kl_shampoo``: eigenvalues count as no less than this fraction of the largest, and the first
-            feed is not whitened. 0: ``eps`` as an absolute floor, which starts the covariances 1/eps too large.
-        precondition_frequency: steps from one refresh of the eigenvectors to the next, or a function from the step to
-            that number. Eigenvalues are fresh at every step.
-        refresh: "qr": one decomposition, then orthogonal iteration; "eigh": a decomposition each time.
-        power_iter_steps: orthogonal iterations per refresh.
-        fp32_matmul_prec: precision of float32 products: "highest", "high" (TF32), "medium" (bfloat16).
-        weight_decay_method: see `Muon`.
-        max_precond_dim: longer sides get no covariance.
-        block_size: cut matrices into blocks of at most so many rows and columns, each with covariances of its own:
-            cheaper roots, less memory, and less seen; 0 cuts none. Distributed Shampoo's name for it is the same.
-        precondition_1d: one covariance n × n for vectors. Otherwise they move by their momentum, grafted.
-        stagger: spread the refreshes of a group's matrices over the steps of a period.
-        merge_dims: see `Muon`.
-        compile: see `Muon`.
-        cuda_graph: see `Muon`.
-        nonfinite: see `Muon`.
-        stochastic_rounding: see `Muon`.
+        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        lr: The learning rate. With the default grafting it has AdamW's unit.
+        betas: The decay rates of the momentum, and of the second moment that grafting uses.
+        shampoo_beta: The decay rate of the covariances, whose bias is corrected. 1 means sums instead of averages, as
+            in the first paper: updates shrink as AdaGrad's do.
+        eps: The constant that is added to the covariances' eigenvalues.
+        weight_decay: The strength of the weight decay.
+        exponent: The exponent of both covariances; None: ``-1/(2k)`` with k covariances, so -1/4, and -1/2 where one
+            side is too long for a covariance. -1/2 whitens each side by itself; with grafting it was well ahead on a
+            small language model (d = 64, 200 steps, lr 1e-2, one seed): loss 1.80 against 1.90.
+        relative_eps: Whether ``eps`` is a fraction of each covariance's largest eigenvalue, so that the unit of the
+            loss does not matter. Otherwise it has the unit of squared gradients.
+        graft: Whose norm each matrix's update takes: that of "sgd", "adam" or "rmsprop" (Adam without bias correction)
+            with the same momentum, or its own ("none").
+        graft_eps: The constant that keeps grafting's division finite.
+        use_kl_shampoo: Whether the covariances are those of gradients whitened by the other side; see `KLShampoo`.
+        precondition_frequency: The number of steps from one refresh of the eigenvectors to the next, or a function from
+            the step to that number. Eigenvalues are updated in every step.
+        solver: "qr": a full decomposition first, then orthogonal iteration. "eigh": a full decomposition in each
+            refresh.
+        power_iter_steps: The number of orthogonal iterations per refresh.
+        fp32_matmul_prec: The precision of float32 products: "highest", "high" (TF32) or "medium" (bfloat16).
+        weight_decay_method: "decoupled", "independent", "palm", "cautious" or "l2"; see `SOAP`.
+        max_precond_dim: Sides longer than this have no covariance.
+        precondition_1d: Whether vectors have one n × n covariance. Otherwise they move by their momentum, grafted.
+        merge_dims: Whether the trailing dimensions of a convolution merge into one; see `SOAP`.
+        options: `SharedOptions`, and with ``use_kl_shampoo`` the ``kl_floor`` of `KLShampoo`.
 
     Raises:
-        ValueError: for an option out of range.
+        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch
@@ -80,55 +81,60 @@ class Shampoo(Optimizer):
         *,
         exponent: float | None = None,
         relative_eps: bool = True,
-        graft: str = "adam",
+        graft: Graft = "adam",
         graft_eps: float = 1e-8,
         use_kl_shampoo: bool = False,
-        kl_floor: float = 1e-4,
         precondition_frequency: int | Callable[[int], int] = 1,
-        refresh: str = "qr",
+        solver: Literal["qr", "eigh"] = "qr",
         power_iter_steps: int = 1,
-        fp32_matmul_prec: str = "highest",
-        weight_decay_method: str = "decoupled",
+        fp32_matmul_prec: Precision = "highest",
+        weight_decay_method: DecayMethod = "decoupled",
         max_precond_dim: int = 8192,
-        block_size: int = 0,
         precondition_1d: bool = False,
-        stagger: bool = False,
         merge_dims: bool = True,
-        compile: bool = False,
-        cuda_graph: bool = False,
-        nonfinite: str = "skip",
-        stochastic_rounding: bool = False,
+        **options: Unpack[ShampooOptions],
     ) -> None:
-        options = given(locals())
-        if not use_kl_shampoo:
-            del options["kl_floor"]
-        super().__init__(params, "shampoo", **options)
-
-
-KL_SHAMPOO_OPTIONS: dict[str, Any] = {"use_kl_shampoo": True, "exponent": -0.5}
+        super().__init__(
+            params,
+            "shampoo",
+            lr=lr,
+            betas=betas,
+            shampoo_beta=shampoo_beta,
+            eps=eps,
+            weight_decay=weight_decay,
+            exponent=exponent,
+            relative_eps=relative_eps,
+            graft=graft,
+            graft_eps=graft_eps,
+            use_kl_shampoo=use_kl_shampoo,
+            precondition_frequency=precondition_frequency,
+            solver=solver,
+            power_iter_steps=power_iter_steps,
+            fp32_matmul_prec=fp32_matmul_prec,
+            weight_decay_method=weight_decay_method,
+            max_precond_dim=max_precond_dim,
+            precondition_1d=precondition_1d,
+            merge_dims=merge_dims,
+            **options,
+        )
 
 
 @final
 class KLShampoo(Optimizer):
-    """Shampoo whose covariances minimize a Kullback-Leibler divergence: each side sees what the other has whitened.
+    """KL-Shampoo is Shampoo whose covariances minimize a Kullback-Leibler divergence.
 
-    Lin et al., arXiv:2509.03378. It is ``Shampoo(use_kl_shampoo=True, exponent=-0.5)``; see `Shampoo` for the
-    arguments, and for options beyond these use it.
+    Lin et al., arXiv:2509.03378. Each side's covariance is that of gradients whitened by the other side. It equals
+    ``Shampoo(use_kl_shampoo=True, exponent=-0.5)``, which also takes the options that are not named here.
 
     Args:
-        params: tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: see `Shampoo`.
-        betas: see `Shampoo`.
-        shampoo_beta: see `Shampoo`.
-        eps: see `Shampoo`.
-        weight_decay: strength of the decay.
-        graft: see `Shampoo`.
-        kl_floor: see `Shampoo`.
-        precondition_frequency: see `Shampoo`.
-        weight_decay_method: see `Muon`.
+        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        lr, betas, shampoo_beta, eps, weight_decay, graft, precondition_frequency, weight_decay_method: As in `Shampoo`.
+        kl_floor: Eigenvalues count as no less than this fraction of the largest one, and the first gradient is not
+            whitened. 0 is the authors' absolute floor ``eps``, with which the covariances start 1/eps too large.
+        options: `SharedOptions`.
 
     Raises:
-        ValueError: for an option out of range.
+        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch
@@ -147,9 +153,24 @@ class KLShampoo(Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         *,
-        graft: str = "adam",
+        graft: Graft = "adam",
         kl_floor: float = 1e-4,
         precondition_frequency: int | Callable[[int], int] = 1,
-        weight_decay_method: str = "decoupled",
+        weight_decay_method: DecayMethod = "decoupled",
+        **options: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(params, "shampoo", **given(locals()), **KL_SHAMPOO_OPTIONS)
+        super().__init__(
+            params,
+            "kl_shampoo",
+            lr=lr,
+            betas=betas,
+            shampoo_beta=shampoo_beta,
+            eps=eps,
+            weight_decay=weight_decay,
+            exponent=-0.5,
+            graft=graft,
+            kl_floor=kl_floor,
+            precondition_frequency=precondition_frequency,
+            weight_decay_method=weight_decay_method,
+            **options,
+        )

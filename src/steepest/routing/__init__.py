@@ -1,16 +1,16 @@
-"""Routing: which rule steps which parameter, seen as which matrices, and why.
+"""Routing: which rule optimizes which parameter of a model, as which matrices, and why.
 
-Which optimizer a parameter got is the silent error of this field: a tied embedding sent to Muon, a head missed because
-it is called ``weight``, a convolution net whose whole body fell to AdamW. `route` looks at module types, ties, shapes,
-positions and names, and shows what it found; `for_model` builds the optimizer from it.
+An optimizer that gets the wrong parameters is a silent error: a tied embedding under Muon, a head that was missed
+because it is called ``weight``, a convolution net whose whole body runs by AdamW. `route` decides by module types,
+ties, shapes, positions and names, and shows what it found; `for_model` builds the optimizer from it.
 
-  survey     every parameter and where it stands
-  heads      which of them produce the outputs
-  reasons    why one is no hidden matrix
-  sight      how a hidden matrix is laid out
-  overrides  a person's word against all this
-  judge      the verdict on one parameter
-  audit      what looks wrong
+  survey     all parameters, and the modules that hold them
+  heads      the parameters that produce the outputs
+  reasons    why a parameter is not a hidden matrix
+  layout     the matrices that a weight consists of
+  overrides  the user's own decisions
+  classify   the decision on one parameter
+  audit      warnings
   table      the result, to print and to take parameter groups from
 """
 
@@ -26,9 +26,8 @@ from steepest.engine.optimizer import Optimizer
 from steepest.optimizers import group_options
 from steepest.recipes import unfold_elementwise
 from steepest.routing import audit
+from steepest.routing.classify import classify
 from steepest.routing.heads import find_heads
-from steepest.routing.judge import Judge, StateBytes
-from steepest.routing.judge import state_bytes as allocated
 from steepest.routing.overrides import Overrides, is_matrix_rule, resolve
 from steepest.routing.survey import survey
 from steepest.routing.table import Routing, Row
@@ -37,37 +36,32 @@ __all__ = ["Overrides", "Routing", "Row", "for_model", "route"]
 
 
 def route(
-    model: nn.Module,
-    rule: str = "soap",
-    *,
-    elementwise: str = "adamw",
-    overrides: Overrides | None = None,
-    state_bytes: StateBytes = allocated,
+    model: nn.Module, rule: str = "soap", *, elementwise: str = "adamw", overrides: Overrides | None = None
 ) -> Routing:
-    """Decide for every trainable parameter of a model which rule steps it, seen as which matrices.
+    """Decide for every trainable parameter of a model which rule optimizes it, and as which matrices.
 
     Weights of linear layers and convolutions, experts and recurrent gates are hidden matrices and go to ``rule``.
-    Embeddings, output heads, norms, biases, routers and whatever is a vector go to ``elementwise``. A ``rule`` that is
-    elementwise itself takes everything.
+    Embeddings, output heads, norms, biases, routers and all vectors go to ``elementwise``. A ``rule`` that is
+    elementwise itself takes all parameters.
 
     Args:
         model: Any module. Frozen parameters are left out.
-        rule: The rule for hidden matrices, or the name of an optimizer or a recipe.
-        elementwise: The rule for the rest.
-        overrides: By glob pattern over parameter names, or by type of a module around the parameter: the name of
-            another rule, or a dict of options, among them ``rule``, ``lr`` and the view's (`steepest.view`). Later
-            ones change what earlier ones say or, naming a rule, replace it. What is about matrices spares vectors.
-        state_bytes: What a rule keeps for matrices of given shapes; default: what its ``init`` would allocate.
+        rule: The rule of hidden matrices, or the name of an optimizer or a recipe.
+        elementwise: The rule of all other parameters, likewise.
+        overrides: A dict from a glob pattern over parameter names, or from the type of a module around the parameter,
+            to the name of another rule, or to a dict of options, which may hold ``rule``, ``lr`` and those of the view
+            (`steepest.view`). Later overrides change earlier ones, or replace them if they name a rule. Options of
+            matrices are not applied to vectors.
 
     Raises:
-        ValueError: On complex or lazy parameters, on unknown rules, and on overrides that match nothing.
+        ValueError: If a parameter is complex or lazy, a rule is unknown, or an override matches nothing.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(64, 10))
-        >>> print(route(model, overrides={"3.weight": {"lr": 1e-4}}))
-        parameter  shape     view         rule   why                                         state
-        0.weight   16×3×3×3  16×(3·3·3)   soap   convolution, flattened                     ...
-        0.bias     16        –            adamw  bias                                       ...
+        >>> route(model, overrides={"3.weight": {"lr": 1e-4}})
+        parameter  shape         rule   state    why
+        0.weight   16×(3·3·3)    soap   ...      convolution, flattened
+        0.bias     16            adamw  ...      bias
         ...
     """
     rule, elementwise = (group_options(name, {})["rule"] for name in (rule, elementwise))
@@ -78,11 +72,9 @@ def route(
     if not is_matrix_rule(rule):
         elementwise = rule
     heads = find_heads(model, leaves)
-    said = resolve(overrides or {}, leaves)
-    judge = Judge(rule, elementwise, heads, state_bytes)
-    rows = tuple(judge.row(leaf, said.get(id(leaf.param), {})) for leaf in trainable)
-    routed = audit.Routed(leaves, rows, heads, said, rule, elementwise)
-    return Routing(rows, audit.warnings(routed), rule, elementwise)
+    resolved = resolve(overrides or {}, leaves)
+    rows = tuple(classify(leaf, rule, elementwise, heads, resolved.get(id(leaf.param), {})) for leaf in trainable)
+    return Routing(rows, tuple(audit.warnings(leaves, rows, heads, resolved, rule, elementwise)), rule, elementwise)
 
 
 def for_model(
@@ -95,24 +87,25 @@ def for_model(
     decay_1d: bool = False,
     **options: Any,
 ) -> Optimizer:
-    """One optimizer for a whole model: hidden matrices under a matrix rule, the rest entry by entry.
+    """Build one optimizer for a whole model: hidden matrices under a matrix rule, the rest entry by entry.
 
     Args:
         model: Any module; its frozen parameters are left out.
-        name: The optimizer of hidden matrices ("soap", "rekls", "muon", ...); an elementwise one takes everything.
-            A recipe's name ("muon/moonlight", see `steepest.recipe`) brings settings for both; yours go before them.
-        lr: Its learning rate. It may be left out where a recipe has one.
-        elementwise: Options for what is no hidden matrix: ``{"lr": 3e-4, "betas": (0.9, 0.95)}``; ``rule`` names
-            another rule than AdamW. Learning rate and weight decay default to those of the matrix rule.
+        name: The optimizer of hidden matrices ("soap", "rekls", "muon", ...); an elementwise one takes all parameters.
+            A recipe ("muon/moonlight", see `steepest.recipe`) brings settings for both; yours take precedence.
+        lr: The learning rate of hidden matrices. It may be left out if a recipe has one.
+        elementwise: Options for all other parameters, such as ``{"lr": 3e-4, "betas": (0.9, 0.95)}``; ``rule`` may name
+            another rule than AdamW. Learning rate and weight decay default to those of hidden matrices.
         overrides: As in `route`.
         decay_1d: Whether vectors, norms and biases decay too (`Routing.groups`).
         options: Further options of that optimizer, as its class takes them.
 
     Raises:
-        TypeError: Without a learning rate.
+        TypeError: If there is no learning rate.
+        ValueError: If an option is unknown or out of range; the message suggests the nearest name.
 
     Warns:
-        UserWarning: Whatever looks wrong in the routing; `route` shows the whole of it.
+        UserWarning: For everything that looks wrong; `route` shows the whole routing.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -1,51 +1,51 @@
-"""Why a parameter is no hidden matrix, and so runs entry by entry."""
+"""The reasons why a parameter is not a hidden matrix and is optimized entry by entry."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from steepest.routing.sight import TABLE_LIKE
+from steepest.routing.layout import TABLE_NAMES
 from steepest.routing.survey import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Leaf, count_experts
 
 
 def is_tied_head(leaf: Leaf) -> bool:
-    """One weight, looked up at the input and multiplied at the output."""
+    """Return whether a weight is both an embedding and an output head."""
     return leaf.tied_head is not None
 
 
 def is_embedding(leaf: Leaf) -> bool:
-    """A table that is looked up by index: its gradient has a few rows, and rows know nothing of each other."""
+    """Return whether a parameter is a table that is looked up by index, so that few rows have a gradient."""
     return any(place.is_embedding for place in leaf.places)
 
 
 def is_norm(leaf: Leaf) -> bool:
-    """A parameter of any normalisation layer."""
+    """Return whether a parameter belongs to a normalization layer."""
     return leaf.place.is_norm
 
 
 def is_bias(leaf: Leaf) -> bool:
-    """A bias by name, whatever its shape: stacked experts have 2-D ones."""
+    """Return whether a parameter is a bias by its name. Those of stacked experts have two dimensions."""
     return "bias" in leaf.place.local
 
 
 def is_vector(leaf: Leaf) -> bool:
-    """At most one dimension that is larger than 1: scalars, LayerScale ``[C, 1, 1]``, a Linear with one output."""
+    """Return whether at most one dimension is larger than 1, as in scalars, or LayerScale ``[C, 1, 1]``."""
     return sum(size != 1 for size in leaf.param.shape) < 2
 
 
 def is_router(leaf: Leaf) -> bool:
-    """A weight beside experts, with one row for each of them; or one that is called a router."""
+    """Return whether a weight is a router: by its name, or with one row for each of the experts beside it."""
     place = leaf.place
-    named = (*place.name.lower().split("."), place.kind.lower())
-    if any("router" in name for name in named):
+    names = (*place.name.lower().split("."), place.kind.lower())
+    if any("router" in name for name in names):
         return True
-    if len(leaf.param.shape) != 2 or any("expert" in name for name in named):
+    if len(leaf.param.shape) != 2 or any("expert" in name for name in names):
         return False
     return any(count_experts(block) == leaf.param.shape[0] for block in place.path[-3:-1])
 
 
 def is_depthwise(leaf: Leaf) -> bool:
-    """A convolution whose every filter reads one channel."""
+    """Return whether a weight is that of a convolution with one filter per channel."""
     owner = leaf.place.owner
     if not isinstance(owner, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
         return False
@@ -61,15 +61,15 @@ REASONS: tuple[tuple[Callable[[Leaf], bool], str], ...] = (
     (is_router, "router: its rows are the experts' logits"),
     (is_depthwise, "depthwise convolution: one filter per channel"),
 )
-"""The first that holds is the reason. Heads and what looks like no matrix are told apart by position and by `see`."""
+"""The first predicate that holds gives the reason. Heads, and parameters without a layout, are found elsewhere."""
 
 TABLE = "learnt table: added, not multiplied"
 PLACEHOLDER = "placeholder without its shape"
 UNKNOWN = "bare parameter: nothing says it is a matrix"
 
 
-def unrecognised(leaf: Leaf) -> str:
-    """Why a parameter that `see` knows nothing about runs entry by entry."""
+def why_no_layout(leaf: Leaf) -> str:
+    """Return why a parameter that no detector recognizes is optimized entry by entry."""
     if leaf.param.numel() == 0:
         return PLACEHOLDER
-    return TABLE if any(TABLE_LIKE.search(name) for name in leaf.place.call_names) else UNKNOWN
+    return TABLE if any(TABLE_NAMES.search(name) for name in leaf.place.last_names) else UNKNOWN

@@ -1,7 +1,7 @@
-"""Where a model's parameters stand: by which modules, under which names, tied to what.
+"""A survey of a model's parameters: which modules hold each of them, under which names.
 
-Routing looks at places, never at a local name alone: ``weight`` says nothing, "the weight of the Linear that is the
-last projection of the model" says everything.
+Routing decides by modules and positions, since a local name says little: there is a ``weight`` in every layer, but only
+one "weight of the Linear that is the last projection of the model".
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTransp
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """One place where a module holds a parameter."""
+    """A place is one module that holds a parameter; a tied weight has several."""
 
     name: str
-    """As in ``model.named_parameters()``."""
+    """The parameter's name there, as in ``model.named_parameters()``."""
     param: Tensor
     path: tuple[nn.Module, ...]
-    """From the model down to the module that holds the parameter."""
+    """The modules from the model down to the one that holds the parameter."""
     local: str
-    """What that module calls it."""
+    """The parameter's name within that module."""
 
     @property
     def owner(self) -> nn.Module:
@@ -41,60 +41,60 @@ class Place:
 
     @property
     def kind(self) -> str:
-        """The owner's class, in a word; not what torch makes of it behind the scenes."""
+        """The name of the owner's class, without the prefixes that torch adds."""
         return re.sub("^(Parametrized|NonDynamicallyQuantizable)", "", type(self.owner).__name__)
 
     @property
-    def call_names(self) -> tuple[str, ...]:
-        """What the parameter and its module are called: ``("c_attn", "weight")``."""
+    def last_names(self) -> tuple[str, ...]:
+        """The names of the owner and of the parameter: ``("c_attn", "weight")``."""
         return tuple(self.name.split(".")[-2:])
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it is a table that is looked up by index."""
+        """Whether the parameter is a table that is looked up by index."""
         return isinstance(self.owner, nn.Embedding | nn.EmbeddingBag) or hasattr(self.owner, "num_embeddings")
 
     @property
     def is_norm(self) -> bool:
-        """Whether its module normalises."""
+        """Whether the owner is a normalization layer."""
         return re.search(r"norm\d*d?$", self.kind.lower()) is not None
 
     @property
     def is_lora(self) -> bool:
-        """Whether it is one of the two thin factors of a low-rank adapter."""
+        """Whether the parameter is a factor of a low-rank adapter."""
         return re.search(r"(^|\.)lora_[ab](\.|$)", self.name.lower()) is not None
 
     @property
     def is_projection(self) -> bool:
-        """Whether it is the weight by which a module multiplies its input."""
+        """Whether the parameter is the weight by which the owner multiplies its input."""
         return self.local == "weight" and self.param.ndim >= 2 and not (self.is_embedding or self.is_norm)
 
     @property
-    def is_in_stack(self) -> bool:
-        """Whether it is inside a block that stands in a row of blocks, as the layers of a transformer do."""
-        return any(_is_row_of_blocks(row, block) for row, block in zip(self.path, self.path[1:-1], strict=False))
+    def is_in_layers(self) -> bool:
+        """Whether the parameter belongs to one of several equal layers, such as the blocks of a transformer."""
+        return any(_is_list_of_layers(row, layer) for row, layer in zip(self.path, self.path[1:-1], strict=False))
 
     @property
     def widths(self) -> tuple[int, int]:
-        """``(outputs, inputs)`` of a projection."""
+        """The numbers of outputs and inputs of a projection."""
         rows, columns = self.param.shape[0], self.param.shape[1]
         return (columns, rows) if stores_inputs_first(self.owner) else (rows, columns)
 
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """One parameter and all its places: more than one where weights are tied."""
+    """A leaf is one parameter with all its places."""
 
     places: tuple[Place, ...]
 
     @property
     def place(self) -> Place:
-        """The first place, under whose name the parameter goes."""
+        """The first place, which gives the parameter its name."""
         return self.places[0]
 
     @property
     def name(self) -> str:
-        """As in ``model.named_parameters()``."""
+        """The parameter's name, as in ``model.named_parameters()``."""
         return self.place.name
 
     @property
@@ -104,14 +104,14 @@ class Leaf:
 
     @property
     def tied_head(self) -> Place | None:
-        """The projection that shares this embedding's weight, if one does."""
+        """The projection that shares an embedding's weight, if there is one."""
         if not any(place.is_embedding for place in self.places):
             return None
         return next((place for place in self.places if not place.is_embedding), None)
 
 
 def survey(model: nn.Module) -> list[Leaf]:
-    """Every parameter of the model, frozen ones too, in the order of ``named_parameters``.
+    """Return all parameters of a model, frozen ones included, in the order of ``named_parameters``.
 
     >>> model = nn.ModuleDict({"table": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
     >>> model["head"].weight = model["table"].weight
@@ -125,12 +125,12 @@ def survey(model: nn.Module) -> list[Leaf]:
 
 
 def stores_inputs_first(module: nn.Module) -> bool:
-    """Whether the module's weight stands as [in, out]: transformers' Conv1D, and transposed convolutions."""
+    """Return whether a module's weight is stored as [in, out]: in transposed convolutions and transformers' Conv1D."""
     return isinstance(module, TRANSPOSED_CONVOLUTIONS) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
 def count_experts(block: nn.Module) -> int | None:
-    """How many experts stand directly in a block: modules in a list, or one leading dimension of 3-D parameters."""
+    """Return the number of experts directly in a block: modules in a list, or the leading dimension of 3-D weights."""
     for name, child in block.named_children():
         if "expert" not in name.lower():
             continue
@@ -142,26 +142,24 @@ def count_experts(block: nn.Module) -> int | None:
     return None
 
 
-def _places(module: nn.Module, name: str, above: tuple[nn.Module, ...]) -> Iterator[Place]:
-    path = (*above, module)
+def _places(module: nn.Module, prefix: str, above: tuple[nn.Module, ...]) -> Iterator[Place]:
     for local, param in module._parameters.items():
-        if param is not None:
-            yield _place(f"{name}{local}", param, path, local)
+        if param is None:
+            continue
+        path = (*above, module)
+        # A parametrized weight (weight norm, spectral norm) is held by `linear.parametrizations.weight.original`, but
+        # it is the weight of the Linear.
+        if isinstance(module, ParametrizationList) and len(path) > 2:
+            yield Place(f"{prefix}{local}", param, path[:-2], prefix.split(".")[-2])
+        else:
+            yield Place(f"{prefix}{local}", param, path, local)
     for local, child in module.named_children():
-        yield from _places(child, f"{name}{local}.", path)
+        yield from _places(child, f"{prefix}{local}.", (*above, module))
 
 
-def _place(name: str, param: Tensor, path: tuple[nn.Module, ...], local: str) -> Place:
-    # A parametrized weight (weight norm, spectral norm) lives at `linear.parametrizations.weight.original`; it is the
-    # linear's weight all the same.
-    if isinstance(path[-1], ParametrizationList) and len(path) > 2:
-        path, local = path[:-2], name.split(".")[-2]
-    return Place(name, param, path, local)
-
-
-def _is_row_of_blocks(row: nn.Module, block: nn.Module) -> bool:
+def _is_list_of_layers(row: nn.Module, layer: nn.Module) -> bool:
     if isinstance(row, nn.ModuleList):
         return True
-    if not isinstance(row, nn.Sequential) or isinstance(block, nn.Sequential):
+    if not isinstance(row, nn.Sequential) or isinstance(layer, nn.Sequential):
         return False
-    return sum(type(sibling) is type(block) for sibling in row) > 1
+    return sum(type(sibling) is type(layer) for sibling in row) > 1

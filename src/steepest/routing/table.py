@@ -1,11 +1,13 @@
-"""A routing as a table: for a person to read, and for an optimizer to take its groups from."""
+"""The result of routing: a table to read, which an optimizer takes its parameter groups from."""
 
 from __future__ import annotations
 
+import html
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -15,32 +17,34 @@ from steepest.engine.group import option_defaults
 from steepest.rule import nearest
 from steepest.view import OPTIONS, View
 
-TITLES = ("parameter", "shape", "view", "rule", "why", "state")
+TITLES = ("parameter", "shape", "rule", "state", "why")
+WIDTH, NARROWEST = 80, 22
+"""Characters of a printed line, and of its last column at least."""
 INDEX = re.compile(r"(?<![^._])\d+(?![^.])")
 """A number in a parameter's name: ``h.7.attn``, ``expert_7``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """What happens to one parameter, and why."""
+    """A row tells how one parameter is optimized, and why."""
 
     name: str
     param: Tensor
     rule: str
-    """The rule that steps it."""
+    """The rule that optimizes it."""
     view: View | None
-    """How it is seen as matrices; None where a rule works entry by entry."""
+    """The matrices that it is taken as; None if the rule is elementwise."""
+    layout: str
+    """These matrices in words; the shape if the rule is elementwise."""
     why: str
     state_bytes: int
-    """What the rule keeps for it, with the rule's default options."""
-    hidden: bool = True
-    """Whether it counts as a hidden matrix, no embedding, head, norm or vector."""
-    decays: bool = True
+    """The size of its state under the rule's default options."""
+    hidden: bool
+    """Whether it is a hidden matrix: no embedding, head, norm or vector."""
+    decays: bool
     """Whether weight decay applies: vectors, norms and biases are exempt."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """What an override set for this parameter alone."""
-    seen: str = "–"
-    """The view in words."""
+    options: Mapping[str, Any]
+    """The options that overrides set for it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,17 +52,20 @@ class Row:
         return tuple(self.param.shape)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Routing:
-    """Every trainable parameter's rule, view and reason; ``print`` it before a training."""
+    """A routing tells the rule, the matrices and the reason for every trainable parameter of a model.
+
+    Print it before a training. Notebooks show it as a table.
+    """
 
     rows: tuple[Row, ...]
     warnings: tuple[str, ...]
     """What looks wrong."""
     rule: str
-    """The rule for hidden matrices."""
+    """The rule of hidden matrices."""
     elementwise: str
-    """The rule for the rest."""
+    """The rule of all other parameters."""
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -67,19 +74,30 @@ class Routing:
         return len(self.rows)
 
     def __getitem__(self, name: str) -> Row:
-        """The row of the parameter of this name."""
+        """Return the row of the parameter of this name."""
         for row in self.rows:
             if row.name == name:
                 return row
         raise KeyError(name)
 
-    def __str__(self) -> str:
-        lines = [TITLES, *map(_cells, _folded(self.rows))]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join([cell.ljust(width) for cell, width in zip(line, widths, strict=True)]).rstrip() for line in lines
-        ]
-        return "\n".join([*table, "", *self._totals(), *(f"warning: {text}" for text in self.warnings)])
+    def __repr__(self) -> str:
+        lines = [TITLES, *map(_cells, fold(self.rows))]
+        *widths, _ = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        indent = sum(widths) + 2 * len(widths)
+        text = []
+        for *cells, why in lines:
+            start = "".join(cell.ljust(width + 2) for cell, width in zip(cells, widths, strict=True))
+            first, *rest = textwrap.wrap(why, max(WIDTH - indent, NARROWEST))
+            text += [start + first, *(" " * indent + more for more in rest)]
+        return "\n".join([*text, "", *self._notes()])
+
+    def _repr_html_(self) -> str:
+        """Return the table as HTML, which notebooks show."""
+        lines = [("th", TITLES), *(("td", _cells(rows)) for rows in fold(self.rows))]
+        table = "".join(
+            "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>" for tag, cells in lines
+        )
+        return f"<table>{table}</table><p>{'<br>'.join(map(html.escape, self._notes()))}</p>"
 
     def groups(
         self,
@@ -88,16 +106,20 @@ class Routing:
         *,
         decay_1d: bool = False,
     ) -> list[dict[str, Any]]:
-        """Parameter groups for `steepest.Optimizer`: parameters with the same rule, view and options stand together.
+        """Return parameter groups for `steepest.Optimizer`, one for each combination of rule, view and options.
 
-        Groups of the matrix rule come first, so ``param_groups[0]["lr"]`` is the rate that ``options`` name.
+        Groups of matrices come first, so ``param_groups[0]["lr"]`` is the learning rate in ``options``.
 
         Args:
-            options: For the parameters of this routing's ``rule``. Other rules take from them what every rule
-                has (learning rate, weight decay).
-            elementwise: For what is no hidden matrix; goes before what ``options`` say.
-            decay_1d: Whether vectors, norms and biases decay as well. They don't by default, as in nanoGPT and in the
-                Trainer of transformers: decay would pull a norm's scale to 0. Embeddings and heads do decay.
+            options: Options of this routing's ``rule``. Other rules take from them what every rule has, such as the
+                learning rate and weight decay.
+            elementwise: Options of all parameters but hidden matrices; they take precedence over ``options``.
+            decay_1d: Whether weight decay acts on vectors, norms and biases too. By default it doesn't, as in nanoGPT
+                and in the Trainer of transformers, since decay would pull a norm's scale to 0. It does act on
+                embeddings and heads.
+
+        Raises:
+            ValueError: If an option is unknown, or chooses a view for all parameters at once.
 
         Example:
             >>> from steepest.routing import route
@@ -142,64 +164,63 @@ class Routing:
                 raise ValueError(f"{name}={settings[name]!r}: {row.rule} has no such option{nearest(name, known)}")
         return settings
 
-    def _totals(self) -> list[str]:
-        lines = []
+    def _notes(self) -> list[str]:
+        """Return a line of totals for each rule, and the warnings."""
+        notes = []
         total = sum(row.param.numel() for row in self.rows)
         for rule in dict.fromkeys(row.rule for row in sorted(self.rows, key=lambda row: row.view is None)):
             rows = [row for row in self.rows if row.rule == rule]
             entries = sum(row.param.numel() for row in rows)
             share = f"{entries / total:.1%}" if total else "0%"
             state = _bytes(sum(row.state_bytes for row in rows))
-            lines.append(f"{rule}: {len(rows)} parameters, {_count(entries)} entries ({share}), state {state}")
-        return lines
+            notes.append(f"{rule}: {len(rows)} parameters, {_count(entries)} entries ({share}), state {state}")
+        return notes + [f"warning: {text}" for text in self.warnings]
 
 
-def _folded(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that differ only in the indices in their names, as the layers of a model do, together."""
+def fold(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return rows in lists of those that differ only in the indices in their names, as a model's layers do."""
     folded: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         pattern = INDEX.sub("#", row.name)
-        key = (pattern, row.shape, row.seen, row.rule, row.why, repr(row.options))
+        key = (pattern, row.shape, row.layout, row.rule, row.why, repr(row.options))
         folded.setdefault(key, []).append(row)
     return list(folded.values())
 
 
-def _cells(rows: Sequence[Row]) -> tuple[str, ...]:
-    first = rows[0]
-    indices = zip(*(INDEX.findall(row.name) for row in rows), strict=True)
-    ranges = iter([_range(list(dict.fromkeys(column))) for column in indices])
-    name = INDEX.sub(lambda _: next(ranges), first.name)
-    if len(rows) > 1:
-        name += f" ×{len(rows)}"
-    shape = "×".join(map(str, first.shape)) or "scalar"
-    return name, shape, first.seen, first.rule, first.why, _bytes(sum(row.state_bytes for row in rows))
+def common_name(names: Sequence[str]) -> str:
+    """Return one name for names that differ only in their indices.
 
-
-def _range(parts: Sequence[str]) -> str:
-    """An index in the name of folded rows.
-
-    >>> _range(["7"]), _range(["0", "1", "2"]), _range(["2", "4"])
-    ('7', '{0..2}', '{2,4}')
+    >>> common_name(["h.0.w", "h.1.w", "h.2.w"]), common_name(["h.2.w", "h.4.w"]), common_name(["h.0.w"])
+    ('h.{0..2}.w ×3', 'h.{2,4}.w ×2', 'h.0.w')
     """
-    if len(parts) == 1:
-        return parts[0]
-    numbers = sorted(map(int, parts))
-    contiguous = numbers == list(range(numbers[0], numbers[-1] + 1))
-    return f"{{{numbers[0]}..{numbers[-1]}}}" if contiguous else "{" + ",".join(map(str, numbers)) + "}"
+    columns = iter(zip(*(INDEX.findall(name) for name in names), strict=True))
+    name = INDEX.sub(lambda _: _range(sorted({int(index) for index in next(columns)})), names[0])
+    return f"{name} ×{len(names)}" if len(names) > 1 else name
+
+
+def _range(indices: Sequence[int]) -> str:
+    if len(indices) == 1:
+        return str(indices[0])
+    contiguous = len(indices) == indices[-1] - indices[0] + 1
+    return f"{{{indices[0]}..{indices[-1]}}}" if contiguous else "{" + ",".join(map(str, indices)) + "}"
+
+
+def _cells(rows: Sequence[Row]) -> tuple[str, ...]:
+    name, first = common_name([row.name for row in rows]), rows[0]
+    return name, first.layout, first.rule, _bytes(sum(row.state_bytes for row in rows)), first.why
 
 
 def _bytes(count: int) -> str:
-    """A number of bytes for reading.
+    """Return a number of bytes with its unit.
 
     >>> _bytes(512), _bytes(65_536), _bytes(3_000_000_000)
     ('512 B', '65.5 kB', '3.0 GB')
     """
-    return f"{count} B" if count < 1000 else _count(count, ("kB", "MB", "GB", "TB"))
+    return f"{count} B" if count < 1000 else _count(count, (" kB", " MB", " GB", " TB"))
 
 
-def _count(count: float, units: Sequence[str] = ("k", "M", "G", "T")) -> str:
+def _count(count: int, units: Sequence[str] = ("k", "M", "G", "T")) -> str:
     if count < 1000:
         return str(count)
     power = min(int(math.log10(count) / 3 + 1e-4), len(units))
-    separator = " " if len(units[0]) > 1 else ""
-    return f"{count / 1000**power:.1f}{separator}{units[power - 1]}"
+    return f"{count / 1000**power:.1f}{units[power - 1]}"

@@ -1,4 +1,4 @@
-"""How parameters are called in messages and matched in checkpoints."""
+"""The names of parameters in messages and checkpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def parameter_name(group: Mapping[str, Any], number: int, index: int) -> str:
-    """The name of the parameter at ``index`` of group ``number``; by its position where there are no names.
+    """Return the name of the parameter at ``index`` of group ``number``, or its position if it has no name.
 
     >>> parameter_name({"param_names": ["head.weight"]}, 0, 0), parameter_name({}, 1, 2)
     ('head.weight', 'parameter 2 of group 1')
@@ -17,9 +17,9 @@ def parameter_name(group: Mapping[str, Any], number: int, index: int) -> str:
 
 
 def bare(name: str) -> str:
-    """A parameter's name without what DDP, torch.compile and activation checkpointing put around modules.
+    """Remove the prefixes that DDP, torch.compile and activation checkpointing add to a parameter's name.
 
-    So a state that was saved under one wrapper loads under another.
+    A state that was saved under one wrapper can then be loaded under another.
 
     >>> bare("module.layers.0._orig_mod.up.weight")
     'layers.0.up.weight'

@@ -1,8 +1,9 @@
 """Stacks: all matrices of one shape in one parameter group, held as one tensor ``[B, m, n]``.
 
-A matrix's place in its stack is a slot. A stack is allocated once and persists; `torch.optim.Optimizer.state` holds
-views into it. Each slot has two clocks: ``t``, on the device, counts the updates that a matrix has had, for bias
-corrections; ``clock``, on the host, says where in its life it stands, for refreshes, without waiting for a device.
+Each matrix has a slot of its stack, and the matrices of one piece of one parameter have a segment of consecutive slots.
+A stack is allocated once and persists; `torch.optim.Optimizer.state` holds views into it. Each slot has two clocks.
+``t`` is on the device and counts the updates that a matrix has had, for bias corrections. ``clock`` is on the host and
+counts the same updates, so that refreshes can be scheduled without waiting for the device.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
-from typing import Any as Solved
 
 import torch
 from torch import Tensor
@@ -20,262 +21,219 @@ from torch import Tensor
 from steepest.linalg.phases import phase
 from steepest.rule import Rule, Slots, State, Step
 from steepest.stack.graphs import Recorder
-from steepest.stack.storage import Storage
+from steepest.stack.storage import Storage, laid_out
 from steepest.view import View
 
-Windows = Mapping[tuple[int, int], Tensor]
-"""By a parameter's position in its group and the number of a piece: what the piece covers of a tensor of its shape."""
-
-Answers = Mapping[tuple[int, int], Mapping[str, Solved]]
-"""By the same, what has been solved elsewhere for all of a piece's matrices, by the errand's name."""
+Pieces = Mapping[tuple[int, int], Tensor]
+"""The matrices ``[b, m, n]`` of each piece that takes part in a step, by the `Segment.key` of its segment."""
 
 
 @dataclass(frozen=True)
-class Seat:
-    """The slots ``start:stop`` of a stack that one piece of one parameter takes."""
+class Segment:
+    """A segment is the slots ``start:stop`` of a stack, which hold one piece of one parameter."""
 
     index: int
-    """The parameter's position in its group."""
+    """The position of the parameter in its group."""
     piece: int
-    """Which of the batches of the parameter's view."""
+    """The number of the piece in the parameter's view."""
     start: int
     stop: int
     view: View
     first: int = 0
-    """The number of its first matrix among those of the whole parameter, if this rank holds only some of them."""
+    """The number of the segment's first matrix in the whole parameter, if this rank holds only some of its matrices."""
 
-    @property
+    @cached_property
     def key(self) -> tuple[int, int]:
-        """The parameter's position and the number of its piece."""
+        """Return the position of the parameter and the number of the piece, which tell segments of a group apart."""
         return self.index, self.piece
 
-    @property
-    def range(self) -> range:
-        """The slots, one by one."""
-        return range(self.start, self.stop)
+    @cached_property
+    def slots(self) -> slice:
+        """Return ``start:stop`` as a slice."""
+        return slice(self.start, self.stop)
 
     @property
-    def slots(self) -> slice:
-        """``start:stop``."""
-        return slice(self.start, self.stop)
+    def shape(self) -> tuple[int, int, int]:
+        """Return the shape ``(b, m, n)`` of the segment's matrices."""
+        return self.view.pieces[self.piece]
 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring slots of a stack that are updated together: alive, and in the same stage."""
+    """A run is a range of slots that are updated together: all take part in the step and are in the same stage."""
 
     slots: slice
     stage: str
     refresh: Slots | None
-    """Which of them refresh, counted from the run's first."""
+    """The slots that refresh, counted from the first slot of the run; None if no slot refreshes."""
     due: Sequence[int]
-    """The same as slots of the stack, on the host."""
+    """The same slots, counted from the first slot of the stack, on the host."""
 
 
 @dataclass(frozen=True)
-class PutOff:
-    """What a rule has left of a step for after it, of neighbouring slots that refresh, all of them."""
+class Deferred:
+    """A refresh that a rule has deferred until after the step, for a range of slots that are all due."""
 
     slots: slice
     step: Step
-    """Of these slots alone."""
+    """The step, reduced to these slots."""
     finite: Tensor | None
-    """``[b, 1, 1]``: of which matrices the step must leave no trace, as False; None: of none."""
-
-    def of(self, seat: Seat, answers: Mapping[str, Solved]) -> PutOff | None:
-        """What of it concerns a seat, if anything, with what has been solved for the matrices of that seat."""
-        start, stop = max(self.slots.start, seat.start), min(self.slots.stop, seat.stop)
-        if start >= stop:
-            return None
-        mine = slice(start - self.slots.start, stop - self.slots.start)
-        solved = {name: tuple(x[start - seat.start : stop - seat.start] for x in xs) for name, xs in answers.items()}
-        rest = put_off(self.step, mine, None if self.finite is None else self.finite[mine])
-        return replace(rest, slots=slice(start, stop), step=replace(rest.step, solved=solved))
+    """``[b, 1, 1]``, False for the matrices in which the step must leave no trace; None if there are none."""
 
 
-def put_off(step: Step, slots: slice, finite: Tensor | None) -> PutOff:
-    """Of a step, what it leaves for after it of some slots, which all refresh; ``finite`` is of these already."""
-    failures = None if step.failures is None else step.failures[slots]
-    everything = slice(0, slots.stop - slots.start)
-    return PutOff(slots, replace(step, t=step.t[slots], refresh=everything, penalty=None, failures=failures), finite)
+class AsyncCopy:
+    """A copy of a tensor to the host that is made asynchronously.
 
-
-class Echo:
-    """A tensor on its way to the host. Hearing it waits for what its device was told before, not for what came after.
-
-    >>> Echo(torch.tensor([1, 2])).heard()
+    >>> AsyncCopy(torch.tensor([1, 2])).wait()
     tensor([1, 2])
     """
 
     def __init__(self, x: Tensor) -> None:
         cuda = x.device.type == "cuda"
         self.x = torch.empty(x.shape, dtype=x.dtype, pin_memory=cuda).copy_(x, non_blocking=cuda)
-        self.arrived = torch.cuda.current_stream(x.device).record_event() if cuda else None
+        self.copied = torch.cuda.current_stream(x.device).record_event() if cuda else None
 
-    def heard(self) -> Tensor:
-        """The tensor, on the host."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
+    def wait(self) -> Tensor:
+        """Wait for the copy, but not for anything that the device was told to do after it, and return it."""
+        if self.copied is not None:
+            self.copied.synchronize()
         return self.x
 
 
 class Stack:
-    """The state of all matrices of shape ``m × n`` in one group, and who sits where."""
+    """A stack holds the state of all matrices of shape ``m × n`` in one group, and the segments that they belong to."""
 
-    def __init__(self, rule: Rule, group: int, seats: Sequence[Seat], like: Tensor) -> None:
-        """Allocate for ``like [B, m, n]``, an empty tensor of the state's dtype on the state's device."""
+    def __init__(self, rule: Rule, group: int, segments: Sequence[Segment], like: Tensor) -> None:
+        """Allocate state for ``like [B, m, n]``, an empty tensor that has the state's dtype and device."""
         self.group = group
-        self.seats = list(seats)
+        self.segments = list(segments)
         self.size = like.shape[0]
         self.shape = tuple(like.shape[1:])
         self.device = like.device
         self.dtype = like.dtype
         self.storage = Storage.of(rule)
-        self.state: State = self.storage.laid_out(rule.init(like))
+        self.state: State = laid_out(rule, like)
         self.t = torch.zeros(self.size, 1, 1, dtype=like.dtype, device=like.device)
         self.clock = torch.zeros(self.size, dtype=torch.int64)
         self.skipped = 0
         self.failures = torch.zeros(self.size, dtype=torch.int64, device=like.device)
-        self.undone: Echo | None = None
-        self.put_off: list[PutOff] = []
+        self.undone: AsyncCopy | None = None
+        self.deferred: list[Deferred] = []
         self.recorder = Recorder()
-        self._lane: torch.cuda.Stream | None = None
-        self._finished: tuple[torch.cuda.Event, list[PutOff]] | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._finished: tuple[torch.cuda.Event, list[Deferred]] | None = None
 
-    @classmethod
-    def blank(cls, rule: Rule, number: int, seat: Seat, p: Tensor) -> Stack:
-        """The stack of one piece of a parameter by itself, without values: on the meta device."""
-        b, m, n = seat.view.pieces[seat.piece]
-        like = torch.empty(b, m, n, dtype=state_dtype(p), device="meta")
-        return cls(rule, number, [replace(seat, start=0, stop=b)], like)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of state."""
-        return sum(x.nbytes for x in (self.t, self.clock, *self.state.values()))
+    def views(self, segment: Segment) -> dict[str, Tensor]:
+        """Return a segment's state as views into the stack, under the names that ``optimizer.state[p]`` shows."""
+        slots: slice | int = segment.slots if segment.view.batched else segment.start
+        named = {"step": self.t.view(-1), "clock": self.clock, **self.state}
+        suffix = f".{segment.piece}" if len(segment.view.pieces) > 1 else ""
+        return {name + suffix: tensor[slots] for name, tensor in named.items()}
 
     @phase("gather")
-    def fill(self, windows: Windows) -> Tensor:
-        """The windows of its pieces as one stack ``[B, m, n]``, in its dtype; slots without one stay unset."""
+    def fill(self, pieces: Pieces) -> Tensor:
+        """Return the pieces as one tensor ``[B, m, n]`` in the state's dtype; slots without a piece stay unset."""
         out = torch.empty(self.size, *self.shape, dtype=self.dtype, device=self.device)
-        there = [(seat, windows[seat.key]) for seat in self.seats if seat.key in windows]
-        if there:
-            torch._foreach_copy_([out[s.slots] for s, _ in there], [s.view.batch(x, s.piece) for s, x in there])
+        targets, sources = [], []
+        for segment in self.segments:
+            if segment.key in pieces:
+                targets.append(out[segment.slots])
+                sources.append(pieces[segment.key])
+        if targets:
+            torch._foreach_copy_(targets, sources)
         return out
 
-    def settle(self) -> None:
-        """Have the device wait for what runs `beside`. Count what it left out, and turn back the host's clock for it.
+    def runs(self, rule: Rule, live: Sequence[bool], offsets: Sequence[int]) -> list[Run]:
+        """Cut the slots that are ``live`` into runs; usually there is one run, which is the whole stack.
 
-        The host hears of the last step a step late, when the answer has come in and waiting for it holds nothing up.
+        ``offsets`` says for each slot at which step of its period it refreshes.
+        """
+        clocks: list[int] = self.clock.tolist()
+        stages = {clock: rule.stage(clock) for clock in set(clocks)}
+        is_due = {pair: rule.due(*pair) for pair in set(zip(clocks, offsets, strict=True))}
+        runs = []
+        start = 0
+        while start < self.size:
+            stage, stop = stages[clocks[start]], start + 1
+            while stop < self.size and live[stop] == live[start] and stages[clocks[stop]] == stage:
+                stop += 1
+            if live[start]:
+                due = [i for i in range(start, stop) if is_due[clocks[i], offsets[i]]]
+                runs.append(Run(slice(start, stop), stage, _relative(due, start, self.device), due))
+            start = stop
+        return runs
+
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """Run what a CUDA device is told in the ``with`` block on a side stream, beside whatever follows.
+
+        `settle` waits for the side stream. Until then the stack keeps what it has deferred, because the side stream
+        reads that memory.
+        """
+        if self.device.type != "cuda":
+            yield
+            return
+        self._stream = self._stream or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            yield
+        self._finished = self._stream.record_event(), list(self.deferred)
+
+    def settle(self) -> None:
+        """Make the device wait for the side stream, and account for the updates that the device has undone.
+
+        The host learns one step later which updates of the last step were undone, when waiting for that answer holds
+        nothing up. It counts them as skipped, and turns its clock back for them.
         """
         if self._finished is not None:
             torch.cuda.current_stream(self.device).wait_event(self._finished[0])
             self._finished = None
         if self.undone is not None:
-            undone = self.undone.heard()
+            undone = self.undone.wait()
             self.skipped += int(undone.sum())
             self.clock -= undone
             self.undone = None
 
-    def has_put_off(self, seat: Seat) -> bool:
-        """Whether something of a seat's last step is left for after it."""
-        return any(rest.slots.start < seat.stop and seat.start < rest.slots.stop for rest in self.put_off)
 
-    @contextmanager
-    def beside(self, held: Sequence[PutOff]) -> Iterator[None]:
-        """What a CUDA device is told inside the ``with`` block it does beside what comes after, until `settle`.
-
-        ``held`` is what it reads: memory that would else be given away before it has.
-        """
-        if self.device.type != "cuda":
-            yield
-            return
-        self._lane = self._lane or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._lane.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._lane):
-            yield
-        self._finished = self._lane.record_event(), list(held)
-
-    def views(self, seat: Seat) -> dict[str, Tensor]:
-        """A seat's state as views into the stack, under the names that `optimizer.state[p]` shows."""
-        slots: slice | int = seat.slots if seat.view.batched else seat.start
-        named = {"step": self.t.view(-1), "clock": self.clock, **self.state}
-        suffix = f".{seat.piece}" if len(seat.view.pieces) > 1 else ""
-        return {name + suffix: tensor[slots] for name, tensor in named.items()}
-
-    def runs(self, rule: Rule, live: Sequence[bool], phases: Sequence[int]) -> Iterator[Run]:
-        """Cut the live slots into runs. Usually there is one, the whole stack."""
-        clocks: list[int] = self.clock.tolist()
-        stages = [rule.stage(clock) if alive else None for clock, alive in zip(clocks, live, strict=True)]
-        start = 0
-        for stop in range(1, self.size + 1):
-            stage = stages[start]
-            if stop < self.size and stages[stop] == stage:
-                continue
-            if stage is not None:
-                due = [rule.due(clocks[i], phases[i]) for i in range(start, stop)]
-                slots = [start + i for i, is_due in enumerate(due) if is_due]
-                yield Run(slice(start, stop), stage, _slots(due, self.device), slots)
-            start = stop
-
-
-def loose(index: int, p: Tensor, group: Mapping[str, Any], first: int = 0) -> list[Seat]:
-    """Seats for the pieces of ``p``, the parameter at ``index`` of its group, in no stack yet."""
+def segments_of(index: int, p: Tensor, group: Mapping[str, Any], first: int = 0) -> list[Segment]:
+    """Return a segment for each piece of ``p``, the parameter at ``index`` of its group, which is in no stack yet."""
     view = View.of(p, group)
-    return [Seat(index, piece, 0, b, view, first) for piece, (b, _, _) in enumerate(view.pieces)]
+    return [Segment(index, piece, 0, b, view, first) for piece, (b, _, _) in enumerate(view.pieces)]
 
 
-def lay_out(rule: Rule, number: int, pieces: Iterable[tuple[Seat, Tensor]]) -> list[Stack]:
-    """Stacks for pieces of parameters of group ``number``, each with its parameter, in order of first appearance."""
-    rows: dict[tuple[Any, ...], list[Seat]] = {}
-    for seat, p in pieces:
-        b, m, n = seat.view.pieces[seat.piece]
-        row = rows.setdefault((m, n, p.device, p.dtype, state_dtype(p)), [])
-        start = row[-1].stop if row else 0
-        row.append(replace(seat, start=start, stop=start + b))
+def lay_out(rule: Rule, group: int, segments: Iterable[tuple[Segment, Tensor]]) -> list[Stack]:
+    """Allocate stacks for segments, each given with its parameter; stacks come in the order of their first segments."""
+    stacked: dict[tuple[Any, ...], list[Segment]] = {}
+    for segment, p in segments:
+        b, m, n = segment.shape
+        members = stacked.setdefault((m, n, p.device, p.dtype, state_dtype(p)), [])
+        start = members[-1].stop if members else 0
+        members.append(replace(segment, start=start, stop=start + b))
     return [
-        Stack(rule, number, row, torch.empty(row[-1].stop, m, n, dtype=dtype, device=device))
-        for (m, n, device, _, dtype), row in rows.items()
+        Stack(rule, group, members, torch.empty(members[-1].stop, m, n, dtype=dtype, device=device))
+        for (m, n, device, _, dtype), members in stacked.items()
     ]
 
 
+def meta_views(rule: Rule, segment: Segment, p: Tensor) -> dict[str, Tensor]:
+    """Return the state of a segment of ``p`` as `Stack.views` shows it, without values: clocks are on the host."""
+    b, m, n = segment.shape
+    alone = replace(segment, start=0, stop=b)
+    return Stack(rule, 0, [alone], torch.empty(b, m, n, dtype=state_dtype(p), device="meta")).views(alone)
+
+
 def state_dtype(p: Tensor) -> torch.dtype:
-    """float32, or float64 for float64 parameters: sums of outer products are not safe in less."""
+    """Return float32, or float64 for float64 parameters, because sums of outer products are not safe in less."""
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
-def beside(state: State, p: Tensor, x: Tensor) -> Tensor:
-    """``x`` in the dtype and memory layout of p's state, since fused kernels pair by address; itself if it is."""
-    for moment in state.values():
-        if moment.shape == p.shape:
-            p = moment
-            break
-    return x if x.dtype == p.dtype and x.stride() == p.stride() else torch.empty_like(p).copy_(x)
-
-
 def to_device(values: Sequence[int], device: torch.device) -> Tensor:
-    """Numbers of the host's as a tensor on a device, by way of pinned memory: an ordinary copy would wait for it."""
+    """Return a list of numbers as a tensor on a device, through pinned memory: a plain copy would wait for the GPU."""
     return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def spread(costs: Sequence[float], period: int) -> list[int]:
-    """A phase in ``[0, period)`` for each job, so that the phases' costs are as even as they easily get.
-
-    Dearest first, each to the phase that has least so far; a lone job gets phase 0 and behaves as if unstaggered.
-
-    >>> spread([8.0, 1.0, 8.0, 1.0], period=2), spread([5.0], period=10)
-    ([0, 0, 1, 1], [0])
-    """
-    load = [0.0] * period
-    phases = [0] * len(costs)
-    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
-        phases[job] = load.index(min(load))
-        load[phases[job]] += costs[job]
-    return phases
-
-
 def ranges(slots: Sequence[int]) -> list[slice]:
-    """Ascending numbers as slices of neighbours.
+    """Return ascending numbers as slices of consecutive numbers.
 
     >>> ranges([0, 1, 2, 5])
     [slice(0, 3, None), slice(5, 6, None)]
@@ -284,11 +242,10 @@ def ranges(slots: Sequence[int]) -> list[slice]:
     return [slice(slots[a], slots[b - 1] + 1) for a, b in pairwise([*starts, len(slots)])]
 
 
-def _slots(due: Sequence[bool], device: torch.device) -> Slots | None:
-    """The positions that are due: a slice where one will do, since indexing by a slice copies nothing."""
-    which = [i for i, is_due in enumerate(due) if is_due]
-    if not which:
+def _relative(due: Sequence[int], start: int, device: torch.device) -> Slots | None:
+    """Count slots from ``start``; as a slice where one will do, since indexing by a slice copies nothing."""
+    if not due:
         return None
-    if which[-1] - which[0] + 1 == len(which):
-        return slice(which[0], which[-1] + 1)
-    return to_device(which, device)
+    if due[-1] - due[0] + 1 == len(due):
+        return slice(due[0] - start, due[-1] + 1 - start)
+    return to_device([i - start for i in due], device)

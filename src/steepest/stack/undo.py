@@ -1,4 +1,4 @@
-"""Steps that can be undone, matrix by matrix, without asking a device which of them must be."""
+"""Updates that can be undone, matrix by matrix, without asking a device which of them must be."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from torch import Tensor
 from steepest import kernels
 
 
-def undoing(finite: Tensor | None, tensors: Sequence[Tensor]) -> Callable[[], None]:
-    """Keep tensors as they are.
+def undoing(finite: Tensor, tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """Save tensors before an update, and return the function that undoes the update where ``finite`` is False.
+
+    Nothing waits for the device.
 
     Args:
-        finite: B bools on their device, False for what must not change; None: nothing is to be undone.
-        tensors: ``[B, ...]`` each.
-
-    Returns:
-        What puts them back, in place, wherever ``finite`` is False. Nothing waits for the device.
+        finite: B bools on the tensors' device, False for the matrices that must not change.
+        tensors: ``[B, ...]`` each, which are restored in place.
 
     Example:
         >>> x = torch.tensor([[1.0], [2.0]])
@@ -29,23 +28,21 @@ def undoing(finite: Tensor | None, tensors: Sequence[Tensor]) -> Callable[[], No
         tensor([[6.],
                 [2.]])
     """
-    if finite is None:
-        return lambda: None
-    each = [_undoing(finite, x) for x in tensors]
+    undos = [_undoing(finite, x) for x in tensors]
 
     def undo() -> None:
-        for put_back in each:
-            put_back()
+        for undo_one in undos:
+            undo_one()
 
     return undo
 
 
 def _undoing(finite: Tensor, x: Tensor) -> Callable[[], object]:
-    if kernels.keeping_pays(x):  # on a GPU: nothing is moved but what is put back
+    if kernels.keeping_pays(x):  # on a GPU, the kernel moves only what is restored
         from steepest.kernels.keeping import put_back
 
-        kept = torch.empty_like(x)
-        put_back(x, kept, finite)
-        return lambda: put_back(kept, x, finite)
+        saved = torch.empty_like(x)
+        put_back(x, saved, finite)
+        return lambda: put_back(saved, x, finite)
     mask, old = finite.view(-1, *[1] * (x.dim() - 1)), x.clone()
     return lambda: torch.where(mask, x, old, out=x)

@@ -1,8 +1,8 @@
-"""The contract of a PyTorch optimizer, as a suite for any of them, ours or not.
+"""The contract of a PyTorch optimizer, as a test suite for any optimizer.
 
-`check_optimizer` puts an optimizer to some fifty small tests. Each is a *clause*: a function with a docstring that says
-what is promised and why. A clause is kept, broken (with the evidence: what was expected, what was seen), or not
-applicable (with the reason). In a project's own tests::
+`check_optimizer` runs some fifty small tests, the *clauses*: functions with a docstring that says what is promised and
+why. A clause is kept, broken (with evidence: what was expected, what was seen), or not applicable (with a reason). In a
+project's own tests::
 
     def test_contract():
         report = steepest.testing.check_optimizer(functools.partial(MyOptimizer, lr=1e-3))
@@ -10,13 +10,13 @@ applicable (with the reason). In a project's own tests::
 
 and on the command line: ``steepest check my_package:MyOptimizer --lr 1e-3``. The chapters:
 
-    1   what parameters come as          6   what state holds         11  GradScaler
+    1   forms of parameters              6   plain state              11  GradScaler
     2   options re-read at every step    7   saving and resuming      12  gradients that are not finite
-    3   closures                         8   size of what is saved    13  bfloat16
-    4   gradients that are missing       9   steps with lr 0          14  torch.compile (only if asked for)
-    5   what a step leaves alone         10  what is refused          15  hooks
+    3   closures                         8   size of saved state      13  bfloat16
+    4   missing gradients                9   steps with lr 0          14  torch.compile (only on request)
+    5   what a step leaves unchanged     10  refusals                 15  hooks
 
-It knows nothing of `steepest`: it needs torch only, and looks at an optimizer from outside.
+The suite needs torch only, and uses nothing of `steepest` but itself.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ def check_optimizer(
     slow: bool = False,
     only: Collection[str] | None = None,
 ) -> Report:
-    """Put an optimizer to every clause of the contract.
+    """Check every clause of the contract for an optimizer.
 
     Args:
-        factory: ``factory(params, **overrides)`` builds one, for parameters in any form that torch allows, with some
-            options set otherwise. A class serves, or a ``functools.partial`` that fills in its learning rate.
-        name: what the report calls it; by default the class's name.
-        dtype: what parameters are, but for the clauses that are about a dtype.
-        device: where they are.
-        slow: whether to include the slow clause, which compiles (chapter 14).
+        factory: a function ``factory(params, **overrides)`` that constructs the optimizer for parameters in any form
+            that torch allows, with some options overridden. A class serves, or a ``functools.partial`` of one.
+        name: name of the optimizer in the report; by default its class's.
+        dtype: dtype of the parameters, except in clauses about a dtype.
+        device: device of the parameters.
+        slow: whether to check the slow clause, which compiles (chapter 14).
         only: names of the clauses to check; all by default.
 
     Raises:
-        ValueError: if it can't optimize a single parameter, or a name in ``only`` is no clause.
+        ValueError: if the optimizer takes no parameter at all, or a name in ``only`` is no clause.
 
     Example:
         >>> from functools import partial
@@ -86,7 +86,7 @@ def check_optimizer(
 
 
 def check_clause(clause: Clause, subject: Subject) -> Finding:
-    """One clause's verdict. Whatever the optimizer raises where the clause expects no error is evidence.
+    """Check one clause; an error that the clause does not expect is evidence that it is broken.
 
     >>> check_clause(CLAUSES["random_state"], Subject(torch.optim.SGD)).verdict
     <Verdict.KEPT: 'kept'>
@@ -105,7 +105,7 @@ def check_clause(clause: Clause, subject: Subject) -> Finding:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Random states are put back, and warnings are nobody's concern here."""
+    """Ignore warnings, and restore random states."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.random.fork_rng():

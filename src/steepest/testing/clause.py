@@ -1,46 +1,44 @@
-"""What a clause is: a small function that puts an optimizer to one test, with its promise for a docstring."""
+"""Clauses of the contract: small functions that test one promise each, with the promise as their docstring."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from steepest.testing.subject import Subject
-
-Check = Callable[["Subject"], None]
+Check = Callable[[Any], None]
+"""A function of a `steepest.testing.subject.Subject`, which is not imported here because it imports this module."""
 
 
 class Broken(AssertionError):
-    """The clause is broken. Its message is the evidence."""
+    """The clause is broken; the message is the evidence."""
 
 
 class NotApplicable(Exception):
-    """The clause can't be asked of this optimizer. Its message is the reason."""
+    """The clause does not apply to this optimizer; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Clause:
-    """One promise, and the function that tests it: it returns, or raises `Broken` or `NotApplicable`."""
+    """A promise, and the function that tests it, which returns or raises `Broken` or `NotApplicable`."""
 
     number: int
-    """Which chapter of the contract it belongs to."""
+    """The chapter of the contract."""
     title: str
     """The promise in a few words."""
     check: Check
     slow: bool = False
-    """Left out unless it is asked for."""
+    """Whether the clause is checked only on request."""
 
     @property
     def name(self) -> str:
-        """How code calls it."""
+        """The name of the function."""
         return self.check.__name__
 
     @property
     def promise(self) -> str:
-        """What is promised, and why."""
+        """The docstring of the function: the promise, and its reason."""
         return inspect.cleandoc(self.check.__doc__ or "")
 
 

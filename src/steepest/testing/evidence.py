@@ -1,4 +1,4 @@
-"""Comparing what was seen with what was expected, and saying how they differ."""
+"""Comparisons of what was seen with what was expected, and descriptions of their differences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from steepest.testing.clause import Broken
 
 Snapshot = dict[str, Any]
-"""Leaves of nested containers by their path, tensors cloned."""
+"""The leaves of nested containers by path, with tensors cloned."""
 
 
 def expect(condition: bool, expected: str, seen: object) -> None:
@@ -26,7 +26,7 @@ def expect(condition: bool, expected: str, seen: object) -> None:
 
 
 def snapshot(tree: Any, path: str = "") -> Snapshot:
-    """The leaves of nested dicts, lists and tuples, by path.
+    """Return the leaves of nested dicts, lists and tuples, by path.
 
     >>> snapshot({"W": {"step": 3, "norms": [1.0, 2.0]}})
     {'W/step': 3, 'W/norms/0': 1.0, 'W/norms/1': 2.0}
@@ -49,14 +49,13 @@ def expect_same(seen: Snapshot, expected: Snapshot, promise: str) -> None:
     differences = [f"{path} missing" for path in expected if path not in seen]
     differences += [f"{path} new" for path in seen if path not in expected]
     for path in expected.keys() & seen.keys():
-        how = difference(seen[path], expected[path])
-        if how:
+        if how := difference(seen[path], expected[path]):
             differences.append(f"{path}: {how}")
     _report(promise, sorted(differences))
 
 
 def expect_close(seen: Snapshot, expected: Snapshot, start: Snapshot, promise: str, tolerance: float = 1e-3) -> None:
-    """Raise `Broken` unless weights moved alike: by what was expected within ``tolerance``, and up to rounding."""
+    """Raise `Broken` unless weights moved as expected, within a share ``tolerance`` of the way and rounding."""
     differences = []
     for name, x in expected.items():
         moved = (x.double() - start[name].double()).norm().item()
@@ -78,14 +77,13 @@ def expect_finite(seen: Snapshot, promise: str) -> None:
     """Raise `Broken` if any number is NaN or infinite."""
     differences = []
     for path, x in seen.items():
-        bad = int((~torch.isfinite(x)).sum()) if isinstance(x, Tensor) else 0
-        if bad:
+        if bad := int((~torch.isfinite(x)).sum()) if isinstance(x, Tensor) else 0:
             differences.append(f"{path}: {bad} of {x.numel()} entries NaN or infinite")
     _report(promise, differences)
 
 
 def difference(seen: Any, expected: Any) -> str:
-    """How two leaves differ, or "" if they are the same; NaNs in the same places are.
+    """Return how two leaves differ, or "" if they are the same, where NaN equals NaN.
 
     >>> difference(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]))
     '1 of 2 entries differ, first 2 expected, 2.5 seen'
@@ -100,13 +98,13 @@ def difference(seen: Any, expected: Any) -> str:
         return f"{int(off.sum())} of {off.numel()} entries differ, first {was:.9g} expected, {now:.9g} seen"
     by_identity: Any = object.__eq__
     if type(seen).__eq__ is by_identity and type(seen) is type(expected):
-        return ""  # objects that can't be compared; that they are there at all is another clause's matter
+        return ""  # objects that can't be compared, which clauses on plain state report
     same = bool(seen == expected)
     return "" if same else f"{_word(expected)} expected, {_word(seen)} seen"
 
 
 def one_line(error: BaseException) -> str:
-    """An exception in one line.
+    """Return an exception in one line.
 
     >>> one_line(KeyError("lr"))
     "KeyError: 'lr'"

@@ -15,9 +15,9 @@ from steepest.testing.subject import Run, Subject
 
 @clause(13, "bfloat16 parameters have float32 state")
 def float32_state(subject: Subject) -> None:
-    """Averages in bfloat16 stop moving: adding 1/1000 of a gradient to a number with 8 bits changes nothing.
+    """Averages in bfloat16 stop moving, because 1/1000 of a gradient changes nothing in a number with 8 bits.
 
-    Held after steps and after a state was loaded.
+    The clause is checked after steps, and after a state was loaded.
     """
     run = subject.start(torch.bfloat16)
     run.steps(range(2))
@@ -31,9 +31,9 @@ def float32_state(subject: Subject) -> None:
 
 @clause(14, "torch.compile(optimizer.step), without recompiling when lr changes", slow=True)
 def compiled_step(subject: Subject) -> None:
-    """The step can be compiled, trains as it does uncompiled, and a schedule of a tensor learning rate costs nothing.
+    """The step can be compiled, trains as without, and does not recompile when a tensor learning rate changes.
 
-    Checked with a backend that runs graphs as they are: what is counted is how often tracing had to start anew.
+    The clause counts how often tracing starts again, with a backend that runs graphs as they are.
     """
     subject.needs("lr")
     graphs = 0
@@ -62,7 +62,7 @@ def compiled_step(subject: Subject) -> None:
 
 
 class _Stepper:
-    """Stands for an optimizer whose step is compiled."""
+    """An object with a compiled step, in place of an optimizer."""
 
     def __init__(self, step: Any) -> None:
         self.step = step

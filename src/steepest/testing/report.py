@@ -1,4 +1,4 @@
-"""What the suite found: a verdict for each clause, and the table that shows them."""
+"""The report of the suite: a verdict for each clause, and a table of all verdicts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from steepest.testing.clause import Clause
 
 
 class Verdict(Enum):
-    """What became of a clause."""
+    """The outcome of a clause."""
 
     KEPT = "kept"
     BROKEN = "broken"
@@ -19,17 +19,17 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One clause's verdict."""
+    """The verdict on one clause."""
 
     clause: Clause
     verdict: Verdict
     why: str = ""
-    """The evidence if it is broken: what was expected, what was seen. The reason if it doesn't apply."""
+    """The evidence if the clause is broken (expected and seen), the reason if it does not apply."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Every clause's verdict on one optimizer.
+    """The verdicts of all clauses on one optimizer.
 
     Example:
         >>> clause = Clause(5, "p.grad stays as it was", lambda subject: None)
@@ -41,7 +41,7 @@ class Report:
     name: str
     findings: tuple[Finding, ...]
     refused: Mapping[str, str] | None = None
-    """Parameters that the optimizer doesn't take, and in which words it refused them; the suite went on without."""
+    """Parameters that the optimizer refused, with its errors; the suite went on without them."""
 
     @property
     def ok(self) -> bool:
@@ -50,22 +50,22 @@ class Report:
 
     @property
     def kept(self) -> Sequence[Finding]:
-        """What it keeps."""
+        """Findings of clauses that the optimizer keeps."""
         return self._with(Verdict.KEPT)
 
     @property
     def broken(self) -> Sequence[Finding]:
-        """What it breaks."""
+        """Findings of clauses that the optimizer breaks."""
         return self._with(Verdict.BROKEN)
 
     @property
     def not_applicable(self) -> Sequence[Finding]:
-        """What can't be asked of it."""
+        """Findings of clauses that do not apply to the optimizer."""
         return self._with(Verdict.NOT_APPLICABLE)
 
     @property
     def summary(self) -> str:
-        """Its name, and how many clauses it keeps, in one line."""
+        """The optimizer's name and the number of clauses for each verdict, in one line."""
         return (
             f"{self.name}: {len(self.kept)} clauses kept, {len(self.broken)} broken, "
             f"{len(self.not_applicable)} not applicable"

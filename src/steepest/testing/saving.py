@@ -1,4 +1,4 @@
-"""Chapters 6, 7 and 8: state that can be saved, and training that goes on from it bit for bit."""
+"""Chapters 6, 7 and 8: state that can be saved, and training that resumes from it bit for bit."""
 
 from __future__ import annotations
 
@@ -19,24 +19,20 @@ from steepest.testing.evidence import expect, expect_same, one_line, snapshot
 from steepest.testing.subject import AFTER, BEFORE, Run, Subject
 
 Transfer = Callable[[Subject, Run], Run]
-"""Takes a run that was broken off to another process, in one way or another."""
+"""A function that returns an interrupted run as another process would have it."""
 
 
 @clause(6, "state holds tensors, numbers, strings and dicts only")
 def plain_state(subject: Subject) -> None:
-    """Lists break flattened distributed checkpoints, objects break ``torch.load(weights_only=True)``."""
-    run = subject.start()
-    run.steps(range(2))
-    for key, named in run.optimizer.state_dict()["state"].items():
+    """Lists break flattened distributed checkpoints, and objects break ``torch.load(weights_only=True)``."""
+    for key, named in _saved(subject)["state"].items():
         _expect_plain(named, f"the state of parameter {key}")
 
 
 @clause(6, "a saved state can be read with weights_only=True")
 def weights_only(subject: Subject) -> None:
-    """Hosts read ``optimizer.pt`` that way, because pickles can run anything; the options must be plain as well."""
-    run = subject.start()
-    run.steps(range(2))
-    state = run.optimizer.state_dict()
+    """Hosts read ``optimizer.pt`` that way, because pickles can run any code; so options must be plain as well."""
+    state = _saved(subject)
     try:
         read = through_file(state)
     except pickle.UnpicklingError as error:
@@ -46,7 +42,7 @@ def weights_only(subject: Subject) -> None:
 
 @clause(7, "resume from a file, float32")
 def resume_float32(subject: Subject) -> None:
-    """``state_dict`` saved, read and loaded into a new optimizer goes on bit for bit as if nothing had happened."""
+    """With a ``state_dict`` saved, read and loaded into a new optimizer, training goes on bit for bit as before."""
     _resumes(subject, by_file, torch.float32)
 
 
@@ -58,7 +54,7 @@ def resume_bfloat16(subject: Subject) -> None:
 
 @clause(7, "resume from copy.deepcopy")
 def resume_deepcopy(subject: Subject) -> None:
-    """A deep copy trains on by itself: hosts copy optimizers for evaluation, averaging and dry runs."""
+    """A deep copy trains independently: hosts copy optimizers for evaluation, averaging and dry runs."""
     _resumes(subject, by_deepcopy)
     run = subject.start()
     run.steps(range(2))
@@ -69,13 +65,13 @@ def resume_deepcopy(subject: Subject) -> None:
 
 @clause(7, "resume from pickle")
 def resume_pickle(subject: Subject) -> None:
-    """An optimizer that was pickled whole, with its parameters, goes on: launchers send them to other processes."""
+    """A pickled optimizer, with its parameters, trains on: launchers send optimizers to other processes."""
     _resumes(subject, by_pickle)
 
 
 @clause(7, "resume from before the first step")
 def resume_untrained(subject: Subject) -> None:
-    """The state of an optimizer that has not stepped loads, also into one that has, which begins anew.
+    """The state of an optimizer before its first step loads, also into a used optimizer, which then starts afresh.
 
     Accelerate and the Trainer save and load at step 0.
     """
@@ -83,12 +79,10 @@ def resume_untrained(subject: Subject) -> None:
     saved = through_file(expected.optimizer.state_dict())
     fresh, used = subject.start(), subject.start()
     used.steps(range(2))
-    with torch.no_grad():
-        for name, x in expected.weights().items():
-            used.params[name].copy_(x)
+    _with_weights(used, expected.params)
+    for run in (fresh, used):
+        run.optimizer.load_state_dict(copy.deepcopy(saved))
     for run in (expected, fresh, used):
-        if run is not expected:
-            run.optimizer.load_state_dict(copy.deepcopy(saved))
         run.steps(range(4))
     expect_same(fresh.everything(), expected.everything(), "a new optimizer with an unused state to train as usual")
     expect_same(used.weights(), expected.weights(), "a used optimizer with an unused state to begin anew")
@@ -96,9 +90,9 @@ def resume_untrained(subject: Subject) -> None:
 
 @clause(7, "resume by parameter name, in another order")
 def resume_by_name(subject: Subject) -> None:
-    """Between optimizers that were given (name, tensor) pairs, state goes by name, not by order.
+    """Between optimizers that were given (name, tensor) pairs, state is matched by name, not by order.
 
-    A module that is defined elsewhere in a model changes the order; parameters of one shape then swap state unnoticed.
+    Moving a module within a model changes the order; parameters of one shape would then swap state unnoticed.
     """
     subject.needs_two()
     _resumes(subject, by_name_reversed)
@@ -106,7 +100,7 @@ def resume_by_name(subject: Subject) -> None:
 
 @clause(7, "resume with parameters that were frozen")
 def resume_frozen(subject: Subject) -> None:
-    """State in which a parameter has none loads, and the parameter may thaw later."""
+    """A saved state without entries for a frozen parameter loads, and the parameter may thaw later."""
     subject.needs_two()
     (cold,) = subject.one
 
@@ -117,8 +111,8 @@ def resume_frozen(subject: Subject) -> None:
         return subject.over(run.params, params)
 
     straight, first, second = start(), start(), start()
-    straight.steps(range(3))
-    first.steps(range(3))
+    for run in (straight, first):
+        run.steps(range(3))
     _carry(first, second, through_file(first.optimizer.state_dict()))
     for run in (straight, second):
         run.params[cold].requires_grad_(True)
@@ -128,77 +122,74 @@ def resume_frozen(subject: Subject) -> None:
 
 @clause(7, "resume from a distributed checkpoint")
 def resume_distributed(subject: Subject) -> None:
-    """Training goes on bit for bit after torch.distributed.checkpoint carried the state over, in one process.
+    """Training goes on bit for bit after torch.distributed.checkpoint has carried the state over, in one process.
 
-    By ``get_optimizer_state_dict`` and ``set_optimizer_state_dict``, as hosts with sharded models do.
+    Hosts with sharded models call ``get_optimizer_state_dict`` and ``set_optimizer_state_dict``.
     """
     _resumes(subject, _by_distributed(flatten=False))
 
 
 @clause(7, "resume from a flattened distributed checkpoint")
 def resume_flattened(subject: Subject) -> None:
-    """Training goes on bit for bit after a checkpoint in which every value stands under a name of its own.
+    """Training goes on bit for bit after a checkpoint in which every value has a name of its own.
 
-    ``flatten_optimizer_state_dict`` is what pipelines with changing shares of a model need.
+    Pipelines with changing shares of a model need ``flatten_optimizer_state_dict``.
     """
     _resumes(subject, _by_distributed(flatten=True))
 
 
 @clause(7, "a state of other parameters is refused, and nothing has changed")
 def mismatched_state(subject: Subject) -> None:
-    """Another number of groups or of parameters raises, and the optimizer is as before."""
+    """A state with another number of groups or parameters raises an error, and the optimizer is as before."""
     subject.needs_two()
     params = subject.params()
     fewer = subject.over(params, list(params.values())[1:])
     two = subject.over(params, [{"params": [p]} for p in list(params.values())[:2]])
     run = subject.start()
     run.steps(range(2))
-    for what, other in (("another number of parameters", fewer), ("another number of groups", two)):
-        _expect_refusal(run, other.optimizer.state_dict(), f"a state with {what}")
+    for name, other in (("another number of parameters", fewer), ("another number of groups", two)):
+        _expect_refusal(run, other.optimizer.state_dict(), f"a state with {name}")
 
 
 @clause(7, "a damaged state is refused, and nothing has changed")
 def damaged_state(subject: Subject) -> None:
-    """A tensor that is missing, misshapen or replaced raises at loading, not at a later step, or never.
+    """A state with a missing, misshapen or replaced tensor raises when it is loaded, not at a later step or never.
 
-    Whatever is loaded halfway trains on with a mixture of two states.
+    An optimizer with half of a state loaded would train on with a mixture of two states.
     """
     run = subject.start()
     run.steps(range(2))
     saved = through_file(run.optimizer.state_dict())
     key, *path, entry = _path_to_a_tensor(saved["state"])
-    lost, misshapen, replaced, forgotten = (copy.deepcopy(saved) for _ in range(4))
-    del functools.reduce(operator.getitem, path, lost["state"][key])[entry]
-    functools.reduce(operator.getitem, path, misshapen["state"][key])[entry] = torch.zeros(7, 2)
-    functools.reduce(operator.getitem, path, replaced["state"][key])[entry] = "gone"
-    del forgotten["state"][key]
-    damages = {
-        f"no {entry}": lost,
-        f"a misshapen {entry}": misshapen,
-        f"a word for {entry}": replaced,
-        "nothing for one parameter": forgotten,
-        "no groups": {"state": saved["state"]},
+    damages: dict[str, Callable[[dict[str, Any]], object]] = {
+        f"no {entry}": lambda values: values.pop(entry),
+        f"a misshapen {entry}": lambda values: values.update({entry: torch.zeros(7, 2)}),
+        f"a string for {entry}": lambda values: values.update({entry: "gone"}),
     }
-    for what, state in damages.items():
-        _expect_refusal(run, state, f"a state with {what}")
+    for name, damage in damages.items():
+        damaged = copy.deepcopy(saved)
+        damage(functools.reduce(operator.getitem, path, damaged["state"][key]))
+        _expect_refusal(run, damaged, f"a state with {name}")
+    forgotten = copy.deepcopy(saved)
+    del forgotten["state"][key]
+    _expect_refusal(run, forgotten, "a state with nothing for one parameter")
+    _expect_refusal(run, {"state": saved["state"]}, "a state with no groups")
 
 
 @clause(8, "a parameter's saved state is no larger than its own tensors")
 def saved_size(subject: Subject) -> None:
-    """A tensor that is a view is saved with all that it is a view of: a batched optimizer, everything every time."""
-    run = subject.start()
-    run.steps(range(2))
-    for key, named in run.optimizer.state_dict()["state"].items():
+    """A view is saved with all of its base tensor, so a batched optimizer would save all state with each parameter."""
+    for key, named in _saved(subject)["state"].items():
         for path, x in _tensors(named).items():
             stored, own = x.untyped_storage().nbytes(), x.numel() * x.element_size()
             expect(stored <= own, f"{own} bytes for {path} of parameter {key}", f"{stored} bytes, as a view is saved")
 
 
-# Ways to take a run elsewhere.
+# Ways to transfer a run.
 
 
 def through_file(state: Any) -> Any:
-    """``state`` saved to a file and read again, as hosts read it."""
+    """Save ``state`` to a file, and read it as hosts do."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -206,23 +197,22 @@ def through_file(state: Any) -> Any:
 
 
 def by_file(subject: Subject, run: Run) -> Run:
-    """Through a file, into a new optimizer over new parameters."""
-    new = subject.start(run.dtype)
-    return _carry(run, new, through_file(run.optimizer.state_dict()))
+    """Transfer a run through a file, into a new optimizer over new parameters."""
+    return _carry(run, subject.start(run.dtype), through_file(run.optimizer.state_dict()))
 
 
 def by_deepcopy(subject: Subject, run: Run) -> Run:
-    """By a deep copy of the optimizer, which brings copies of its parameters."""
+    """Transfer a run by a deep copy of the optimizer, which contains copies of its parameters."""
     return _regrouped(run, copy.deepcopy(run.optimizer))
 
 
 def by_pickle(subject: Subject, run: Run) -> Run:
-    """By pickling the optimizer, which brings its parameters."""
+    """Transfer a run by pickling the optimizer, which contains its parameters."""
     return _regrouped(run, pickle.loads(pickle.dumps(run.optimizer)))
 
 
 def by_name_reversed(subject: Subject, run: Run) -> Run:
-    """From an optimizer given (name, tensor) pairs to one given the same pairs in reverse order."""
+    """Transfer a run from an optimizer of (name, tensor) pairs to one of the same pairs in reverse order."""
     named = subject.over(run.params, list(run.params.items()))
     named.optimizer.load_state_dict(run.optimizer.state_dict())
     params = dict(reversed(subject.params(run.dtype).items()))
@@ -242,11 +232,8 @@ def _by_distributed(flatten: bool) -> Transfer:
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
 
     def transfer(subject: Subject, run: Run) -> Run:
-        new = subject.start(run.dtype)
+        new = _with_weights(subject.start(run.dtype), run.params)
         saved = through_file(get_optimizer_state_dict(_Model(run.params), run.optimizer, options=options))
-        with torch.no_grad():
-            for name, p in new.params.items():
-                p.copy_(run.params[name])
         set_optimizer_state_dict(_Model(new.params), new.optimizer, saved, options=options)
         return new
 
@@ -254,7 +241,7 @@ def _by_distributed(flatten: bool) -> Transfer:
 
 
 class _Model(nn.Module):
-    """A model that has just these parameters; its names have no dots in them."""
+    """A model of the given parameters, with names without dots."""
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -263,12 +250,17 @@ class _Model(nn.Module):
 
 
 def _carry(old: Run, new: Run, saved: Any) -> Run:
-    """The new run with the old one's weights and the saved state."""
-    with torch.no_grad():
-        for name, p in new.params.items():
-            p.copy_(old.params[name])
-    new.optimizer.load_state_dict(saved)
+    """Give the new run the old one's weights and the saved state, and return it."""
+    _with_weights(new, old.params).optimizer.load_state_dict(saved)
     return new
+
+
+def _with_weights(run: Run, weights: Mapping[str, Tensor]) -> Run:
+    """Copy weights into a run, and return it."""
+    with torch.no_grad():
+        for name, p in run.params.items():
+            p.copy_(weights[name])
+    return run
 
 
 def _regrouped(run: Run, optimizer: torch.optim.Optimizer) -> Run:
@@ -276,11 +268,18 @@ def _regrouped(run: Run, optimizer: torch.optim.Optimizer) -> Run:
     return Run(dict(zip(run.params, params, strict=True)), optimizer, run.by_closure)
 
 
-# What is expected.
+# Expectations.
+
+
+def _saved(subject: Subject) -> dict[str, Any]:
+    """Return the ``state_dict`` of a run after two steps."""
+    run = subject.start()
+    run.steps(range(2))
+    return run.optimizer.state_dict()
 
 
 def _resumes(subject: Subject, transfer: Transfer, dtype: torch.dtype | None = None) -> None:
-    """Expect a run that is broken off and taken up elsewhere to end as one that is not."""
+    """Expect a run that is interrupted and transferred to end as one that is not."""
     dtype = dtype or subject.dtype
     middle, end = subject.straight(dtype)
     first = subject.start(dtype)
@@ -291,16 +290,16 @@ def _resumes(subject: Subject, transfer: Transfer, dtype: torch.dtype | None = N
     expect_same(second.everything(), end, "the same training as without the break, bit for bit")
 
 
-def _expect_refusal(run: Run, state: Any, what: str) -> None:
-    """Expect an exception, and everything as before."""
+def _expect_refusal(run: Run, state: Any, name: str) -> None:
+    """Expect loading to raise an error, and the optimizer to be as before."""
     before, options = run.everything(), snapshot(_options(run))
     try:
         run.optimizer.load_state_dict(state)
     except Exception:
-        expect_same(run.everything(), before, f"an optimizer that refused {what} to be as before")
-        expect_same(snapshot(_options(run)), options, f"an optimizer that refused {what} to have its options as before")
+        expect_same(run.everything(), before, f"an optimizer that refused {name} to be as before")
+        expect_same(snapshot(_options(run)), options, f"an optimizer that refused {name} to have its options as before")
     else:
-        raise Broken(f"expected an error for {what}; saw it loaded")
+        raise Broken(f"expected an error for {name}; saw it loaded")
 
 
 def _options(run: Run) -> list[dict[str, Any]]:
@@ -308,7 +307,7 @@ def _options(run: Run) -> list[dict[str, Any]]:
 
 
 def _expect_plain(value: Any, path: str) -> None:
-    """Expect nothing but tensors, numbers, strings and dicts with such keys."""
+    """Expect only tensors, numbers, strings, and dicts of these with string keys."""
     if isinstance(value, dict):
         for key, child in value.items():
             expect(isinstance(key, str), f"names in {path}", f"a key of type {type(key).__name__}")
@@ -319,7 +318,7 @@ def _expect_plain(value: Any, path: str) -> None:
 
 
 def _tensors(tree: Any) -> dict[str, Tensor]:
-    """The tensors themselves, not copies, by path."""
+    """Return the tensors themselves, not copies, by path."""
     if isinstance(tree, Tensor):
         return {"state": tree}
     children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
@@ -327,7 +326,7 @@ def _tensors(tree: Any) -> dict[str, Tensor]:
 
 
 def _path_to_a_tensor(tree: Any) -> list[Any]:
-    """The keys, of dicts in dicts, that lead to a tensor that is no mere number."""
+    """Return the keys of nested dicts that lead to a tensor with several entries."""
     for key, child in tree.items() if isinstance(tree, dict) else ():
         if isinstance(child, Tensor) and child.numel() > 1:
             return [key]

@@ -1,4 +1,4 @@
-"""Chapter 2: options that are read anew at every step, because schedulers write them."""
+"""Chapter 2: options that every step reads again, because schedulers write them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer, lr_scheduler
 
-from steepest.testing.clause import NotApplicable, clause
+from steepest.testing.clause import clause
 from steepest.testing.evidence import expect, expect_close, expect_moved
-from steepest.testing.subject import Run, Subject
+from steepest.testing.subject import Subject
 
 SCHEDULERS: dict[str, Callable[[Optimizer, float], Any]] = {
     "LambdaLR": lambda o, lr: lr_scheduler.LambdaLR(o, lambda k: 0.5**k),
@@ -31,37 +31,34 @@ SCHEDULERS: dict[str, Callable[[Optimizer, float], Any]] = {
     "OneCycleLR": lambda o, lr: lr_scheduler.OneCycleLR(o, max_lr=lr, total_steps=5, cycle_momentum=False),
     "CyclicLR": lambda o, lr: lr_scheduler.CyclicLR(o, lr / 2, lr, step_size_up=2, cycle_momentum=False),
 }
-"""Every scheduler of torch.optim.lr_scheduler, over a few steps."""
+"""All schedulers of torch.optim.lr_scheduler, with settings for a few steps."""
 
 
 @clause(2, "the learning rate is re-read at every step")
 def lr_reread(subject: Subject) -> None:
-    """What a scheduler writes into ``group["lr"]`` holds from the next step on."""
+    """A learning rate that a scheduler writes into ``group["lr"]`` holds from the next step on."""
     subject.needs("lr")
     _changes(subject, "lr", subject.lr / 2)
 
 
 @clause(2, "betas and momentum are re-read at every step")
 def betas_reread(subject: Subject) -> None:
-    """What OneCycleLR writes into ``group["betas"]`` or ``group["momentum"]`` holds from the next step on."""
-    present = [option for option in ("betas", "momentum") if option in subject.defaults]
-    if not present:
-        raise NotApplicable("has neither betas nor momentum")
-    for option in present:
+    """Decays that OneCycleLR writes into ``group["betas"]`` or ``group["momentum"]`` hold from the next step on."""
+    for option in subject.needs_any("betas", "momentum"):
         value = subject.defaults[option]
         _changes(subject, option, (0.5, *tuple(value)[1:]) if option == "betas" else 0.5)
 
 
 @clause(2, "weight decay is re-read at every step")
 def decay_reread(subject: Subject) -> None:
-    """Weight decay schedules write ``group["weight_decay"]``."""
+    """A weight decay that a schedule writes into ``group["weight_decay"]`` holds from the next step on."""
     subject.needs("weight_decay")
     _changes(subject, "weight_decay", 0.5 + (subject.defaults["weight_decay"] or 0.0))
 
 
 @clause(2, "the learning rate may be a tensor")
 def tensor_lr(subject: Subject) -> None:
-    """A tensor trains like the number in it, and is read again after it was changed in place.
+    """A tensor trains like the number in it, and every step reads it again, as it may be changed in place.
 
     Compiled and captured training keeps its learning rate in a tensor, so that a schedule costs no recompilation.
     """
@@ -77,7 +74,7 @@ def tensor_lr(subject: Subject) -> None:
 
 @clause(2, "every scheduler of torch.optim runs")
 def schedulers(subject: Subject) -> None:
-    """Each of torch's learning rate schedulers can be wrapped around it, and sets the rate of the next step."""
+    """Each of torch's learning rate schedulers takes the optimizer, and sets the rate of its next step."""
     subject.needs("lr")
     for name, build in SCHEDULERS.items():
         run = subject.start(names=subject.one)
@@ -93,9 +90,8 @@ def schedulers(subject: Subject) -> None:
 
 @clause(2, "OneCycleLR and CyclicLR cycle the momentum")
 def cycled_momentum(subject: Subject) -> None:
-    """Both schedulers move ``betas`` or ``momentum`` against the learning rate, and refuse what has neither."""
-    if not {"betas", "momentum"} & subject.defaults.keys():
-        raise NotApplicable("has neither betas nor momentum")
+    """Both schedulers move ``betas`` or ``momentum`` against the learning rate, and refuse optimizers with neither."""
+    subject.needs_any("betas", "momentum")
     cycles: dict[str, Callable[[Optimizer, float], Any]] = {
         "OneCycleLR": lambda o, lr: lr_scheduler.OneCycleLR(o, max_lr=lr, total_steps=5),
         "CyclicLR": lambda o, lr: lr_scheduler.CyclicLR(o, lr / 2, lr, step_size_up=2),
@@ -113,16 +109,14 @@ def cycled_momentum(subject: Subject) -> None:
 
 
 def _changes(subject: Subject, option: str, value: Any) -> None:
-    """Expect a changed option to change what the next two steps do."""
+    """Expect a changed option to change the next two steps."""
     unchanged, changed = subject.start(names=subject.one), subject.start(names=subject.one)
     for run in (unchanged, changed):
         run.steps([0, 2])
     changed.set(option, value)
     for run in (unchanged, changed):
         run.steps([3, 4])
-    _differ(unchanged, changed, f"{option}={value} to change the steps after it was written into the group")
-
-
-def _differ(one: Run, other: Run, promise: str) -> None:
-    same = all(torch.equal(x, other.weights()[name]) for name, x in one.weights().items())
+    weights = changed.weights()
+    same = all(torch.equal(x, weights[name]) for name, x in unchanged.weights().items())
+    promise = f"{option}={value} to change the steps after it was written into the group"
     expect(not same, promise, "the same steps as without")

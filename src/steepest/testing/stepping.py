@@ -1,4 +1,4 @@
-"""Chapters 3, 4, 5, 9 and 15: what a step does, what it leaves alone, and who hears of it."""
+"""Chapters 3, 4, 5, 9 and 15: what a step does, what it leaves unchanged, and which hooks it calls."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from steepest.testing.evidence import (
     expect_same,
     snapshot,
 )
-from steepest.testing.subject import Run, Subject, gradient
+from steepest.testing.subject import Subject, gradient
 
 
 @clause(3, "a closure runs with gradients enabled, and its loss is returned")
 def closure(subject: Subject) -> None:
-    """``step(closure)`` enables gradients for the closure, whatever the caller's mode, and returns what it returned."""
+    """``step(closure)`` enables gradients for the closure, whatever the caller's mode, and returns its loss."""
     run = subject.start()
     modes: list[bool] = []
     loss = torch.tensor(3.0)
@@ -36,7 +36,7 @@ def closure(subject: Subject) -> None:
         run.set_gradients(0)
         return loss
 
-    run.step(0)  # some algorithms only learn from the first gradient that they see
+    run.step(0)  # some algorithms do not move the weights in their first step
     before = run.weights()
     with torch.no_grad():
         returned: Any = run.optimizer.step(reevaluate)  # type: ignore[arg-type]
@@ -48,21 +48,21 @@ def closure(subject: Subject) -> None:
 
 @clause(4, "a parameter without a gradient is skipped")
 def missing_gradient(subject: Subject) -> None:
-    """A parameter whose ``grad`` is None stays as it is, decay included: it had no part in the loss."""
+    """A parameter whose ``grad`` is None stays as it is, without decay too: it had no part in the loss."""
     subject.needs_two()
     (absent,) = subject.one
     run = subject.start()
-    before = run.weights()
+    others = [name for name in run.params if name != absent]
+    before, start = run.weights(absent), run.weights(*others)
     for k in range(3):
         run.step(k, missing=[absent])
-    after = run.weights()
-    expect_same({absent: after.pop(absent)}, {absent: before.pop(absent)}, "no change without a gradient")
-    expect_moved(after, before, "the others to train")
+    expect_same(run.weights(absent), before, "no change without a gradient")
+    expect_moved(run.weights(*others), start, "the others to train")
 
 
 @clause(4, "a step without any gradient does nothing")
 def no_gradients(subject: Subject) -> None:
-    """A step in which no parameter has a gradient changes nothing and raises nothing, before training and in it."""
+    """A step in which no parameter has a gradient changes nothing and raises nothing, first or later."""
     run = subject.start()
     run.step(0, missing=list(run.params))
     expect_same(run.weights(), snapshot(subject.params()), "no change in a first step without gradients")
@@ -74,23 +74,23 @@ def no_gradients(subject: Subject) -> None:
 
 @clause(4, "a gradient that is missing on some steps leaves weights and state alone")
 def missing_leaves_state(subject: Subject) -> None:
-    """While its gradient is missing, a parameter's weights and state stay bit for bit, its step count too.
+    """While its gradient is missing, a parameter's weights, state and step count stay bit for bit.
 
-    Experts that got no token and heads of other tasks have no gradient on many steps.
+    Experts without tokens, and heads of other tasks, have no gradient in many steps.
     """
     subject.needs_two()
     (absent,) = subject.one
     run = subject.start()
     run.step(0)
-    before = _of(run, absent)
+    before = run.of(absent)
     run.step(1, missing=[absent])
     run.step(2, missing=[absent])
-    expect_same(_of(run, absent), before, "weights and state to stay while the gradient is missing")
+    expect_same(run.of(absent), before, "weights and state to stay while the gradient is missing")
 
 
 @clause(4, "a gradient that is missing on some steps leaves the clock alone")
 def missing_leaves_clock(subject: Subject) -> None:
-    """A parameter that missed steps goes on as if they had not been: its bias correction counts its own updates."""
+    """Steps without a parameter's gradient do not count for it: its bias correction counts its own updates."""
     subject.needs_two()
     (absent,) = subject.one
     gaps, expected = subject.start(), subject.start()
@@ -99,8 +99,8 @@ def missing_leaves_clock(subject: Subject) -> None:
         gaps.step(k, missing=[absent] if k in (0, 2, 3) else [])
     for k in (1, 4, 5):
         expected.step(k)
-    seen, wanted = ({absent: run.weights()[absent]} for run in (gaps, expected))
-    expect_close(seen, wanted, start, "the same training as without the steps that were missed")
+    promise = "the same training as without the steps that were missed"
+    expect_close(gaps.weights(absent), expected.weights(absent), start, promise)
 
 
 @clause(5, "gradients stay as they were")
@@ -121,7 +121,7 @@ def gradients_unchanged(subject: Subject) -> None:
 
 @clause(5, "global random states are not consumed")
 def random_state(subject: Subject) -> None:
-    """Building and stepping draw nothing from torch's, NumPy's and Python's global generators.
+    """Construction and steps draw no numbers from torch's, NumPy's and Python's global generators.
 
     Otherwise a change of optimizer changes dropout and data order, and runs can't be compared.
     """
@@ -137,7 +137,7 @@ def random_state(subject: Subject) -> None:
 
 @clause(5, "global settings are left as they were")
 def global_settings(subject: Subject) -> None:
-    """Precision of matrix products, default dtype, gradient mode and threads are as before, after a few steps."""
+    """Precision of matrix products, default dtype, gradient mode and threads are the same after a few steps."""
     with _known_precision():
         before = _settings()
         run = subject.start()
@@ -149,7 +149,7 @@ def global_settings(subject: Subject) -> None:
 
 @clause(9, "a step with zero gradients and lr 0 changes no parameter")
 def idle_step(subject: Subject) -> None:
-    """``torch.distributed.checkpoint`` takes such a step to bring state into being, and expects nothing else of it."""
+    """``torch.distributed.checkpoint`` takes such a step to create state, and expects no other effect."""
     subject.needs("lr")
     run = subject.start()
     before = run.weights()
@@ -161,20 +161,18 @@ def idle_step(subject: Subject) -> None:
 
 @clause(9, "zero gradients make no NaN, and training goes on after them")
 def zero_gradients(subject: Subject) -> None:
-    """0/0 lurks in every normalization: after zero gradients all numbers are finite, and the next ones move."""
+    """Normalizations must not compute 0/0: numbers stay finite after zero gradients, and training goes on."""
     run = subject.start()
     for k in range(3):
         run.set_gradients(k, scale=0.0)
         run.act()
     expect_finite(run.everything(), "finite numbers after zero gradients")
-    before = run.weights()
-    run.steps(range(3, 6))
-    expect_moved(run.weights(), before, "training after zero gradients")
+    run.expect_training(range(3, 6), "training after zero gradients")
 
 
 @clause(15, "step hooks fire once a step, before and after it")
 def step_hooks(subject: Subject) -> None:
-    """``register_step_pre_hook`` and ``register_step_post_hook`` are how profilers, FSDP and loggers listen in."""
+    """Profilers, FSDP and loggers use ``register_step_pre_hook`` and ``register_step_post_hook``."""
     run = subject.start()
     run.steps(range(3))
     seen: list[tuple[str, Snapshot]] = []
@@ -184,8 +182,8 @@ def step_hooks(subject: Subject) -> None:
     ]
     start = run.weights()
     run.step(3)
-    heard = [when for when, _ in seen]
-    expect(heard == ["before", "after"], "one call before and one after the step", heard)
+    calls = [when for when, _ in seen]
+    expect(calls == ["before", "after"], "one call before and one after the step", calls)
     expect_same(seen[0][1], start, "the first hook to be called before anything moves")
     expect_moved(seen[1][1], start, "the second hook to be called when everything has moved")
     for hook in hooks:
@@ -196,28 +194,23 @@ def step_hooks(subject: Subject) -> None:
 
 @clause(15, "hooks of state_dict and load_state_dict fire")
 def state_hooks(subject: Subject) -> None:
-    """They adapt checkpoints across versions: the hook before loading may replace the state that is loaded."""
+    """These hooks adapt checkpoints across versions; the hook before loading may replace the state that is loaded."""
     run = subject.start()
     run.step(0)
-    heard: list[str] = []
+    calls: list[str] = []
     optimizer = run.optimizer
-    optimizer.register_state_dict_pre_hook(lambda *_: heard.append("state_dict before"))
-    optimizer.register_state_dict_post_hook(lambda *_: heard.append("state_dict after"))
-    optimizer.register_load_state_dict_pre_hook(lambda _, state: heard.append("load before") or state["wrapped"])  # type: ignore[func-returns-value]
-    optimizer.register_load_state_dict_post_hook(lambda *_: heard.append("load after"))
+    optimizer.register_state_dict_pre_hook(lambda *_: calls.append("state_dict before"))
+    optimizer.register_state_dict_post_hook(lambda *_: calls.append("state_dict after"))
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: calls.append("load before") or state["wrapped"])  # type: ignore[func-returns-value]
+    optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("load after"))
     state = optimizer.state_dict()
     optimizer.load_state_dict({"wrapped": state})
     expected = ["state_dict before", "state_dict after", "load before", "load after"]
-    expect(heard == expected, f"calls in the order {expected}", heard)
-
-
-def _of(run: Run, name: str) -> Snapshot:
-    """Weights and state of one parameter."""
-    return snapshot({"weight": run.params[name], "state": run.optimizer.state.get(run.params[name], {})})
+    expect(calls == expected, f"calls in the order {expected}", calls)
 
 
 def _random_states() -> dict[str, Tensor]:
-    """A fingerprint of each library's global generator."""
+    """Return the state of each library's global generator."""
     states = {"torch": torch.get_rng_state(), "Python's random": torch.tensor(random.getstate()[1])}
     if torch.cuda.is_available():
         states |= {f"torch on {k}": state for k, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -230,21 +223,21 @@ def _random_states() -> dict[str, Tensor]:
 
 @contextmanager
 def _known_precision() -> Iterator[None]:
-    """Whatever the optimizer set when it was first built, matrix products are in full float32 at the beginning."""
-    kept = [backend.fp32_precision for backend in _products()]
+    """Start with matrix products in full float32, whatever an earlier construction of the optimizer has set."""
+    saved = [backend.fp32_precision for backend in _products()]
     torch.set_float32_matmul_precision("highest")
     yield
-    for backend, precision in zip(_products(), kept, strict=True):
+    for backend, precision in zip(_products(), saved, strict=True):
         backend.fp32_precision = precision
 
 
 def _products() -> Any:
-    """Where torch keeps the precision of matrix products."""
+    """Return the modules that hold the precision of matrix products."""
     return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 def _settings() -> dict[str, object]:
-    """Settings of torch that a step might leave changed."""
+    """Return settings of torch that a step might change."""
     return {
         "precision of products": [backend.fp32_precision for backend in _products()],
         "default dtype": torch.get_default_dtype(),

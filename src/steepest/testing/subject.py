@@ -1,7 +1,7 @@
-"""The optimizer under test, the parameters that it is given, and a training run in which nothing is left to chance.
+"""The optimizer under test, the parameters that it gets, and training runs in which nothing is left to chance.
 
-Gradients don't come from a model but from a random generator seeded by step and parameter: what one parameter gets
-never depends on another, so that two runs can be compared parameter by parameter, bit for bit.
+Gradients come from a random generator that is seeded by step and parameter, not from a model. The gradient of one
+parameter never depends on another, so that two runs can be compared parameter by parameter, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from steepest.testing.clause import NotApplicable
-from steepest.testing.evidence import Snapshot, one_line, snapshot
+from steepest.testing.evidence import Snapshot, expect_moved, one_line, snapshot
 
 Factory = Callable[..., torch.optim.Optimizer]
-"""``factory(params, **overrides)``: an optimizer for ``params``, with some of its options set otherwise."""
+"""``factory(params, **overrides)`` returns an optimizer for ``params``, with some of its options overridden."""
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "first.weight": (4, 3),
-    "second.weight": (4, 3),  # twice the same shape, for optimizers that batch
+    "second.weight": (4, 3),  # the same shape again, for optimizers that batch
     "kernel": (2, 3, 1, 2),
     "bias": (4,),
     "gain": (),
 }
 
 BEFORE, AFTER = 4, 4
-"""Steps before a run is broken off, and after it was taken up again."""
+"""Numbers of steps before a run is interrupted, and after it is resumed."""
 
 
 class Run:
-    """Some parameters, their optimizer, and steps with gradients that depend on nothing but step and name."""
+    """Some parameters, their optimizer, and steps with gradients that depend on step and name only."""
 
     def __init__(self, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, by_closure: bool) -> None:
         self.params = dict(params)
@@ -47,28 +47,34 @@ class Run:
         return next(iter(self.params.values())).dtype
 
     def set_gradients(self, k: int, missing: Collection[str] = (), scale: float = 1.0) -> None:
-        """Every parameter gets the gradient of step ``k``, but for those that miss it."""
+        """Give every parameter the gradient of step ``k``, and None to those whose gradient is missing."""
         for name, p in self.params.items():
             p.grad = None if name in missing or not p.requires_grad else scale * gradient(k, name, p)
 
     def act(self) -> None:
-        """``optimizer.step()`` with the gradients that are there, through a closure if it can't do without."""
+        """Call ``optimizer.step()`` with the gradients as they are, with a closure if it requires one."""
         self.optimizer.step(lambda: torch.zeros(())) if self.by_closure else self.optimizer.step()  # type: ignore
 
     def step(self, k: int, missing: Collection[str] = (), poison: Mapping[str, float] | None = None) -> None:
-        """Step ``k``. ``poison`` says whose gradient contains which bad number."""
+        """Take step ``k``. ``poison`` maps parameters to a bad number that one entry of their gradient gets."""
         self.set_gradients(k, missing)
         for name, value in (poison or {}).items():
             grad = self.params[name].grad
             assert grad is not None
             grad.view(-1)[0] = value
-        seed(k)  # runs compare even if steps draw random numbers; whether they may is another clause's matter
+        seed(k)  # so that runs compare even if steps draw random numbers, which another clause is about
         self.act()
 
     def steps(self, ks: Iterable[int]) -> None:
-        """Some steps. In step 1 the second matrix has no gradient, so that clocks differ from then on."""
+        """Take some steps. In step 1 the second matrix has no gradient, so that step counts differ from then on."""
         for k in ks:
             self.step(k, missing=["second.weight"] if k == 1 else [])
+
+    def expect_training(self, ks: Iterable[int], promise: str) -> None:
+        """Take some steps, and raise `Broken` unless every parameter moves, to finite values."""
+        before = self.weights()
+        self.steps(ks)
+        expect_moved(self.weights(), before, promise)
 
     def set(self, option: str, value: Any) -> None:
         """Write an option into every group, as a scheduler would."""
@@ -78,16 +84,21 @@ class Run:
             else:
                 group[option] = value
 
-    def weights(self) -> Snapshot:
-        """A copy of the parameters, by name."""
-        return snapshot(self.params)
+    def weights(self, *names: str) -> Snapshot:
+        """Return a copy of the parameters of these names, by default of all."""
+        return snapshot({name: p for name, p in self.params.items() if name in names or not names})
+
+    def of(self, *names: str) -> Snapshot:
+        """Return a copy of weights and state of some parameters."""
+        state = self.optimizer.state
+        return snapshot({n: {"weight": self.params[n], "state": state.get(self.params[n], {})} for n in names})
 
     def state(self) -> Snapshot:
-        """A copy of the optimizer's state, by parameter and by its own names."""
+        """Return a copy of the optimizer's state, by parameter and by the optimizer's own names."""
         return snapshot({name: self.optimizer.state[p] for name, p in self.params.items() if p in self.optimizer.state})
 
     def everything(self) -> Snapshot:
-        """Weights and state."""
+        """Return a copy of weights and state."""
         return snapshot({"weight of": self.weights(), "state of": self.state()})
 
 
@@ -116,13 +127,13 @@ class Subject:
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
-        """The options of a group that says nothing."""
+        """The options of a group that sets none."""
         group = self.start().optimizer.param_groups[0]
         return {option: value for option, value in group.items() if option not in ("params", "param_names")}
 
     @cached_property
     def by_closure(self) -> bool:
-        """Whether ``step`` can't do without a closure."""
+        """Whether ``step`` requires a closure."""
         name, shape = next(iter(SHAPES.items()))
         step = self.factory([self._parameter(name, shape, self.dtype)]).step
         closure = inspect.signature(step).parameters.get("closure")
@@ -130,30 +141,30 @@ class Subject:
 
     @property
     def lr(self) -> float:
-        """Its learning rate."""
+        """The default learning rate."""
         return float(self.defaults["lr"])
 
     @property
     def one(self) -> list[str]:
-        """One parameter's name, for clauses that need no more."""
+        """The name of one parameter, for clauses that need no more."""
         return [next(iter(self.shapes))]
 
     def params(self, dtype: torch.dtype | None = None, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Fresh parameters, the same each time."""
+        """Return fresh parameters, the same each time."""
         chosen = self.shapes if names is None else names
         return {name: self._parameter(name, self.shapes[name], dtype or self.dtype) for name in chosen}
 
     def start(self, dtype: torch.dtype | None = None, names: Collection[str] | None = None, **overrides: Any) -> Run:
-        """A run at its beginning; the optimizer is given a list of tensors."""
+        """Return a run before its first step, whose optimizer was given a list of tensors."""
         params = self.params(dtype, names)
         return self.over(params, list(params.values()), **overrides)
 
     def over(self, params: Mapping[str, Tensor], given: Any, **overrides: Any) -> Run:
-        """A run at its beginning, whose optimizer is given parameters in some form."""
+        """Return a run before its first step, whose optimizer was given the parameters as ``given``."""
         return Run(params, self.factory(given, **overrides), self.by_closure)
 
     def straight(self, dtype: torch.dtype) -> tuple[Snapshot, Snapshot]:
-        """Everything after `BEFORE` steps of a run, and after `AFTER` more; what resumed runs are compared with."""
+        """Return weights and state after `BEFORE` steps and after `AFTER` more, to compare resumed runs with."""
         if dtype not in self._straight:
             run = self.start(dtype)
             run.steps(range(BEFORE))
@@ -162,13 +173,20 @@ class Subject:
             self._straight[dtype] = middle, run.everything()
         return self._straight[dtype]
 
-    def needs(self, option: str, why: str = "") -> None:
-        """The clause applies only to optimizers with this option."""
+    def needs(self, option: str) -> None:
+        """Raise `NotApplicable` unless the optimizer has this option."""
         if option not in self.defaults:
-            raise NotApplicable(why or f"has no {option}")
+            raise NotApplicable(f"has no {option}")
+
+    def needs_any(self, *options: str) -> list[str]:
+        """Return those of two options that the optimizer has, or raise `NotApplicable` if it has neither."""
+        present = [option for option in options if option in self.defaults]
+        if not present:
+            raise NotApplicable(f"has neither {' nor '.join(options)}")
+        return present
 
     def needs_two(self) -> None:
-        """The clause applies only to optimizers that take several parameters."""
+        """Raise `NotApplicable` unless the optimizer takes several parameters."""
         if len(self.shapes) < 2:
             raise NotApplicable("takes a single parameter only")
 
@@ -186,12 +204,12 @@ class Subject:
 
 
 def gradient(k: int, name: str, p: Tensor) -> Tensor:
-    """The gradient of step ``k`` for the parameter of this name."""
+    """Return the gradient of step ``k`` for the parameter of this name."""
     return _random(1 + k, name, p.shape).to(p.device, p.dtype)
 
 
 def seed(k: int) -> None:
-    """Seed the global generators; `torch.manual_seed` takes longer than a step."""
+    """Seed the global generators; `torch.manual_seed` would take longer than a step."""
     torch.default_generator.manual_seed(k)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(k)

@@ -33,10 +33,10 @@ from steepest.lab.bench.text import (
     rows,
     times,
 )
-from steepest.lab.race.store import write
+from steepest.lab.shared.device import one_thread
 from steepest.lab.shared.errors import BadInput
+from steepest.lab.shared.files import write
 from steepest.lab.shared.fingerprints import machine, versions
-from steepest.lab.spike.command import one_thread
 
 DEVICES = ("cpu", "cuda")
 NAME = 12

@@ -20,12 +20,12 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 import steepest
+from steepest.engine.group import option_defaults
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.files import import_file
 from steepest.optimizers import NAMES, group_options
 from steepest.optimizers.torch_optim import PAPERS, TORCH
 from steepest.recipes import RECIPES
-from steepest.routing.judge import state_bytes
 from steepest.rule import Rule
 from steepest.rule.work import PRODUCT, work
 from steepest.rules import RULES
@@ -110,7 +110,8 @@ def build_model(path: Path) -> nn.Module:
 
 def ours() -> list[Line]:
     """The optimizers of this library, those first that have a class."""
-    names = [*NAMES, *(name for name in RULES if name not in NAMES and name not in TORCH)]
+    named = {entry.rule for entry in NAMES.values()}
+    names = [*NAMES, *(name for name in RULES if name not in named and name not in TORCH)]
     return [_our_line(name) for name in names]
 
 
@@ -126,14 +127,12 @@ def bytes_per_entry(name: str, m: int, n: int) -> float:
     (24.0, 4.0)
     """
     options = group_options(name, {})
-    rule = RULES[options.pop("rule")]
-    if not issubclass(rule, Rule):
-        state: dict[str, torch.Tensor] = dict(rule(**options).init(torch.empty(m, n, device="meta")))
-        state.pop("step", None)  # ours keep one for each matrix too; it is the engine's
-    elif not options:
-        return state_bytes(rule.name, [(1, m, n)]) / (m * n)
+    rule = RULES[options["rule"]].from_group(option_defaults(options["rule"]) | options)
+    if isinstance(rule, Rule):
+        state = dict(laid_out(rule, torch.empty(1, m, n, device="meta")))
     else:
-        state = dict(laid_out(rule(**options), torch.empty(1, m, n, device="meta")))
+        state = dict(rule.init(torch.empty(m, n, device="meta")))
+        state.pop("step", None)  # ours keep one for each matrix too; it is the engine's
     return sum(tensor.nbytes for tensor in state.values()) / (m * n)
 
 

@@ -16,7 +16,6 @@ from functools import cache
 import torch
 
 from steepest.exchange.layout import Layout, Rectangle
-from steepest.exchange.lending import offers
 from steepest.exchange.plan import BUCKET_BYTES, Job, Plan, make_plan
 from steepest.lab.plan.devices import Device
 from steepest.lab.plan.models import Model, Weight
@@ -189,7 +188,7 @@ def _jobs(model: Model, on: Mesh) -> Iterator[tuple[Job, Weight, range]]:
         if weight.view is None or _stays(weight, on):
             continue
         layout, pieces = on.layout(weight.shape), weight.view.pieces
-        boxes = [box for piece in range(len(pieces)) if (box := weight.view.box(piece)) is not None]
+        boxes = [box for piece in range(len(pieces)) if (box := weight.view.slices(piece)) is not None]
         if len(boxes) < max(len(pieces), 2):
             yield _job(model, weight, layout, layout.whole, weight.name, tuple(pieces)), weight, range(len(pieces))
             continue
@@ -205,7 +204,7 @@ def _loads(model: Model, on: Mesh, plan: Plan, own: Own, state: Sequence[float])
     stacks: list[set[tuple[int, int, int]]] = [set() for _ in range(on.world)]
     parameters = [0.0] * on.world
     for weight, count in Counter(replace(weight, name="") for weight in model.weights).items():
-        for rank, part in enumerate(on.layout(weight.shape).parts):
+        for rank, part in enumerate(on.layout(weight.shape).shards):
             parameters[rank] += count * part.size
     turns = _turns(model)
     bucket_of = {j: number for number, bucket in enumerate(plan.buckets) for j in bucket}
@@ -222,7 +221,7 @@ def _loads(model: Model, on: Mesh, plan: Plan, own: Own, state: Sequence[float])
     for weight in model.weights:
         if weight.view is None or not _stays(weight, on):
             continue
-        for rank, part in enumerate(on.layout(weight.shape).parts):
+        for rank, part in enumerate(on.layout(weight.shape).shards):
             for piece, (b, _, _) in enumerate(weight.view.pieces if part.size else []):
                 each = b // weight.shape[0]  # of the first dimension, by which it is cut
                 give(rank, -1, weight, piece, slice(part.start[0] * each, (part.start[0] + part.shape[0]) * each))
@@ -266,11 +265,11 @@ def _own(model: Model, on: Mesh) -> Own:
         layout = on.layout(weight.shape)
         if weight.view is None:
             per_entry = count * entry_bytes(model.elementwise)
-            for rank, part in enumerate(layout.parts):
+            for rank, part in enumerate(layout.shards):
                 own.elementwise[rank] += per_entry * part.size
             continue
         flops, size = _price(model.rule, tuple(weight.view.pieces))
-        for rank, part in enumerate(layout.parts):
+        for rank, part in enumerate(layout.shards):
             share = count * part.size / layout.whole.size
             own.flops[rank] += share * flops
             own.state[rank] += share * size
@@ -282,7 +281,7 @@ def _stays(weight: Weight, on: Mesh) -> bool:
     if weight.view is None or weight.view.merge_dims or len(weight.shape) < 3 or weight.view.heads > 1:
         return False
     layout = on.layout(weight.shape)
-    parts = {part for part in layout.parts if not part.empty}
+    parts = {part for part in layout.shards if not part.empty}
     return len(parts) > 1 and all(part.shape[1:] == layout.shape[1:] for part in parts)
 
 
@@ -298,7 +297,6 @@ def _job(model: Model, weight: Weight, layout: Layout, window: Rectangle, name: 
         memory,
         itemsizes=(weight.itemsize, DIRECTION_BYTES),
         factored=factored,
-        errands=offers(model.rule, pieces, DIRECTION_BYTES),
     )
 
 

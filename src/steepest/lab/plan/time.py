@@ -25,7 +25,7 @@ from steepest.rule import THE_END, Elementwise, Rule
 from steepest.rule.work import Work, work
 from steepest.rules.parts.newton_schulz import NewtonSchulz, survives_bfloat16
 from steepest.rules.soap import AdamInBasis
-from steepest.stack.stack import spread
+from steepest.stack.stagger import stagger_offsets
 from steepest.stack.storage import laid_out
 
 MFU = 0.4
@@ -126,7 +126,7 @@ def settled(rule: Rule | Elementwise, kind: str) -> Rule | Elementwise:
 
 def phases(rule: Rule, matrices: Sequence[tuple[int, int]]) -> list[int]:
     """When in its period each matrix refreshes if staggered, as the engine spreads them, in the order of its names."""
-    return spread([rule.refresh_cost(m, n) for m, n in matrices], period_of(rule))
+    return stagger_offsets([rule.refresh_cost(m, n) for m, n in matrices], period_of(rule))
 
 
 def period_of(rule: Rule | Elementwise) -> int:

@@ -1,1 +1,1 @@
-"""`steepest race`."""
+"""The command ``steepest race``: contenders train the same model on the same data, with equal tuning."""

@@ -1,4 +1,4 @@
-"""One call of ``steepest race``: from what was typed to the report."""
+"""One call of ``steepest race``: from the options to the report."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from steepest.lab.race import race as races
-from steepest.lab.race import report
-from steepest.lab.race import results as findings
-from steepest.lab.race.console import Board, table
-from steepest.lab.race.pool import Crew
-from steepest.lab.race.race import Entry, Plan, Results
-from steepest.lab.race.store import Store, write
-from steepest.lab.race.text import as_json, headline, notes, poisoned
+from steepest.lab.race.console import ProgressBars
+from steepest.lab.race.pool import Pool
+from steepest.lab.race.race import Entry, Plan, Runs
+from steepest.lab.race.report import page
+from steepest.lab.race.results import find_results
+from steepest.lab.race.store import Store
+from steepest.lab.race.text import as_json, headline, main_table, notes, poisoned
 from steepest.lab.shared.contenders import Contender, parse_contenders, parse_sweep, preset
 from steepest.lab.shared.errors import BadInput, one_line
+from steepest.lab.shared.files import write
 from steepest.lab.shared.fingerprints import machine, versions
 from steepest.lab.shared.presets import PRESETS, QUICK
 from steepest.lab.workloads.workload import Workload, load_workload
@@ -30,7 +31,7 @@ SOME_FAILED, INTERRUPTED = 1, 130
 
 @dataclass(frozen=True)
 class Request:
-    """What was typed, option by option; None where nothing was."""
+    """The options of the command line; None where an option was not given."""
 
     optimizers: str | None
     workload: str
@@ -46,24 +47,28 @@ class Request:
 
 
 def run(request: Request, console: Console) -> int:
-    """Race as requested, and show what happened; BadInput if it can't be done. Returns the exit status."""
+    """Race as requested, show the results, and return the exit status.
+
+    Raises:
+        BadInput: for a request that can't be carried out.
+    """
     workload = load_workload(request.workload)
     plan = make_plan(request, workload)
     store = Store(request.out / "runs", workload.fingerprint(), request.fresh)
-    _try_out(plan, workload)
+    _check(plan, workload)
     _announce(plan, workload, request, console)
-    results = Results(plan)
+    runs = Runs(plan)
     try:
-        with Board(console, plan.total_steps) as board:
-            races.race(plan, Crew(request.workers, board), store, results)
+        with ProgressBars(console, sum(plan.distances)) as bars:
+            races.race(plan, Pool(request.workers, bars), store, runs)
     except KeyboardInterrupt:
-        results.interrupted = True
-    _conclude(results, workload, request, console)
-    return INTERRUPTED if results.interrupted else SOME_FAILED if results.failures else 0
+        runs.interrupted = True
+    _conclude(runs, workload, request, console)
+    return INTERRUPTED if runs.interrupted else SOME_FAILED if runs.failures else 0
 
 
 def make_plan(request: Request, workload: Workload) -> Plan:
-    """Who runs how far."""
+    """Return the plan for a request."""
     if request.optimizers is not None:
         contenders = parse_contenders(request.optimizers)
     else:
@@ -77,15 +82,15 @@ def make_plan(request: Request, workload: Workload) -> Plan:
             return Entry.swept(contender, axes)
         return Entry.swept(contender) if request.full else Entry.preset(contender)
 
-    # Each run has a process of its own, with a working directory that may not be ours to count on.
+    # The processes of the trials may have another working directory, so a file's path is made absolute.
     name = str(Path(request.workload).resolve()) if request.workload.endswith(".py") else request.workload
     steps = request.steps or workload.steps
     shorter = races.shorter_distances(steps) if request.full else ()
     return Plan(name, tuple(map(entry, contenders)), steps, request.seeds, shorter, request.poison)
 
 
-def _try_out(plan: Plan, workload: Workload) -> None:
-    """Find out before the race what can't work: a workload's first step, and every contender's options."""
+def _check(plan: Plan, workload: Workload) -> None:
+    """Check before the race that the workload's first step runs and that all settings are valid."""
     torch.manual_seed(0)
     try:
         model = workload.model()
@@ -101,31 +106,31 @@ def _try_out(plan: Plan, workload: Workload) -> None:
 
 
 def _announce(plan: Plan, workload: Workload, request: Request, console: Console) -> None:
-    """What is about to happen, and on what."""
+    """Print what will be run, and on what machine."""
     names = escape(", ".join(entry.label for entry in plan.entries))
     console.print(f"[bold]steepest race[/]: {names} on {escape(request.workload)}", highlight=False)
-    console.print(f"  {plan.total_trials} runs, {request.workers} at a time with one thread each", highlight=False)
+    console.print(f"  {len(plan.distances)} runs, {request.workers} at a time with one thread each", highlight=False)
     if plan.poison:
         console.print(f"  {poisoned(plan.poison)} with NaN or infinite entries", highlight=False)
     for name, fact in {**workload.describe(), **versions(), "machine": machine()}.items():
         console.print(f"  [dim]{escape(f'{name}: {fact}')}[/]", highlight=False)
 
 
-def _conclude(results: Results, workload: Workload, request: Request, console: Console) -> None:
-    """The table, the report, and where it lies."""
-    if not results.runs:
+def _conclude(runs: Runs, workload: Workload, request: Request, console: Console) -> None:
+    """Print the results, and write them to the report and to results.json."""
+    if not runs.finished:
         console.print("No run has finished, so there is nothing to report.")
         return
-    found = findings.find(results)
+    results = find_results(runs)
     console.print()
-    console.print(table(found, console.width))
-    for note in notes(found):
+    console.print(main_table(results).for_console(gap=2 if console.width >= 100 else 0, bold_first=True))
+    for note in notes(results):
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
-    claim, losses = headline(found)
+    claim, losses = headline(results)
     console.print(f"\n[bold]{escape(claim)}[/] {escape(losses)}", highlight=False)
-    if results.interrupted:
-        console.print("Broken off: the same command continues.", style="yellow")
+    if runs.interrupted:
+        console.print("Interrupted: the same command continues.", style="yellow")
     path = request.out / "report.html"
-    write(request.out / "results.json", json.dumps(as_json(found), indent=1))
-    write(path, report.page(found, results, workload, request.command))
+    write(request.out / "results.json", json.dumps(as_json(results), indent=1))
+    write(path, page(results, workload, request.command))
     console.print(f"report: {escape(str(path))}", highlight=False, soft_wrap=True)

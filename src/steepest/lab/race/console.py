@@ -1,12 +1,12 @@
-"""What the terminal shows: progress while trials run, then the table."""
+"""Progress bars of a race, for the terminal."""
 
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from types import TracebackType
 from typing import Self
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -18,15 +18,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
-from steepest.lab.race.results import Findings
-from steepest.lab.race.text import cells, headers, loss
+from steepest.lab.race.text import loss
 from steepest.lab.race.trial import Run, Trial
 
 
-class Board:
-    """Progress bars: one for the race, one for each trial that runs, with its losses. Hears of it all from the crew."""
+class ProgressBars:
+    """A bar for the race, one for each trial that runs, and a line for each that has ended; a listener of the pool."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self.bars = Progress(
@@ -38,10 +36,12 @@ class Board:
             TimeRemainingColumn(),
             console=console,
             expand=True,
+            transient=True,
             disable=not console.is_terminal,
         )
         self.race = self.bars.add_task("[bold]all steps", total=total_steps, losses="")
         self.trials: dict[str, TaskID] = {}
+        self.steps: defaultdict[str, int] = defaultdict(int)
         self.lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -52,48 +52,40 @@ class Board:
         self.bars.stop()
 
     def skipped(self, trial: Trial) -> None:
-        """Counted as done."""
+        """Count the trial as done."""
         self.bars.advance(self.race, trial.steps)
 
     def started(self, trial: Trial) -> None:
-        """Gets a bar."""
+        """Add a bar."""
         with self.lock:
-            self.trials[trial.literal()] = self.bars.add_task(escape(str(trial)), total=trial.steps, losses="starting")
+            bar = self.bars.add_task(escape(str(trial)), total=trial.steps, losses="starting")
+            self.trials[trial.literal()] = bar
 
-    def news(self, trial: Trial, step: int, train: float, validation: float | None) -> None:
-        """The bar grows."""
-        bar = self.trials[trial.literal()]
+    def progress(self, trial: Trial, step: int, train: float, validation: float | None) -> None:
+        """Advance the trial's bar."""
         losses = f"train {loss(train)}" + (f"  val {loss(validation)}" if validation is not None else "")
         with self.lock:
-            self.bars.advance(self.race, step - self.bars.tasks[self.bars.task_ids.index(bar)].completed)
-            self.bars.update(bar, completed=step, losses=losses)
-
-    def ended(self, trial: Trial) -> None:
-        """The bar goes; what a diverged trial didn't run counts as done."""
-        with self.lock:
-            bar = self.trials.pop(trial.literal())
-            self.bars.advance(self.race, trial.steps - self.bars.tasks[self.bars.task_ids.index(bar)].completed)
-            self.bars.remove_task(bar)
+            self._advance(trial, step)
+            self.bars.update(self.trials[trial.literal()], completed=step, losses=losses)
 
     def finished(self, run: Run) -> None:
-        """A line that stays."""
-        record = run.record
-        outcome = loss(record.final) if record.status == "finished" else "[red]diverged[/]"
-        self.bars.console.print(
-            f"  {escape(str(run.trial))}: {outcome}  [dim]{record.wall_seconds:.0f} s[/]", highlight=False
-        )
+        """Replace the bar by a line with the final loss."""
+        outcome = loss(run.record.final) if run.record.status == "finished" else "[red]diverged[/]"
+        self._end(run.trial, f"{outcome}  [dim]{run.record.wall_seconds:.0f} s[/]")
 
     def failed(self, trial: Trial, reason: str) -> None:
-        """A line that stays."""
-        self.bars.console.print(f"  {escape(str(trial))}: [red]failed[/]: {escape(reason)}", highlight=False)
+        """Replace the bar by a line with the reason."""
+        self._end(trial, f"[red]failed[/]: {escape(reason)}")
 
+    def _end(self, trial: Trial, outcome: str) -> None:
+        with self.lock:
+            self._advance(trial, trial.steps)  # steps that a diverged trial did not run count as done
+            if (bar := self.trials.pop(trial.literal(), None)) is not None:
+                self.bars.remove_task(bar)
+        self.bars.console.print(f"  {escape(str(trial))}: {outcome}", highlight=False)
 
-def table(findings: Findings, width: int) -> Table:
-    """One line for each entry, within eighty columns unless labels are long."""
-    gap = 1 if width >= 100 else 0
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, gap), pad_edge=False, show_edge=False, header_style="bold")
-    for i, header in enumerate(headers(findings)):
-        grid.add_column(header, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
-    for line in findings.lines:
-        grid.add_row(*map(escape, cells(line)), style="bold" if line is findings.lines[0] else "")
-    return grid
+    def _advance(self, trial: Trial, step: int) -> None:
+        """Advance the bar of the race by the steps that the trial has made since."""
+        key = trial.literal()
+        self.bars.advance(self.race, step - self.steps[key])
+        self.steps[key] = step

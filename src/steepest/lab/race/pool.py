@@ -1,7 +1,8 @@
-"""The crew: runs trials side by side, each in a fresh process with one thread.
+"""The pool of worker processes: trials run side by side, each in a fresh process with one thread.
 
-A process per trial, rather than a pool that is kept, so that peak memory is the trial's own and nothing that one trial
-does can reach the next. The processes have sessions of their own: Ctrl-C reaches the race, which then stops them.
+Each trial has a process of its own, so its peak memory is its own, nothing that it does reaches the next trial, and a
+process that is killed fails one trial only; a `concurrent.futures.ProcessPoolExecutor` would fail all that are left.
+The processes have sessions of their own: Ctrl-C reaches only the race, which then stops them.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from steepest.lab.shared.errors import BadInput, one_line
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-class Audience(Protocol):
-    """Who is told what the crew does. `started`, `news` and `ended` are called from threads."""
+class Listener(Protocol):
+    """What is told how the trials of a race go. `started` and `progress` are called from threads."""
 
     def skipped(self, trial: Trial) -> None:
         """The trial was run before."""
@@ -31,35 +32,32 @@ class Audience(Protocol):
     def started(self, trial: Trial) -> None:
         """A process runs the trial now."""
 
-    def news(self, trial: Trial, step: int, train: float, validation: float | None) -> None:
-        """The trial has got this far."""
-
-    def ended(self, trial: Trial) -> None:
-        """The trial's process is gone."""
+    def progress(self, trial: Trial, step: int, train: float, validation: float | None) -> None:
+        """The trial has come to this step, with these last losses."""
 
     def finished(self, run: Run) -> None:
-        """The trial has left its record."""
+        """The trial has ended with a record."""
 
     def failed(self, trial: Trial, reason: str) -> None:
-        """The trial has left none."""
+        """The trial has ended without a record."""
 
 
 class TrialFailed(Exception):
     """A trial's process ended with an error instead of a record."""
 
 
-class Crew:
-    """Up to ``workers`` processes."""
+class Pool:
+    """Up to ``workers`` processes, each with one trial."""
 
-    def __init__(self, workers: int, audience: Audience) -> None:
+    def __init__(self, workers: int, listener: Listener) -> None:
         self.workers = workers
-        self.audience = audience
+        self.listener = listener
         self._processes: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
         self._stopped = False
 
     def run(self, trials: Iterable[Trial], done: Callable[[Run], None], failed: Callable[[Trial, str], None]) -> None:
-        """Run the trials, the first ones first, and tell of each as it ends. An exception, Ctrl-C too, stops all."""
+        """Run the trials in order, and call back in this thread as each ends. An exception, Ctrl-C too, stops all."""
         with ThreadPoolExecutor(self.workers) as threads:
             futures = {threads.submit(self._run, trial): trial for trial in trials}
             try:
@@ -78,29 +76,27 @@ class Crew:
                 raise
 
     def _run(self, trial: Trial) -> Record:
-        """The trial's record, from a process of its own."""
-        with tempfile.TemporaryFile("w+") as complaints:
-            process = self._start(trial, complaints)
-            self.audience.started(trial)
+        """Return the record of a trial that runs in a process of its own."""
+        with tempfile.TemporaryFile("w+") as stderr:
+            process = self._start(trial, stderr)
+            self.listener.started(trial)
             try:
-                return self._listen(process, trial, complaints)
+                return self._listen(process, trial, stderr)
             finally:
-                process.terminate()  # its record is here, or nobody wants it: no need to wait for a tidy end
+                process.terminate()  # its record is here, or nobody needs it: there is no need for a tidy end
                 process.wait()
                 with self._lock:
                     self._processes.discard(process)
-                self.audience.ended(trial)
 
-    def _start(self, trial: Trial, complaints: IO[str]) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "steepest.lab.race.worker", trial.literal()]
+    def _start(self, trial: Trial, stderr: IO[str]) -> subprocess.Popen[str]:
         with self._lock:
             if self._stopped:
                 raise TrialFailed("stopped")
             process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", "steepest.lab.race.worker", trial.literal()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                stderr=complaints,
+                stderr=stderr,
                 text=True,
                 env=os.environ | ONE_THREAD,
                 start_new_session=True,
@@ -108,8 +104,8 @@ class Crew:
             self._processes.add(process)
             return process
 
-    def _listen(self, process: subprocess.Popen[str], trial: Trial, complaints: IO[str]) -> Record:
-        """Pass the news on until the record comes."""
+    def _listen(self, process: subprocess.Popen[str], trial: Trial, stderr: IO[str]) -> Record:
+        """Pass the trial's progress on until its record comes."""
         assert process.stdout is not None
         with process.stdout as lines:
             for line in lines:
@@ -118,13 +114,13 @@ class Crew:
                     return Record(**message["record"])
                 if "error" in message:
                     raise TrialFailed(message["error"])
-                self.audience.news(trial, **message)
-        complaints.seek(0)
-        said = complaints.read().strip().splitlines()
-        raise TrialFailed(said[-1] if said else f"its process ended with status {process.wait()}")
+                self.listener.progress(trial, **message)
+        stderr.seek(0)
+        complaints = stderr.read().strip().splitlines()
+        raise TrialFailed(complaints[-1] if complaints else f"its process ended with status {process.wait()}")
 
     def _stop(self) -> None:
-        """End what runs, and let nothing start any more."""
+        """Terminate the processes, and let no further one start."""
         with self._lock:
             self._stopped = True
             for process in self._processes:

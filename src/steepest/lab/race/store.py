@@ -1,39 +1,27 @@
-"""The store: one JSON file per run, found again by all that decided its result, so a broken-off race continues."""
+"""The store keeps one JSON file per run, named by a hash of all that decides its result, so that races can continue."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from steepest.lab.race.trial import Record, Run, Trial
-from steepest.lab.shared.errors import BadInput
+from steepest.lab.shared.files import make_folder, write
 from steepest.lab.shared.fingerprints import digest, library_hash, machine, versions
-
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""What the system says when a disk, a quota, or a limit to the size of files is exhausted."""
 
 
 class Store:
-    """A folder of records. With ``fresh``, what was there before this race is not looked at."""
+    """A folder of records. With ``fresh``, records from before this race are not used."""
 
     def __init__(self, folder: Path, fingerprint: str, fresh: bool = False) -> None:
         self.folder, self.fingerprint, self.fresh = folder, fingerprint, fresh
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".writable-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise BadInput(f"{_complaint(folder, error)}, or give another folder by --out") from error
+        make_folder(folder)
 
     def identity(self, trial: Trial) -> dict[str, Any]:
-        """All that decides the trial's result, its times too."""
+        """Return all that decides the trial's result, its times included."""
         return {
             "workload": trial.workload,
             "data": self.fingerprint,
@@ -47,14 +35,14 @@ class Store:
         }
 
     def path(self, trial: Trial) -> Path:
-        """Where the trial's record is kept; the name is for people, the hash in it decides."""
+        """Return the path of the trial's record; its name is for people, and the hash in it decides."""
         label = re.sub(r"[^a-z0-9.]+", "-", trial.contender.label.lower()).strip("-")[:48]
         poisoned = f"-poison{trial.poison:g}" if trial.poison else ""
         name = f"{label}-lr{trial.contender.lr:g}-{trial.steps}-seed{trial.seed}{poisoned}"
         return self.folder / f"{name}-{digest(self.identity(trial))[:12]}.json"
 
     def find(self, trial: Trial) -> Run | None:
-        """The trial's run, if it was run before, under whatever label."""
+        """Return the trial's run if it was run before, under whatever label."""
         if self.fresh:
             return None
         ending = self.path(trial).name[-len("0123456789ab.json") :]
@@ -62,44 +50,14 @@ class Store:
             try:
                 return Run(trial, Record(**json.loads(path.read_text())["record"]))
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # not a record of ours: run the trial again
+                continue  # the file holds no record: run the trial again
         return None
 
     def save(self, run: Run) -> None:
-        """Keep the run. The file appears complete or not at all."""
-        path = self.path(run.trial)
+        """Write the run to a file, which appears complete or not at all."""
         content = {
             "identity": self.identity(run.trial),
             "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
             "record": run.record.as_json(),
         }
-        write(path, json.dumps(content))
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file such that nobody ever sees half of it, whenever the process or the machine is stopped.
-
-    Raises:
-        BadInput: if the disk is full or the folder can't be written to. What was in it is as before.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # some file systems only say here that they are full
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise BadInput(f"{_complaint(path.parent, error)}, and the same command continues: runs are kept") from error
-
-
-def _complaint(folder: Path, error: OSError) -> str:
-    """What is wrong, and its remedy.
-
-    >>> _complaint(Path("runs"), OSError(errno.ENOSPC, "No space left on device"))
-    "can't write to runs: No space left on device; make room there"
-    """
-    remedy = "make room there" if error.errno in FULL else "make it writable"
-    return f"can't write to {folder}: {error.strerror}; {remedy}"
+        write(self.path(run.trial), json.dumps(content))

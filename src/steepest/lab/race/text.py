@@ -1,111 +1,145 @@
-"""What the records say, in words: headline, notes and cells of tables, for the console and the report alike."""
+"""The text of the results: headline, notes, tables and JSON, for the console and the report alike."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
-from steepest.lab.race.results import Finding, Findings
+from steepest.lab.race.results import Result, Results
 from steepest.lab.shared.contenders import Contender
+from steepest.lab.shared.table import Table
 
 
-def headline(findings: Findings) -> tuple[str, str]:
-    """The race in one sentence, and one more with the losses behind it."""
-    base = findings.baseline
-    if base is None or findings.target is None:
+def headline(results: Results) -> tuple[str, str]:
+    """Return the race in one sentence, and one more with the losses that it rests on."""
+    base = results.baseline
+    if base is None or results.target is None:
         return "The baseline has not finished a run yet, so there is nothing to compare with.", ""
-    rivals = [line for line in findings.lines if line is not base]
-    poison = f" with {poisoned(findings.plan.poison)}" if findings.plan.poison else ""
-    ends = f"After {findings.plan.steps} steps{poison}, {base.label} ends at {loss(base.final)}"
+    rivals = [result for result in results.entries if result is not base]
+    poison = f" with {poisoned(results.plan.poison)}" if results.plan.poison else ""
+    losses = f"After {results.plan.steps} steps{poison}, {base.label} ends at {loss(base.final)}"
     if not rivals:
-        return "Nobody has finished a run to compare with.", f"{ends}."
-    top = min(rivals, key=lambda line: line.final)
-    losses = (
-        f"{ends}, {top.label} at {loss(top.final)}." if math.isfinite(top.final) else f"{ends}; the others diverged."
-    )
-    ahead = [line for line in rivals if line.beats(base) and line.steps_share and line.time_share]
+        return "No other contender has finished a run to compare with.", f"{losses}."
+    top = min(rivals, key=lambda result: result.final)
+    losses += f", {top.label} at {loss(top.final)}." if math.isfinite(top.final) else "; the others diverged."
+    ahead = [result for result in rivals if result.beats(base) and result.steps_share and result.time_share]
     if not ahead:
-        noise = " by more than the noise between seeds" if findings.plan.seeds > 1 else ""
+        noise = " by more than the noise between seeds" if results.plan.seeds > 1 else ""
         return f"Nobody is ahead of {base.label}{noise}.", losses
-    frugal = min(ahead, key=lambda line: line.steps_share or math.inf)
-    quick = min(ahead, key=lambda line: line.time_share or math.inf)
-    steps = f"{_share(frugal, frugal.steps_share)} of its steps"
-    time = f"{_share(quick, quick.time_share)} of its {findings.clock}"
-    claim = f"{frugal.label} reaches {base.label}'s final loss in {steps}"
-    return claim + (f" and {time}." if quick is frugal else f", {quick.label} in {time}."), losses
+    fewest, fastest = fewest_steps(ahead), least_time(ahead)
+    steps = f"{_at_most(fewest)}{fewest.steps_share:.0%} of its steps"
+    time = f"{_at_most(fastest)}{fastest.time_share:.0%} of its {results.clock}"
+    claim = f"{fewest.label} reaches {base.label}'s final loss in {steps}"
+    return claim + (f" and {time}." if fastest is fewest else f", {fastest.label} in {time}."), losses
 
 
-def tuning_note(findings: Findings) -> str:
-    """How equal the tuning was."""
-    counts = {line.tried for line in findings.lines}
-    seeds = plural(findings.plan.seeds, "seed")
-    trials = plural(findings.plan.tuning_seeds, "seed")
-    if counts == {1}:
-        return f"Everybody ran at preset settings, {seeds} each; --full tunes all with the same number of trials."
-    if len(counts) == 1:
-        return f"Everybody was tuned with the same number of trials: {counts.pop()} settings × {trials}."
-    tried = ", ".join(f"{line.label} {line.tried}" for line in findings.lines)
-    return f"Not tuned equally. Settings tried, × {trials}: {tried}."
+def fewest_steps(results: list[Result]) -> Result:
+    """Return the result with the fewest steps to the target."""
+    return min(results, key=lambda result: result.steps_share or math.inf)
 
 
-def poison_note(findings: Findings) -> str:
-    """What a poisoned race is, and what it has cost each contender."""
+def least_time(results: list[Result]) -> Result:
+    """Return the result with the least time to the target."""
+    return min(results, key=lambda result: result.time_share or math.inf)
+
+
+def notes(results: Results) -> list[str]:
+    """Return what a reader must know to read the table correctly."""
+    lines = [_poison_note(results)] if results.plan.poison else []
+    lines += [_tuning_note(results), _noise_note(results)]
+    chosen = [f"{result.label} {others}" for result in results.entries if (others := _other_choices(result))]
+    if chosen:
+        lines.append(f"Best of what was tuned besides lr: {'; '.join(chosen)}.")
+    if any(result.best_at_edge_of for result in results.entries):
+        lines.append("* best at the edge of what was tried: the optimum may lie beyond.")
+    if any(result.steps_to_target and result.steps_to_target.bound for result in results.entries):
+        lines.append("≤ where a run passes the target before its learning rate has come down: an upper bound.")
+    return lines
+
+
+def _poison_note(results: Results) -> str:
     counts = (
-        f"{line.label} {'uncounted' if line.skipped is None else line.skipped} of {line.poisoned}"
-        for line in findings.lines
+        f"{r.label} {'uncounted' if r.updates_skipped is None else r.updates_skipped} of {r.gradients_poisoned}"
+        for r in results.entries
     )
     return (
         "At each step each parameter's gradient got NaN or infinite entries with probability "
-        f"{findings.plan.poison:g}. Updates left out, of the gradients poisoned: {', '.join(counts)}."
+        f"{results.plan.poison:g}. Updates left out, of the gradients poisoned: {', '.join(counts)}."
     )
 
 
-def noise_note(findings: Findings) -> str:
-    """How large a difference must be to mean anything."""
-    if findings.plan.seeds < 2:
+def _tuning_note(results: Results) -> str:
+    """Say how equal the tuning was."""
+    counts = {result.settings_tried for result in results.entries}
+    seeds, all_seeds = (plural(count, "seed") for count in (results.plan.tuning_seeds, results.plan.seeds))
+    if counts == {1}:
+        return f"Everybody ran at preset settings, {all_seeds} each; --full tunes all with the same number of trials."
+    if len(counts) == 1:
+        return f"Everybody was tuned with the same number of trials: {counts.pop()} settings × {seeds}."
+    tried = ", ".join(f"{result.label} {result.settings_tried}" for result in results.entries)
+    return f"Not tuned equally. Settings tried, × {seeds}: {tried}."
+
+
+def _noise_note(results: Results) -> str:
+    """Say how large a difference must be to mean anything."""
+    if results.plan.seeds < 2:
         return "One seed only: there is no telling how much of a difference is luck."
-    if not math.isfinite(findings.noise):
+    if not math.isfinite(results.noise):
         return "No setting has finished two seeds: there is no telling how much of a difference is luck."
     return (
-        f"{plural(findings.plan.seeds, 'seed')}: the same setting ends up to {findings.noise:.2g} apart, "
+        f"{plural(results.plan.seeds, 'seed')}: the same setting ends up to {results.noise:.2g} apart, "
         "so smaller differences between contenders mean nothing (and few seeds understate it)."
     )
 
 
-def headers(findings: Findings) -> list[str]:
-    """What stands over `cells`, in narrow lines."""
-    base = findings.plan.baseline.label
-    clock = findings.clock.replace(" ", "\n")
+def _other_choices(result: Result) -> str:
+    """Return the best values of tuned settings other than the learning rate, starred like it."""
+    names = [name for name in result.entry.tuned if name != "lr"]
+    return ", ".join(f"{name}={result.best.value(name)}{_star(result, name)}" for name in names)
+
+
+def main_table(results: Results) -> Table:
+    """Return one row per entry, within eighty columns unless labels are long."""
+    base, clock = results.plan.baseline.label, results.clock.replace(" ", "\n")
+    head = ["contender", "best\nlr", "final loss", f"steps to\n{base}'s", f"{clock}\nto it", "ms/step\nmodel\n+opt"]
+    return Table([*head, "opt ms\np50/p95", "state\nB/par", "peak\nMB"], [_cells(result) for result in results.entries])
+
+
+def _cells(result: Result) -> list[str]:
+    count = result.steps_to_target
     return [
-        "contender",
-        "best\nlr",
-        "final loss",
-        f"steps to\n{base}'s",
-        f"{clock}\nto it",
-        "ms/step\nmodel\n+opt",
-        "opt ms\np50/p95",
-        "state\nB/par",
-        "peak\nMB",
+        result.label,
+        f"{result.best.lr:g}{_star(result, 'lr')}",
+        _final(result),
+        f"{count} ({result.steps_share:.2f})" if count else "not reached",
+        f"{count.bound}{result.time_share:.2f}" if count and result.time_share else "–",
+        f"{result.model_ms:.0f}+{result.optimizer_ms:.1f}",
+        f"{result.optimizer_ms_p50:.1f}/{result.optimizer_ms_p95:.1f}",
+        f"{result.state_bytes_per_parameter:.0f}",
+        f"{result.peak_memory_bytes / 1e6:.0f}" if result.peak_memory_bytes else "–",
     ]
 
 
-def cells(line: Finding) -> list[str]:
-    """The line's numbers as short as can be."""
-    return [
-        line.label,
-        rate(line),
-        final(line),
-        f"{line.reach} ({line.steps_share:.2f})" if line.reach else "not reached",
-        f"{line.reach.bound}{line.time_share:.2f}" if line.reach and line.time_share else "–",
-        f"{line.model_ms:.0f}+{line.optimizer_ms:.1f}",
-        f"{line.optimizer_p50:.1f}/{line.optimizer_p95:.1f}",
-        f"{line.bytes_per_parameter:.0f}",
-        f"{line.peak_memory / 1e6:.0f}" if line.peak_memory else "–",
-    ]
+def _final(result: Result) -> str:
+    """Return the mean and half the range over seeds, if there are several."""
+    if not math.isfinite(result.final):
+        return "diverged"
+    half_range = f" ±{result.half_range:.{_decimals(result.final)}f}" if len(result.finals) > 1 else ""
+    return loss(result.final) + half_range
+
+
+def _star(result: Result, name: str) -> str:
+    """Mark a setting whose best value is at the edge of what was tried."""
+    return "*" if name in result.best_at_edge_of else ""
+
+
+def _at_most(result: Result) -> str:
+    return "at most " if result.steps_to_target and result.steps_to_target.bound else ""
 
 
 def loss(value: float) -> str:
-    """To four digits.
+    """Format a loss with four digits.
 
     >>> loss(1.62), loss(0.0012344), loss(12345.6)
     ('1.620', '0.001234', '12346')
@@ -113,8 +147,13 @@ def loss(value: float) -> str:
     return f"{value:.{_decimals(value)}f}"
 
 
+def _decimals(value: float) -> int:
+    """Return the number of decimals that makes four digits."""
+    return max(0, 3 - math.floor(math.log10(abs(value)))) if value else 3
+
+
 def poisoned(share: float) -> str:
-    """What was done to the gradients.
+    """Say how many gradients were poisoned.
 
     >>> poisoned(0.01)
     '1% of gradients poisoned'
@@ -122,20 +161,8 @@ def poisoned(share: float) -> str:
     return f"{share * 100:.3g}% of gradients poisoned"
 
 
-def rate(line: Finding) -> str:
-    """The best learning rate, starred where it stands at the edge of what was tried."""
-    return f"{line.best.lr:g}" + ("*" if "lr" in line.edges else "")
-
-
-def final(line: Finding) -> str:
-    """Mean and half the range over seeds, if there are several."""
-    if not math.isfinite(line.final):
-        return "diverged"
-    return loss(line.final) + (f" ±{line.spread:.{_decimals(line.final)}f}" if len(line.finals) > 1 else "")
-
-
 def plural(count: int, word: str) -> str:
-    """Count and word.
+    """Return count and word.
 
     >>> plural(1, "seed"), plural(2, "seed")
     ('1 seed', '2 seeds')
@@ -144,76 +171,31 @@ def plural(count: int, word: str) -> str:
 
 
 def settings(contender: Contender) -> str:
-    """A contender's settings as one would type them."""
+    """Return a contender's settings as a user would type them."""
     values = {**contender.options, "warmup": contender.warmup}
     return ", ".join(
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
     )
 
 
-def notes(findings: Findings) -> list[str]:
-    """What one must know to read the table rightly."""
-    lines = [tuning_note(findings), noise_note(findings)]
-    if findings.plan.poison:
-        lines.insert(0, poison_note(findings))
-    chosen = [f"{line.label} {others}" for line in findings.lines if (others := other_choices(line))]
-    if chosen:
-        lines.append(f"Best of what was tuned besides lr: {'; '.join(chosen)}.")
-    if any(line.edges for line in findings.lines):
-        lines.append("* best at the edge of what was tried: the optimum may lie beyond.")
-    if any(line.reach and line.reach.bound for line in findings.lines):
-        lines.append("≤ where the run was on its way further down: its learning rate had not come down yet.")
-    return lines
+def as_json(results: Results) -> dict[str, Any]:
+    """Return the results as plain values, with None for what is not finite."""
 
+    def plain(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        return list(map(plain, value)) if isinstance(value, tuple) else value
 
-def other_choices(line: Finding) -> str:
-    """The best values of tuned settings other than the learning rate, starred like it."""
-    names = [name for name in line.entry.tuned if name != "lr"]
-    return ", ".join(f"{name}={line.best.value(name)}{'*' if name in line.edges else ''}" for name in names)
+    def entry(result: Result) -> dict[str, Any]:
+        values = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in ("entry", "best", "runs")}
+        count = result.steps_to_target
+        values |= {"final": result.final, "steps_to_target": str(count) if count else None}
+        values |= {"contender": result.label, "settings": result.best.settings()}
+        return {name: plain(value) for name, value in values.items()}
 
-
-def as_json(findings: Findings) -> dict[str, Any]:
-    """The lines as plain values; what isn't finite is None."""
-    lines = [
-        {
-            "contender": line.label,
-            "settings": line.best.settings(),
-            "final": _finite(line.final),
-            "finals": [_finite(loss) for loss in line.finals],
-            "settings_tried": line.tried,
-            "runs_diverged": line.diverged,
-            "best_at_edge_of": list(line.edges),
-            "steps_to_target": str(line.reach) if line.reach else None,
-            "steps_share": line.steps_share,
-            "time_share": line.time_share,
-            "model_ms": _finite(line.model_ms),
-            "optimizer_ms": _finite(line.optimizer_ms),
-            "optimizer_ms_p50": _finite(line.optimizer_p50),
-            "optimizer_ms_p95": _finite(line.optimizer_p95),
-            "state_bytes_per_parameter": line.bytes_per_parameter,
-            "peak_memory_bytes": line.peak_memory,
-            "gradients_poisoned": line.poisoned,
-            "updates_skipped": line.skipped,
-        }
-        for line in findings.lines
-    ]
     return {
-        "headline": " ".join(headline(findings)),
-        "target": findings.target,
-        "poison": findings.plan.poison,
-        "contenders": lines,
+        "headline": " ".join(headline(results)),
+        "target": results.target,
+        "poison": results.plan.poison,
+        "contenders": [entry(result) for result in results.entries],
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _share(line: Finding, share: float | None) -> str:
-    at_most = "at most " if line.reach and line.reach.bound else ""
-    return f"{at_most}{share or math.nan:.0%}"
-
-
-def _decimals(value: float) -> int:
-    """How many make four digits."""
-    return max(0, 3 - math.floor(math.log10(abs(value)))) if value else 3

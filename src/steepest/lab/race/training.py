@@ -1,4 +1,4 @@
-"""The training loop of one trial. What is measured stays outside what is timed."""
+"""The training loop of one trial. Measurements are taken outside of the parts that are timed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ from steepest.lab.shared.contenders import Contender, hidden_matrices
 from steepest.lab.shared.presets import FINAL_RATE
 from steepest.lab.workloads.workload import Workload
 
-VALIDATIONS = 12  # per run
-PROBES = 24  # of update size, per run, besides the first steps
-SPECTRA = 8  # decompositions of weights and covariances, per run
-FIRST_STEPS = (1, 2, 3, 5, 8, 12, 20)  # where an untested step size shows
-DIVERGED = 3.0  # times the first loss, as a mean over the last ten steps
+VALIDATIONS = 12
+"""Validations in a run."""
+PROBES = 24
+"""Measurements of update sizes in a run, besides the first steps."""
+SPECTRA = 8
+"""Decompositions of weights and covariances in a run."""
+FIRST_STEPS = (1, 2, 3, 5, 8, 12, 20)
+"""Early steps, in which an optimizer would take steps of untested size."""
+DIVERGED = 3.0
+"""A run has diverged when its mean loss over ten steps is more than so many times the first loss."""
 
-Progress = Callable[[dict[str, Any]], None]
 
-
-def train(trial: Trial, workload: Workload, progress: Progress) -> Record:
-    """Run the trial. ``progress`` is told each step's number and loss, and validation losses."""
+def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]], None]) -> Record:
+    """Run the trial, and call ``progress`` after each step with its number, its loss and the last validation loss."""
     rehearse(workload, trial.contender)
     torch.manual_seed(trial.seed)
     model = workload.model()
@@ -41,8 +44,8 @@ def train(trial: Trial, workload: Workload, progress: Progress) -> Record:
     matrices = hidden_matrices(model)
     record = Record(parameters=sum(p.numel() for p in model.parameters()))
     record.clock, clock = stopwatch(model)
-    validations, spectra = spread(VALIDATIONS, trial.steps), spread(SPECTRA, trial.steps)
-    probes = spread(PROBES, trial.steps) | set(FIRST_STEPS)
+    validations, spectra = evenly_spaced(VALIDATIONS, trial.steps), evenly_spaced(SPECTRA, trial.steps)
+    probes = evenly_spaced(PROBES, trial.steps) | set(FIRST_STEPS)
     started = time.perf_counter()
 
     for step in range(1, trial.steps + 1):
@@ -54,7 +57,7 @@ def train(trial: Trial, workload: Workload, progress: Progress) -> Record:
         if has_diverged(record.train_loss):
             record.status = "diverged"
             break
-        record.poisoned += poison.strike(model.parameters())
+        record.poisoned += poison.apply(model.parameters())
         meter = UpdateMeter(matrices) if step in probes else None
         start = clock()
         optimizer.step()
@@ -64,8 +67,10 @@ def train(trial: Trial, workload: Workload, progress: Progress) -> Record:
         if step in validations:
             record.validation.append((step, validate(model, workload)))
         if step in spectra:
-            _note(record.weight_spread, step, weight_spread(matrices))
-            _note(record.factor_condition, step, factor_condition(optimizer))
+            if (spread := weight_spread(matrices)) is not None:
+                record.weight_spread.append((step, spread))
+            if (condition := factor_condition(optimizer)) is not None:
+                record.factor_condition.append((step, condition))
         progress({"step": step, "train": loss, "validation": record.validation[-1][1] if record.validation else None})
 
     if not math.isfinite(record.final):
@@ -78,7 +83,7 @@ def train(trial: Trial, workload: Workload, progress: Progress) -> Record:
 
 
 class Schedule:
-    """The learning rate rises over the warm-up, then falls along a cosine to a hundredth."""
+    """A learning rate that rises linearly over the warm-up, then falls along a cosine to a hundredth."""
 
     def __init__(self, optimizer: Optimizer, warmup: float, steps: int) -> None:
         self.groups = optimizer.param_groups
@@ -86,14 +91,14 @@ class Schedule:
         self.rise, self.steps = warmup * steps, steps
 
     def factor(self, step: int) -> float:
-        """What the highest rate is multiplied by in ``step``, counted from 1."""
+        """Return the factor on the highest rate in ``step``, counted from 1."""
         if step <= self.rise:
             return step / self.rise
         left = (1 + math.cos(math.pi * (step - self.rise) / (self.steps - self.rise))) / 2
         return FINAL_RATE + (1 - FINAL_RATE) * left
 
     def set(self, step: int) -> float:
-        """Set all groups' rates for ``step``; return the factor."""
+        """Set the rates of all groups for ``step``, and return the factor."""
         factor = self.factor(step)
         for group, highest in zip(self.groups, self.highest, strict=True):
             group["lr"] = highest * factor
@@ -101,7 +106,7 @@ class Schedule:
 
 
 def gradients(model: nn.Module, workload: Workload, data: torch.Generator) -> float:
-    """One batch, forward and backward; its loss."""
+    """Run one batch forward and backward, and return its loss."""
     loss = workload.loss(model, workload.batch(data))
     model.zero_grad()
     torch.autograd.backward(loss)
@@ -109,7 +114,7 @@ def gradients(model: nn.Module, workload: Workload, data: torch.Generator) -> fl
 
 
 def rehearse(workload: Workload, contender: Contender) -> None:
-    """One step on a model that is thrown away: what is imported and allocated on first use is not billed to a step."""
+    """Run one step on a model that is thrown away, so that imports and first allocations count for no step's time."""
     model = workload.model()
     optimizer = contender.optimizer(model)
     gradients(model, workload, torch.Generator().manual_seed(0))
@@ -118,24 +123,24 @@ def rehearse(workload: Workload, contender: Contender) -> None:
 
 @torch.no_grad()
 def validate(model: nn.Module, workload: Workload) -> float:
-    """The validation loss, in eval mode."""
+    """Return the validation loss, in eval mode."""
     model.eval()
     loss = workload.validation(model)
     model.train()
     return float(loss)
 
 
-def spread(count: int, steps: int) -> set[int]:
-    """About ``count`` steps, evenly spaced, the last among them.
+def evenly_spaced(count: int, steps: int) -> set[int]:
+    """Return about ``count`` steps, evenly spaced, the last one among them.
 
-    >>> sorted(spread(4, 10))
+    >>> sorted(evenly_spaced(4, 10))
     [2, 5, 8, 10]
     """
     return {round(steps * i / count) for i in range(1, count + 1)} - {0}
 
 
 def has_diverged(losses: list[float]) -> bool:
-    """Whether the loss is no number any more, or has stayed far above where it began.
+    """Return whether the last loss is not finite, or the last ten are far above the first.
 
     >>> has_diverged([4.5, 4.0, 30.0]), has_diverged([4.5] + [30.0] * 10), has_diverged([float("nan")])
     (False, True, True)
@@ -146,13 +151,8 @@ def has_diverged(losses: list[float]) -> bool:
     return len(losses) > 10 and fmean(recent) > DIVERGED * losses[0] > 0
 
 
-def _note(series: list[tuple[int, float]], step: int, value: float | None) -> None:
-    if value is not None:
-        series.append((step, value))
-
-
 def _drop_nonfinite(record: Record) -> None:
-    """JSON has no infinities: a diverged run ends where its numbers do."""
+    """Drop samples that are not finite, which a diverged run has at its end and JSON does not allow."""
     record.train_loss = [loss for loss in record.train_loss if math.isfinite(loss)]
     for name in ("validation", "update_rms", "weight_spread", "factor_condition"):
         setattr(record, name, [row for row in getattr(record, name) if all(map(math.isfinite, row))])

@@ -1,4 +1,4 @@
-"""One trial in a process of its own: ``python -m steepest.lab.race.worker TRIAL``, where TRIAL is a Python literal.
+"""The process of one trial: ``python -m steepest.lab.race.worker TRIAL``, where TRIAL is a Python literal.
 
 It writes one JSON object per line: ``{"step": 3, "train": 4.1, "validation": null}`` while it runs, then
 ``{"record": {...}}`` or ``{"error": "..."}``.
@@ -19,12 +19,12 @@ from steepest.lab.race.trial import Trial
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.workloads.workload import load_workload
 
-NEWS_INTERVAL = 0.1  # seconds
+PROGRESS_INTERVAL = 0.1  # seconds
 
 
 def main() -> None:
     """Run the trial that the command line describes."""
-    # Whatever a workload prints goes to stderr: stdout belongs to the messages.
+    # What a workload prints goes to stderr, since stdout is for messages.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
@@ -33,17 +33,17 @@ def main() -> None:
 
     last = 0.0
 
-    def progress(news: dict[str, Any]) -> None:
+    def progress(message: dict[str, Any]) -> None:
         nonlocal last
-        if time.monotonic() - last > NEWS_INTERVAL:
+        if time.monotonic() - last > PROGRESS_INTERVAL:
             last = time.monotonic()
-            send(news)
+            send(message)
 
     torch.set_num_threads(1)
     trial = Trial.from_literal(sys.argv[1])
     try:
         record = train(trial, load_workload(trial.workload), progress)
-    except BrokenPipeError:  # nobody is listening any more
+    except BrokenPipeError:  # the race has ended
         return
     except Exception as error:
         send({"error": str(error) if isinstance(error, BadInput) else one_line(error)})

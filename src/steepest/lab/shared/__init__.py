@@ -1,1 +1,1 @@
-"""What the commands share."""
+"""Modules that several commands share."""

@@ -1,4 +1,4 @@
-"""What every chart of a report is drawn with: an empty figure, lines, scales and colours."""
+"""Charts: the empty figure that every chart of a report starts from, and its curves, areas, axes and colours."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COLOURS = (
     *("#2f7de1", "#f0842c", "#12a48b", "#d6478f", "#8a5cf0", "#d9483b", "#98990f"),
     *("#0aa5c9", "#a5704a", "#5b6ee1", "#3f9b3a", "#c98a00", "#b04fc4", "#6b7f2a"),
 )
+"""Colours that can be told apart on white and on black."""
 FAINT = "rgba(128, 134, 150, 0.22)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 
@@ -19,7 +20,7 @@ Points = list[tuple[float, float]]
 
 
 def blank(x_title: str) -> go.Figure:
-    """An empty figure; the page's style sheet colours its text."""
+    """Return an empty figure; the report's style sheet colours its text."""
     figure = go.Figure()
     axis = {"gridcolor": FAINT, "zeroline": False, "automargin": True, "linecolor": FAINT, "tickcolor": FAINT}
     figure.update_layout(
@@ -47,7 +48,7 @@ def curve(
     sizes: Sequence[int] | int = 6,
     **style: object,
 ) -> None:
-    """One curve, which its label's button hides and shows."""
+    """Draw a curve, which the button of its label hides and shows."""
     figure.add_scatter(
         x=[x for x, _ in points],
         y=[y for _, y in points],
@@ -60,8 +61,25 @@ def curve(
     )
 
 
+def area(
+    figure: go.Figure, label: str, colour: str, outline: Points, opacity: float = 0.2, line_width: float = 0
+) -> None:
+    """Fill the area inside an outline, which the button of its label hides and shows."""
+    figure.add_scatter(
+        x=[x for x, _ in outline],
+        y=[y for _, y in outline],
+        mode="lines",
+        line={"color": colour, "width": line_width},
+        fill="toself",
+        fillcolor=faded(colour, opacity),
+        name=label,
+        legendgroup=label,
+        hoverinfo="skip",
+    )
+
+
 def log_axis(update: Callable[..., object], values: Sequence[float]) -> None:
-    """A logarithmic axis with few, round numbers on it."""
+    """Make an axis logarithmic, with few, round numbers on it."""
     if not values:
         return
     ticks = round_ticks(min(values) * 0.9, max(values) * 1.1)
@@ -69,7 +87,7 @@ def log_axis(update: Callable[..., object], values: Sequence[float]) -> None:
 
 
 def round_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from low to high: tenfolds if there are three, else with 2 and 5, else all digits.
+    """Return round numbers from low to high: powers of ten if there are three, else with 2 and 5, else all digits.
 
     >>> round_ticks(0.8, 3000), round_ticks(0.8, 30), round_ticks(2.4, 4.7)
     ([1.0, 10.0, 100.0, 1000.0], [1.0, 2.0, 5.0, 10.0, 20.0], [3.0, 4.0])
@@ -84,7 +102,7 @@ def round_ticks(low: float, high: float) -> list[float]:
 
 
 def faded(colour: str, opacity: float) -> str:
-    """A hex colour, partly transparent.
+    """Return a hex colour that is partly transparent.
 
     >>> faded("#ff8000", 0.5)
     'rgba(255, 128, 0, 0.5)'

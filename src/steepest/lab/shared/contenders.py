@@ -1,10 +1,10 @@
-"""Contenders: an optimizer with all its settings, read from a command line, and how it becomes an optimizer.
+"""Contenders: optimizers with all their settings, read from text such as the command line's.
 
     adamw, soap(precondition_frequency=5, lr=1e-2), moso
 
-A name stands for its preset, or for a recipe (``soap/paper``, see `steepest.recipe`); options in brackets replace
-those. ``warmup`` is the share of steps in which the learning rate rises, ``elementwise={...}`` are AdamW's options for
-what is no hidden matrix; all others are the rule's. Nothing else in the lab knows how an optimizer is made.
+A name stands for a preset, or for a recipe (``soap/paper``, see `steepest.recipe`); options in brackets replace its
+settings. ``warmup`` is the share of steps in which the learning rate rises, ``elementwise={...}`` are AdamW's options
+for parameters that are not hidden matrices; all other options are the rule's.
 """
 
 from __future__ import annotations
@@ -35,33 +35,34 @@ class Contender:
     rule: str
     options: Mapping[str, Any]
     elementwise: Mapping[str, Any] | None
-    """None: its own options serve all parameters."""
+    """AdamW's options for parameters that are not hidden matrices; None if ``options`` serve all parameters."""
     warmup: float
     rates: tuple[float, ...] = ()
-    """What a sweep tries for ``lr``."""
+    """Learning rates that a sweep tries."""
     provenance: str = ""
+    """Where the settings come from."""
     variant: str = ""
-    """Which point of a grid it is, for people."""
+    """The point of a grid that this is, in words."""
 
     def __str__(self) -> str:
         return f"{self.label} {self.variant or f'lr {self.lr:g}'}"
 
     @property
     def lr(self) -> float:
-        """Learning rate of the hidden matrices, at its highest."""
+        """Highest learning rate of the hidden matrices."""
         return float(self.options["lr"])
 
     def settings(self) -> dict[str, Any]:
-        """All that decides how it trains; its label doesn't."""
+        """Return all that decides how it trains, without its label."""
         rest = self.options if self.elementwise is None else self.elementwise
         return {"rule": self.rule, "options": dict(self.options), "elementwise": dict(rest), "warmup": self.warmup}
 
     def value(self, name: str) -> Any:
-        """What a setting is: a rule's option, ``warmup`` or ``elementwise``."""
+        """Return the value of a setting: an option of the rule, ``warmup`` or ``elementwise``."""
         return getattr(self, name) if name in ("warmup", "elementwise") else self.options.get(name)
 
     def varied(self, **changes: Any) -> Contender:
-        """Itself with other settings, by the names that `value` knows."""
+        """Return the contender with other settings, by the names that `value` knows."""
         warmup = changes.pop("warmup", self.warmup)
         elementwise = self.elementwise
         if "elementwise" in changes:
@@ -69,11 +70,11 @@ class Contender:
         return replace(self, warmup=warmup, elementwise=elementwise, options={**self.options, **changes})
 
     def optimizer(self, model: nn.Module) -> Optimizer:
-        """The optimizer that trains ``model``."""
+        """Return the optimizer for a model."""
         return steepest.for_model(model, self.rule, elementwise=self.elementwise, **self.options)
 
     def check(self, model: nn.Module) -> None:
-        """Raise BadInput unless its optimizer can be made."""
+        """Raise `BadInput` if the optimizer for the model can't be constructed."""
         try:
             if not (isinstance(self.warmup, int | float) and 0 <= self.warmup <= 1):
                 raise ValueError(f"warmup={self.warmup!r}: must be in [0, 1]")
@@ -83,19 +84,14 @@ class Contender:
 
 
 def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a matrix rule gets, by name."""
+    """Return the parameters that routing gives to a matrix rule, by name."""
     parameters = dict(model.named_parameters())
     routing = steepest.route(model)
     return {row.name: parameters[row.name] for row in routing if row.rule == routing.rule}
 
 
-def routing_table(model: nn.Module) -> str:
-    """Which parameter goes where, and why."""
-    return str(steepest.route(model))
-
-
 def parse_contenders(text: str) -> list[Contender]:
-    """Contenders from a list such as ``adamw, soap(lr=1e-2, betas=(.95, .95)), moso``.
+    """Parse a list of contenders, such as ``adamw, soap(lr=1e-2, betas=(.95, .95)), moso``.
 
     >>> [c.label for c in parse_contenders("adamw, soap( lr=1e-2 )")]
     ['adamw', 'soap(lr=0.01)']
@@ -111,7 +107,7 @@ def parse_contenders(text: str) -> list[Contender]:
 
 
 def parse_sweep(text: str) -> dict[str, list[Any]]:
-    """One axis of a grid: an option and the values to try.
+    """Parse one axis of a grid: an option and the values to try.
 
     >>> parse_sweep("lr=5e-3, 1e-2")
     {'lr': [0.005, 0.01]}
@@ -131,7 +127,7 @@ def parse_sweep(text: str) -> dict[str, list[Any]]:
 
 
 def grid(contender: Contender, axes: Mapping[str, Sequence[Any]]) -> list[Contender]:
-    """Every combination of the values along the axes, with the contender's own label on each.
+    """Return the contender with every combination of the values along the axes.
 
     >>> [c.lr for c in grid(preset("adamw"), {"lr": [0.1, 0.2]})]
     [0.1, 0.2]
@@ -149,7 +145,7 @@ def grid(contender: Contender, axes: Mapping[str, Sequence[Any]]) -> list[Conten
 
 
 def preset(name: str) -> Contender:
-    """The contender of this name, in any spelling, as it is set out of the box, or as a recipe sets it.
+    """Return the contender of this name, in any spelling, with the settings of its preset or recipe.
 
     >>> preset("KL_SOAP").label
     'kl-soap'
@@ -167,7 +163,7 @@ def preset(name: str) -> Contender:
 
 
 def _from_recipe(name: str) -> Contender:
-    """A recipe's settings; where it has no learning rate, the preset's.
+    """Return the contender of a recipe, with the preset's learning rate if the recipe has none.
 
     >>> contender = _from_recipe("soap/paper")
     >>> contender.rule, contender.lr, contender.rates
@@ -189,7 +185,7 @@ def _from_recipe(name: str) -> Contender:
 
 
 def split(text: str) -> Iterator[str]:
-    """``text`` at its commas, but not at those inside brackets.
+    """Split ``text`` at its commas, except those inside brackets.
 
     >>> list(split("a, b(c, d), e"))
     ['a', ' b(c, d)', ' e']
@@ -204,7 +200,7 @@ def split(text: str) -> Iterator[str]:
 
 
 def _parse(spec: str) -> Contender:
-    """One contender: a name, and options in brackets if any."""
+    """Parse one contender: a name, and options in brackets if any."""
     name, bracket, _ = spec.partition("(")
     contender = preset(name.strip())
     if not bracket:
@@ -223,5 +219,5 @@ def _parse(spec: str) -> Contender:
         return contender
     label = f"{name.strip()}({', '.join(f'{key}={value!r}' for key, value in changes.items())})"
     provenance = f"options from the command line; otherwise: {contender.provenance}"
-    rates = (changes["lr"],) if "lr" in changes else contender.rates  # whoever names a rate doesn't want others tried
+    rates = (changes["lr"],) if "lr" in changes else contender.rates  # a rate that was named is the only one to try
     return replace(contender.varied(**changes), label=label, rates=rates, provenance=provenance)

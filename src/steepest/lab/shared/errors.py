@@ -1,12 +1,12 @@
-"""What goes wrong by the user's hand."""
+"""Errors that the user of a command can correct."""
 
 
 class BadInput(Exception):
-    """Something that was asked for can't be done. Its message is one line and says what to change."""
+    """A request that can't be carried out. Its message is one line and says what to change."""
 
 
 def one_line(error: BaseException) -> str:
-    """An exception in one line: its first line, with its type where that tells something.
+    """Return the first line of an exception's message, with the exception's type unless it is a ValueError.
 
     >>> one_line(KeyError("betas"))
     "KeyError: 'betas'"

@@ -1,4 +1,4 @@
-"""What decides a result, in short: hashes of code without its comments, and names of machines and versions."""
+"""Fingerprints of what decides a result: hashes of code without comments, and names of machine and versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 
 def digest(value: Any) -> str:
-    """The SHA-256 of anything that JSON can hold.
+    """Return the SHA-256 of anything that JSON can hold.
 
     >>> digest({"a": 1, "b": (2, 3)}) == digest({"b": [2, 3], "a": 1})
     True
@@ -25,35 +25,32 @@ def digest(value: Any) -> str:
 
 
 def code_hash(*files: str | Path) -> str:
-    """The hash of what these Python files do: comments, docstrings and layout don't count."""
-    return digest([_meaning(Path(file).read_text(encoding="utf-8")) for file in sorted(map(str, files))])
+    """Return the hash of what Python files do, whatever their comments, docstrings and layout."""
+    return digest([_syntax(Path(file).read_text(encoding="utf-8")) for file in sorted(map(str, files))])
 
 
 @functools.cache
 def library_hash() -> str:
-    """The hash of all code that decides how a run goes: the optimizers and the training loop, not the reports."""
-    package = Path(__file__).parent.parent
-    shown = {package / "cli.py", *(package / "lab").glob("*.py")}
-    trained = {package / "lab" / name for name in ("training.py", "meters.py", "poison.py")}
-    return code_hash(*(file for file in package.rglob("*.py") if file not in shown or file in trained))
+    """Return the hash of all code that decides how a run goes: optimizers, training loop and workloads, no reports."""
+    package = Path(__file__).parents[2]
+    lab = package / "lab"
+    training = [lab / "race" / name for name in ("training.py", "meters.py", "poison.py")]
+    optimizers = [path for path in package.rglob("*.py") if not path.is_relative_to(lab) and path.name != "cli.py"]
+    return code_hash(*optimizers, *training, *(lab / "workloads").glob("*.py"))
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides a result."""
+    """Return the versions of steepest, torch and Python."""
     try:
-        mine = importlib.metadata.version("steepest")
+        own = importlib.metadata.version("steepest")
     except importlib.metadata.PackageNotFoundError:
-        mine = "not installed"  # but found on PYTHONPATH
-    return {
-        "steepest": mine,
-        "torch": torch.__version__,
-        "Python": platform.python_version(),
-    }
+        own = "not installed"  # it was found on PYTHONPATH
+    return {"steepest": own, "torch": torch.__version__, "Python": platform.python_version()}
 
 
 @functools.cache
 def machine() -> str:
-    """The processor, as well as it can be told."""
+    """Return the name of the processor, as exactly as the system tells it."""
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -62,10 +59,10 @@ def machine() -> str:
     return platform.processor() or platform.machine()
 
 
-def _meaning(source: str) -> str:
-    """The syntax tree of ``source`` without docstrings.
+def _syntax(source: str) -> str:
+    """Return the syntax tree of ``source`` without docstrings.
 
-    >>> _meaning("def f():\\n    'Doc.'\\n    return 1  # why") == _meaning("def f(): return 1")
+    >>> _syntax("def f():\\n    'Doc.'\\n    return 1  # why") == _syntax("def f(): return 1")
     True
     """
     tree = ast.parse(source)

@@ -1,7 +1,7 @@
-"""The settings that contenders start with, each with where it comes from, and the learning rates that a sweep tries.
+"""Presets: the settings that contenders have by default, their provenance, and the learning rates that sweeps try.
 
-All have the same number of rates: a race is fair when the tuning is. AdamW is the one to beat, so its own warm-up and
-momentum were tuned as well; the usual 10% and 0.9 would flatter every other contender.
+All presets have the same number of rates, since a race is fair only with equal tuning. AdamW is the baseline, so its
+warm-up and momentum were tuned as well; the usual 10% and 0.9 would flatter every other contender.
 """
 
 from __future__ import annotations
@@ -15,47 +15,47 @@ WARMUP = 0.3
 FINAL_RATE = 0.01
 
 ELEMENTWISE: Mapping[str, Any] = {"lr": 5e-3, "betas": (0.9, 0.95), "weight_decay": WEIGHT_DECAY}
-"""AdamW for what is no hidden matrix: embeddings, head, norms, biases."""
+"""AdamW's options for parameters that are not hidden matrices: embeddings, head, norms, biases."""
 TUNED: Mapping[str, Any] = {"lr": 2e-2, "betas": (0.7, 0.95), "weight_decay": WEIGHT_DECAY}
-"""The same where it was tuned, with three learning rates at 160 steps; AdamW itself had a further sweep instead."""
+"""The same options, tuned with three learning rates at 160 steps; AdamW itself had a further sweep instead."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A contender's settings when nothing else is said."""
+    """The default settings of a contender."""
 
     rule: str
-    """What `steepest.for_model` calls it."""
+    """Name of the rule for `steepest.for_model`."""
     options: Mapping[str, Any]
     rates: tuple[float, ...]
-    """What ``--full`` tries for ``lr``."""
+    """Values of ``lr`` that ``--full`` tries."""
     provenance: str
     """When and by which command the settings were found."""
     elementwise: Mapping[str, Any] | None = field(default_factory=lambda: ELEMENTWISE)
-    """Options of what is no hidden matrix; None: the contender's own, if it is elementwise itself."""
+    """AdamW's options for parameters that are not hidden matrices; None if the rule itself is elementwise."""
     warmup: float = WARMUP
 
 
 SWEEP = "best of 8 settings, 300 steps, one seed, 2026-11-22: python benchmarks/sweeps.py {name}"
-"""All trials are kept in benchmarks/results/sweeps.json."""
-ROUNDS = "best of two rounds of 8 settings, and of 3 for what is no hidden matrix, one seed, 2026-11-22"
-"""All trials, with their commands, are kept in benchmarks/results/sweeps.json and sweeps_memory.json."""
+"""Provenance of settings whose trials are in benchmarks/results/sweeps.json."""
+ROUNDS = "best of two rounds of 8 settings, and of 3 for other parameters, one seed, 2026-11-22"
+"""Provenance of settings whose trials, with their commands, are in sweeps.json and sweeps_memory.json there."""
 
 
 def _swept(name: str, options: Mapping[str, Any], rates: tuple[float, ...], rule: str = "", **more: Any) -> Preset:
-    """A contender with the best of its sweep's settings."""
+    """Return the preset with the best settings of a sweep."""
     provenance = ROUNDS if more.get("elementwise") is TUNED else SWEEP.format(name=name)
     return Preset(rule or name, {**options, "weight_decay": WEIGHT_DECAY}, rates, provenance, **more)
 
 
 def _soap(name: str, rule: str = "soap", **options: Any) -> Preset:
-    """The SOAP family: whoever of it was swept came out best at the same settings, or level with the best."""
+    """Return a preset of SOAP's family, whose sweeps all found these settings best, or equal to the best."""
     shared = {"lr": 2e-2, "betas": (0.8, 0.95), "shampoo_beta": 0.9}
     return _swept(name, shared | options, rates=LOW, rule=rule, elementwise=TUNED)
 
 
 FORGETFUL: Mapping[str, Any] = {"betas": (0.85, 0.95), "shampoo_beta": 0.7}
-"""At 300 steps level with the best of its 8 settings in sweeps.json, 0.0007 behind; at 152, over three seeds, ahead."""
+"""Settings of KL-SOAP that end 0.0007 behind the best in sweeps.json at 300 steps, and ahead at 152, over 3 seeds."""
 LOW = (5e-3, 1e-2, 2e-2, 4e-2)
 HIGH = (1e-2, 2e-2, 4e-2, 8e-2)
 HIGHER = (2e-2, 4e-2, 8e-2, 1.6e-1)
@@ -79,5 +79,5 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 QUICK = ("adamw", "soap", "soap-f5", "kl-soap", "muon")
-"""Who runs when nobody is named: about two minutes on two free cores."""
+"""Contenders of a race that names none; they take about two minutes on two free cores."""
 BASELINE = "adamw"

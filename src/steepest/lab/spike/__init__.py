@@ -1,1 +1,1 @@
-"""`steepest spike`."""
+"""The command ``steepest spike``: a study of one gradient that is a thousand times too large."""

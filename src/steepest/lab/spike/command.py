@@ -1,33 +1,25 @@
-"""The command ``steepest spike``: run the study, show what it found, and write it down."""
+"""One call of ``steepest spike``: run the study, print its findings, and write results and report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table as Grid
 
-from steepest.lab.race.store import write
-from steepest.lab.shared.errors import BadInput
+from steepest.lab.shared.device import one_thread, pick_device
+from steepest.lab.shared.files import make_folder, write
 from steepest.lab.shared.fingerprints import machine, versions
-from steepest.lab.spike.measures import study
-from steepest.lab.spike.report import page, tf32
-from steepest.lab.spike.study import Setup
-from steepest.lab.spike.text import Table, angles, as_json, eigenvalues, findings, headline, products
-
-DEVICES = ("auto", "cpu", "cuda")
+from steepest.lab.spike.report import page
+from steepest.lab.spike.study import Setup, study
+from steepest.lab.spike.text import angles, as_json, floors, headline, products, tf32
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line was asked for."""
+    """The options of the command line."""
 
     device: str
     seed: int
@@ -36,75 +28,31 @@ class Request:
 
 
 def run(request: Request, console: Console) -> None:
-    """All of it, on the device and with the seed that were asked for.
+    """Run the study on the device and with the seed that were requested.
 
     Raises:
         BadInput: if there is no such device, or the folder can't be made.
     """
-    setup = replace(Setup(), seed=request.seed, device=pick_device(request.device))
-    try:
-        request.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {request.out}: {error.strerror}") from error
+    setup = Setup(seed=request.seed, device=str(pick_device(request.device, allow_auto=True)))
+    make_folder(request.out)
     with one_thread(), console.status("") as status:
-        found = study(setup, lambda what: status.update(escape(what)))
+        found = study(setup, lambda case: status.update(escape(case)))
     m, n = setup.shape
-    console.print(
-        f"[bold]steepest spike[/]: {m}×{n}, {setup.steps} steps, step {setup.spike_at + 1} ×{setup.scale:g}; "
-        f"{tf32(found)} on {setup.device}",
-        highlight=False,
-    )
-    console.print(f"\nAngle to the basis before the spike, degrees: top eigenvector / top {setup.top}", highlight=False)
-    console.print(grid(angles(found, before=(10,))))
-    console.print("\nEigenvalues of L: REKLS, absolute eps, high", highlight=False)
-    console.print(grid(eigenvalues(found, "absolute", "high"), 1))
-    console.print("\nThe same angles, absolute eps, with TF32 in some products only", highlight=False)
-    console.print(grid(products(found), 2))
-    console.print()
-    for finding in findings(found):
-        console.print(f"[dim]{escape(finding)}[/]", highlight=False)
-    claim, more = headline(found)
-    console.print(f"\n[bold]{escape(claim)}[/] {escape(more)}", highlight=False)
+    spike = f"step {setup.spike_at + 1} ×{setup.scale:g}"
+    lines = [
+        f"[bold]steepest spike[/]: {m}×{n}, {setup.steps} steps, {spike}; {tf32(found)} on {setup.device}",
+        f"\nAngle to the basis before the spike, degrees: top eigenvector / top {setup.top}",
+        angles(found, before=(10,), after=(1, 2, 10)).for_console(gap=0),
+        "\nThe same angles, absolute eps, with only some products in TF32",
+        products(found).for_console(gap=0),
+        "\nDifference of L between the precisions, REKLS",
+        floors(found).for_console(),
+        "\n[bold]{}[/] {}".format(*map(escape, headline(found))),
+    ]
+    for line in lines:
+        console.print(line, highlight=False)
     provenance = {"command": request.command, **versions(), "machine": machine()}
     write(request.out / "results.json", json.dumps(provenance | as_json(found), indent=1, ensure_ascii=False))
     path = request.out / "report.html"
     write(path, page(found, request.command))
     console.print(f"report: {escape(str(path))}", highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums must not depend on the number of cores, and these matrices are too small for more than one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def pick_device(device: str) -> str:
-    """A name of torch's for what was asked for.
-
-    >>> pick_device("tpu")
-    Traceback (most recent call last):
-    steepest.lab.shared.errors.BadInput: --device tpu: must be one of auto, cpu, cuda
-    """
-    if device not in DEVICES:
-        raise BadInput(f"--device {device}: must be one of {', '.join(DEVICES)}")
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: torch sees no CUDA device here; --device cpu emulates TF32")
-    return device
-
-
-def grid(found: Table, labels: int = 3) -> Grid:
-    """A table for the terminal."""
-    head, rows = found
-    drawn = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
-    for i, title in enumerate(head):
-        drawn.add_column(title, justify="left" if i < labels else "right", no_wrap=i >= labels)
-    for cells in rows:
-        drawn.add_row(*map(escape, cells))
-    return drawn

@@ -1,100 +1,135 @@
 """What one gradient, a thousand times too large, does to the eigenbases of KL-Shampoo's covariances.
 
-A study of one matrix. Its gradients are drawn, not computed: the weight goes nowhere, and L, the covariance of its
-rows, is watched with its eigenbasis Q_L. The same gradients are followed at two precisions, "high" (TF32, emulated
-where the device has none) and "highest" (float32), by two solvers, under three guards against the spike. L is the
-covariance as the formula has it, not in its eigenbasis. docs/spike.md tells what comes out and why.
+A study of one matrix, whose gradients are drawn and do not depend on its weight. It follows L, the covariance of the
+matrix' rows, and its eigenbasis Q_L: for the same gradients at two precisions, "high" (TF32, emulated where the device
+has none) and "highest" (float32), by two solvers, under three guards against the spike. L is the covariance itself, not
+in its eigenbasis. docs/spike.md explains the findings.
 
-  G       [T, m, n]  the gradients of T steps
-  L, Q_L  [T, m, m]  as they are after each step
+  G       [T, m, n]  gradients of T steps
+  L, Q_L  [T, m, m]  covariance and eigenbasis after each step
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from steepest import functional
+from steepest.engine.optimizer import Optimizer
 from steepest.linalg.eigenbasis import conjugate
 from steepest.linalg.precision import fp32_matmul_precision, has_tf32, tf32_emulated
-from steepest.optimizers.soap import SOAP
-from steepest.rules.parts import kronecker
-from steepest.rules.soap import Soap
+from steepest.rule import State, Step
+from steepest.rules import RULES
+from steepest.rules.kl_soap import KLSoap
+from steepest.rules.parts.factors import Factors
+from steepest.rules.soap import AdamInBasis
 
 SOLVERS = ("SOAP-KL", "REKLS")
-"""One orthogonal iteration a step, or a full eigendecomposition."""
+"""One orthogonal iteration a step, and a full eigendecomposition."""
 GUARDS = {"absolute": "absolute eps", "relative": "relative floor", "clipped": "floor, clipped"}
-"""What keeps the whitening from dividing by nothing; "clipped" also clips gradients to the norm of the first."""
+"""Lower bounds on what the whitening divides by; "clipped" also clips gradients to the norm of the first."""
 GRADIENTS = ("isotropic", "directional")
-"""Independent normal entries, whose covariance prefers no direction; or a few strong directions on either side."""
+"""Independent normal entries, whose covariance prefers no direction, and a few strong directions on either side."""
 
-EPS: float = Soap.defaults()["eps"]
-FLOOR: float = Soap.defaults()["kl_floor"]
+EPS: float = KLSoap.defaults()["eps"]
+FLOOR: float = KLSoap.defaults()["kl_floor"]
 STRONG = (15.0, 10.0)
-"""The strongest and the weakest strong direction of directional gradients, beside 1 for the rest."""
+"""Scales of the strongest and the weakest strong direction of directional gradients; the others have scale 1."""
+PRECISIONS = ("high", "highest")
+OFFSETS = (1, 2, 5, 10)
+"""Steps before and after the last basis without the spike, at which angles are listed; 1 after, the spike is in."""
+FLOORS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+"""Relative floors, to see how large a floor must be."""
+ONLY_QUOTIENTS, ALL_BUT_QUOTIENTS = ("highest", "high"), ("high", "highest")
+"""Precisions of KL-Shampoo's Rayleigh quotients (second) and of everything else (first)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiteralKLSoap(AdamInBasis[Factors]):
+    """KL-SOAP by the formula as it is written: L and R are the covariances, and their quotients come from a product."""
+
+    name: ClassVar[str] = "kl_soap_literal"
+
+    kl_floor: float = FLOOR
+
+    def factors(self, state: State, step: Step) -> Factors:
+        """See `steepest.rule.Refreshing`."""
+        return Factors(state, step.failures)
+
+    def update_factors(self, G: Tensor, factors: Factors, step: Step) -> None:
+        """See `steepest.rule.Refreshing`."""
+        L, R, Q_L, Q_R = (factors.state[name] for name in ("L", "R", "Q_L", "Q_R"))
+        functional.update_kronecker_factors_kl_shampoo(
+            [L, R], G, self.factor_beta(step.t), [Q_L, Q_R], self.eps, relative_floor=self.kl_floor
+        )
+
+
+RULES[LiteralKLSoap.name] = LiteralKLSoap
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Sizes and times, by default those of the study that this one follows, cut short. Steps count from 0."""
+    """Sizes and times of the study. Steps count from 0."""
 
     shape: tuple[int, int] = (128, 64)
     steps: int = 100
     spike_at: int = 50
     scale: float = 1000.0
     top: int = 8
-    """How many leading eigenvectors are watched; and how many directions of directional gradients are strong."""
+    """Number of leading eigenvectors that are followed, and of strong directions in directional gradients."""
     seed: int = 0
     device: str = "cpu"
 
     @property
     def emulated(self) -> bool:
-        """Whether TF32 is, on this device."""
+        """Whether TF32 is emulated on this device."""
         return not has_tf32(self.device)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to meet the spike; it is followed at each precision."""
+    """A solver, a guard and a kind of gradients, which are followed at each precision."""
 
     solver: str
     guard: str
     gradients: str = "isotropic"
     floor: float = FLOOR
-    """Of the guards that are relative."""
+    """The relative floor, unless the guard is absolute."""
 
     @property
     def kl_floor(self) -> float:
-        """The option: 0 is the absolute eps."""
+        """The optimizer's option of this name; 0 means the absolute eps."""
         return 0.0 if self.guard == "absolute" else self.floor
 
 
 @dataclass(frozen=True)
 class Path:
-    """What was seen on the way, on the CPU."""
+    """The covariance, its basis and the updates along one run, on the CPU."""
 
     Q: Tensor
-    """``[T, m, m]``, the basis of L."""
+    """``[T, m, m]``: eigenbasis of L."""
     L: Tensor
-    """``[T, m, m]``."""
+    """``[T, m, m]``: covariance of the rows."""
     lost: Tensor
-    """``[T, 2]``: how many Rayleigh quotients of L and of R the next step will find at or below the floor. Under the
-    absolute eps each of them becomes a weight of 1/eps."""
+    """``[T, 2]``: how many Rayleigh quotients of L and of R lie at or below the floor for the next step. With the
+    absolute eps each of these becomes a weight of 1/eps."""
     smallest: Tensor
-    """``[T, 2]``: the smallest of them, relative to the largest."""
+    """``[T, 2]``: the smallest Rayleigh quotient of L and of R, relative to the largest."""
     update_rms: Tensor
-    """``[T]``: root mean square of the weight's change, in learning rates."""
+    """``[T]``: root mean square of the update, in learning rates."""
 
 
 def draw(gradients: str, setup: Setup) -> tuple[Tensor, Tensor | None]:
-    """The gradients ``[T, m, n]``, with the spike, and the leading eigenvectors ``[m, top]`` of their covariance.
+    """Draw the gradients ``[T, m, n]``, with the spike, and return the leading eigenvectors ``[m, top]`` too, if any.
 
-    Directional ones are ``A Z Bᵀ`` with normal Z, so KL-Shampoo's L should become proportional to ``A Aᵀ``. Isotropic
-    ones have no leading eigenvectors. All are drawn on the CPU: every device gets the same.
+    Directional gradients are ``A Z Bᵀ`` with normal Z, so KL-Shampoo's L should become proportional to ``A Aᵀ``. The
+    covariance of isotropic gradients has no leading eigenvectors. Drawn on the CPU, they are the same for all devices.
     """
     generator = torch.Generator().manual_seed(setup.seed)
     G = torch.randn(setup.steps, *setup.shape, generator=generator)  # [T, m, n]
@@ -108,24 +143,22 @@ def draw(gradients: str, setup: Setup) -> tuple[Tensor, Tensor | None]:
 
 
 def follow(case: Case, precision: str, setup: Setup) -> Path:
-    """The path of one case at one precision."""
+    """Run one case at one precision, and return its path."""
     device = torch.device(setup.device)
     G, _ = draw(case.gradients, setup)
     W = torch.zeros(setup.shape, device=device, requires_grad=True)
-    optimizer = SOAP(
+    optimizer = Optimizer(
         [W],
+        LiteralKLSoap.name,
         lr=1.0,
         betas=(0.9, 0.95),
         shampoo_beta=0.95,
         weight_decay=0.0,
         precondition_frequency=1,
-        use_eigh=case.solver == "REKLS",
+        solver="eigh" if case.solver == "REKLS" else "auto",
         kl_floor=case.kl_floor,
         fp32_matmul_prec=precision,
     )
-    # Switched on once the state is laid out: so L and R are the covariances themselves, and what whitens is computed
-    # from them by a product, as the formula has it.
-    optimizer.param_groups[0]["use_kl_shampoo"] = True
     limit = torch.linalg.matrix_norm(G[0]).item() if case.guard == "clipped" else float("inf")
     m = setup.shape[0]
     path = Path(
@@ -153,7 +186,7 @@ def follow(case: Case, precision: str, setup: Setup) -> Path:
 
 
 def lost(quotients: Tensor, kl_floor: float) -> Tensor:
-    """How many of the quotients lie at or below the floor.
+    """Return how many of the quotients lie at or below the floor.
 
     >>> quotients = torch.tensor([1.0, 1e-5, -1e-9])
     >>> lost(quotients, 0.0).item(), lost(quotients, 1e-4).item()
@@ -164,14 +197,144 @@ def lost(quotients: Tensor, kl_floor: float) -> Tensor:
 
 @contextmanager
 def quotients_at(precision: str) -> Iterator[None]:
-    """Compute the quotients of KL-Shampoo's feed at a precision of their own, whatever the rest is computed at.
+    """Compute the Rayleigh quotients in KL-Shampoo's update of the covariances at a precision of their own.
 
-    They come from one product of the feed, K Q. Nothing else is changed.
+    They come from one product, K Q. The precision of everything else is unchanged.
     """
 
     def at(a: Tensor, p: Tensor, diag: bool = False) -> Tensor:
         with fp32_matmul_precision(precision):
             return conjugate(a, p, diag)
 
-    with mock.patch.object(kronecker, "conjugate", at):
+    with mock.patch.object(functional, "conjugate", at):
         yield
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The numbers of one path, one per step; angles are in degrees."""
+
+    top1: list[float]
+    """Angle of the top eigenvector to the one before the spike."""
+    leading: list[float]
+    """Largest principal angle of the leading eigenvectors to those before the spike."""
+    to_first: list[float]
+    """Largest principal angle of the leading eigenvectors to the first gradient's leading left singular vectors."""
+    to_truth: list[float]
+    """Largest principal angle to the leading eigenvectors of the gradients' true covariance; empty if it has none."""
+    top_eigenvalue: list[float]
+    """The largest eigenvalue of L."""
+    ratio: list[float]
+    """The largest eigenvalue of L, divided by the second."""
+    lost_left: list[int]
+    """Rayleigh quotients of L at or below the floor."""
+    lost_right: list[int]
+    """Rayleigh quotients of R at or below the floor."""
+    smallest_right: list[float]
+    """The smallest Rayleigh quotient of R, relative to the largest."""
+    update_rms: list[float]
+    """Root mean square of the update, in learning rates."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One case at both precisions."""
+
+    traces: dict[str, Trace]
+    apart: list[float]
+    """``‖L(high) - L(highest)‖ / ‖L(highest)‖`` after each step."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that was measured."""
+
+    setup: Setup
+    pairs: dict[Case, Pair] = field(default_factory=dict)
+    quotients: dict[str, dict[tuple[str, str], Trace]] = field(default_factory=dict)
+    """By solver: only the quotients in TF32, and everything but the quotients, with the absolute eps."""
+    floors: dict[float, float] = field(default_factory=dict)
+    """By relative floor: how far REKLS' L differs between the precisions at the last of the offsets."""
+
+    def trace(self, solver: str, guard: str, precision: str, gradients: str = "isotropic") -> Trace:
+        """Return the numbers of one path."""
+        return self.pairs[Case(solver, guard, gradients)].traces[precision]
+
+    def after(self, series: Sequence[float], offset: int) -> float:
+        """Return a series' value so many steps after the last basis without the spike, or before if negative."""
+        return series[self.setup.spike_at - 1 + offset]
+
+    def apart(self, guard: str) -> float:
+        """Return how far L differs between the precisions at the last offset, for the solver that differs more."""
+        pairs = (self.pairs[Case(solver, guard)] for solver in SOLVERS)
+        return max(self.after(pair.apart, OFFSETS[-1]) for pair in pairs)
+
+
+def study(setup: Setup, progress: Callable[[str], None] = lambda case: None) -> Study:
+    """Follow all cases, and call ``progress`` with the name of each before it starts."""
+    found = Study(setup)
+    for case in (Case(solver, guard, gradients) for gradients in GRADIENTS for guard in GUARDS for solver in SOLVERS):
+        progress(f"{case.gradients}, {GUARDS[case.guard]}, {case.solver}")
+        found.pairs[case] = compare(case, setup)
+    short = cut(setup)
+    for solver in SOLVERS:
+        progress(f"which product, {solver}")
+        found.quotients[solver] = {}
+        for rest, quotients in (ONLY_QUOTIENTS, ALL_BUT_QUOTIENTS):
+            case = Case(solver, "absolute")
+            with quotients_at(quotients):
+                found.quotients[solver][rest, quotients] = trace(follow(case, rest, short), case, short)
+    for floor in FLOORS:
+        progress(f"floor {floor:g}")
+        pair = compare(Case("REKLS", "relative", floor=floor), short)
+        found.floors[floor] = found.after(pair.apart, OFFSETS[-1])
+    return found
+
+
+def cut(setup: Setup) -> Setup:
+    """Return the setup with only as many steps as the tables show."""
+    return replace(setup, steps=setup.spike_at + OFFSETS[-1])
+
+
+def compare(case: Case, setup: Setup) -> Pair:
+    """Follow a case at both precisions."""
+    paths = {precision: follow(case, precision, setup) for precision in PRECISIONS}
+    high, highest = (paths[precision].L for precision in PRECISIONS)
+    apart = torch.linalg.matrix_norm(high - highest) / torch.linalg.matrix_norm(highest)
+    return Pair({precision: trace(path, case, setup) for precision, path in paths.items()}, apart.tolist())
+
+
+def trace(path: Path, case: Case, setup: Setup) -> Trace:
+    """Return the numbers of a path."""
+    G, truth = draw(case.gradients, setup)
+    before = path.Q[setup.spike_at - 1]  # [m, m]
+    leading = path.Q[..., : setup.top]  # [T, m, top]
+    first = torch.linalg.svd(G[0]).U[:, : setup.top]
+    eigenvalues = torch.linalg.eigvalsh(path.L.double())  # [T, m], ascending
+    return Trace(
+        top1=largest_angle(path.Q[..., :1], before[:, :1]).tolist(),
+        leading=largest_angle(leading, before[:, : setup.top]).tolist(),
+        to_first=largest_angle(leading, first).tolist(),
+        to_truth=[] if truth is None else largest_angle(leading, truth).tolist(),
+        top_eigenvalue=eigenvalues[:, -1].tolist(),
+        ratio=(eigenvalues[:, -1] / eigenvalues[:, -2]).tolist(),
+        lost_left=path.lost[:, 0].tolist(),
+        lost_right=path.lost[:, 1].tolist(),
+        smallest_right=path.smallest[:, 1].tolist(),
+        update_rms=path.update_rms.tolist(),
+    )
+
+
+def largest_angle(P: Tensor, Q: Tensor) -> Tensor:
+    """Return the largest principal angle between the spans of orthonormal P and Q ``[..., m, k]``, in degrees.
+
+    Sine and cosine both count, because float32's arccosine returns no angles between 0 and 0.02 degrees.
+
+    >>> P, Q = torch.eye(3)[:, :2], torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    >>> largest_angle(P, Q), largest_angle(P, P)
+    (tensor(90., dtype=torch.float64), tensor(0., dtype=torch.float64))
+    """
+    P, Q = P.double(), Q.double()
+    cosine = torch.linalg.svdvals(Q.mT @ P)[..., -1]
+    sine = torch.linalg.matrix_norm(P - Q @ (Q.mT @ P), ord=2)
+    return torch.atan2(sine, cosine).rad2deg()

@@ -1,1 +1,1 @@
-"""Things to train."""
+"""The workloads of a race: models with data to train them on."""

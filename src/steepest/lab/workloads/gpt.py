@@ -1,6 +1,6 @@
-"""A small GPT: pre-RMSNorm blocks, separate query, key, value and output matrices, an untied head.
+"""A small GPT: blocks with RMSNorm first, separate query, key, value and output matrices, and an untied head.
 
-The matrices are separate because an optimizer that sees one matrix as one linear map should be given one linear map.
+The matrices are separate because a matrix optimizer takes each parameter as one linear map.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class Block(nn.Module):
-    """Causal self-attention, then a perceptron four times as wide; both add to the stream ``x [b, t, d]``."""
+    """Causal self-attention, then a perceptron four times as wide; both add to the residual stream ``x [b, t, d]``."""
 
     def __init__(self, d: int, heads: int) -> None:
         super().__init__()
@@ -20,21 +20,21 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[b, t, d]`` to ``[b, t, d]``."""
+        """Return the residual stream ``[b, t, d]`` after the block."""
         x = x + self.attend(self.norm_attention(x))
         x = x + self.down(F.gelu(self.up(self.norm_mlp(x))))
         return x
 
     def attend(self, x: Tensor) -> Tensor:
-        """Each position gathers from those before it."""
+        """Return the attention of each position to itself and to the positions before it."""
         q, k, v = (split(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for split in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [b, heads, t, d / heads]
-        gathered: Tensor = self.o(y.transpose(1, 2).flatten(2))
-        return gathered
+        attended: Tensor = self.o(y.transpose(1, 2).flatten(2))
+        return attended
 
 
 class GPT(nn.Module):
-    """Symbols ``[b, t]`` to logits ``[b, t, vocabulary]``."""
+    """A transformer from symbols ``[b, t]`` to logits ``[b, t, vocabulary]``."""
 
     def __init__(self, vocabulary: int, context: int, d: int = 64, heads: int = 4, depth: int = 2) -> None:
         super().__init__()
@@ -43,11 +43,11 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(d, heads) for _ in range(depth))
         self.norm = nn.RMSNorm(d)
         self.head = nn.Linear(d, vocabulary, bias=False)
-        for table in (self.embedding, self.position):  # torch's own scale of 1 would drown the blocks at first
+        for table in (self.embedding, self.position):  # torch's scale of 1 would outweigh the blocks at first
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, symbols: Tensor) -> Tensor:
-        """Logits of each next symbol."""
+        """Return the logits of each next symbol."""
         x = self.embedding(symbols) + self.position.weight[: symbols.shape[1]]
         for block in self.blocks:
             x = block(x)

@@ -1,4 +1,4 @@
-"""One of scikit-learn's photographs, as a function from coordinates to colours: small, and badly conditioned."""
+"""One of scikit-learn's photographs as a function from coordinates to colours: small, and badly conditioned."""
 
 from __future__ import annotations
 
@@ -11,72 +11,49 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from steepest.lab.shared.errors import BadInput
-from steepest.lab.shared.fingerprints import digest
-from steepest.lab.workloads.workload import Workload
+from steepest.lab.workloads.workload import Supervised, shuffled
 
 SHRUNK = 4
-"""Each pixel is the mean of so many by so many of the photograph's 427 × 640."""
-BATCH = 2048
-HELD_OUT = 10
-"""One pixel in so many is never trained on."""
+"""Side of the squares of the photograph, 427 × 640, whose mean is one pixel."""
 PAPERS_FREQUENCY = 30.0
 FREQUENCY = 5.0
-"""The factor before each layer inside a sine. The paper's 30 asks for learning rates far below those of other networks;
-with 5, and weights that much larger, the network begins as the same function, biases aside, and usual rates suit it."""
-
-Pixels = tuple[Tensor, Tensor]
-"""Coordinates ``[b, 2]`` and colours ``[b, 3]``, all in [-1, 1]."""
+"""The factor before each layer inside a sine. The paper's 30 needs learning rates far below those of other networks;
+with 5, and weights larger by as much, the network is the same function at first, biases aside, and usual rates suit."""
 
 
-class Photo(Workload):
+class Photo(Supervised):
     """A SIREN, 2-64-64-64-3 with sines between, on 106 × 160 pixels (Sitzmann et al., arXiv:2006.09661)."""
 
     measure = "validation loss (mean squared error of a colour)"
+    batch_size = 2048
 
     def __init__(self) -> None:
         picture = _photograph()  # [3, h, w]
-        height, width = picture.shape[1:]
-        rows, columns = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
-        places = torch.cartesian_prod(rows, columns)  # [h·w, 2]
-        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))
-        self.places = places[order]
-        self.colours = picture.flatten(1).mT[order]  # [h·w, 3]
-        self.held_out = len(order) // HELD_OUT
+        rows, columns = (torch.linspace(-1, 1, size) for size in picture.shape[1:])
+        coordinates = torch.cartesian_prod(rows, columns)  # [h·w, 2]
+        self.inputs, self.targets = shuffled(coordinates, picture.flatten(1).mT)
+        self.held_out = len(self.targets) // 10
 
     @override
     def model(self) -> nn.Module:
         return Siren()
 
     @override
-    def batch(self, generator: torch.Generator) -> Pixels:
-        chosen = torch.randint(self.held_out, len(self.places), (BATCH,), generator=generator)
-        return self.places[chosen], self.colours[chosen]
-
-    @override
-    def loss(self, model: nn.Module, batch: Pixels) -> Tensor:
-        places, colours = batch
-        return F.mse_loss(model(places), colours)
-
-    @override
-    def validation(self, model: nn.Module) -> float:
-        return self.loss(model, (self.places[: self.held_out], self.colours[: self.held_out])).item()
-
-    @override
-    def fingerprint(self) -> str:
-        return digest([super().fingerprint(), self.describe()])
+    def criterion(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(outputs, targets)
 
     @override
     def describe(self) -> dict[str, str]:
-        pixels = (self.colours * 1000).round().short()  # the last bits of a mean differ between machines
+        pixels = (self.targets * 1000).round().short()  # the last bits of a mean differ between machines
         return {
             "photograph": "china.jpg of scikit-learn",
-            "pixels": f"{len(self.places) - self.held_out:,} to train on, {self.held_out:,} held out",
+            "pixels": f"{len(self.targets) - self.held_out:,} to train on, {self.held_out:,} held out",
             "sha256": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
         }
 
 
 class Siren(nn.Module):
-    """Coordinates ``[b, 2]`` to colours ``[b, 3]``, through sines; initialized as the paper says."""
+    """A network of sines from coordinates ``[b, 2]`` to colours ``[b, 3]``, initialized as in the paper."""
 
     def __init__(self, width: int = 64, layers: int = 3) -> None:
         super().__init__()
@@ -90,9 +67,9 @@ class Siren(nn.Module):
             _uniform(layer.weight, bound / FREQUENCY)
         _uniform(self.last.weight, bound / PAPERS_FREQUENCY)
 
-    def forward(self, places: Tensor) -> Tensor:
-        """All sines have the same frequency; the first layer's weights spread it."""
-        x = torch.sin(FREQUENCY * self.first(places))
+    def forward(self, coordinates: Tensor) -> Tensor:
+        """Return the colours; all sines have the same frequency, which the first layer's weights spread."""
+        x = torch.sin(FREQUENCY * self.first(coordinates))
         for layer in self.hidden:
             x = torch.sin(FREQUENCY * layer(x))
         colours: Tensor = self.last(x)
@@ -104,7 +81,7 @@ def _uniform(weight: Tensor, bound: float) -> None:
 
 
 def _photograph() -> Tensor:
-    """The photograph, shrunk, ``[3, h, w]`` in [-1, 1]."""
+    """Return the photograph, shrunk, ``[3, h, w]`` in [-1, 1]."""
     try:
         from sklearn.datasets import load_sample_image
 

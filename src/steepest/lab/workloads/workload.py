@@ -1,6 +1,6 @@
-"""What is trained: four short methods say everything that a race needs to know.
+"""The workload, which is what a race trains: four short methods tell it all that it needs to know.
 
-Your own goes into a file, ``steepest race --workload my_task.py``, which defines one class:
+A file for ``steepest race --workload my_task.py`` defines one class:
 
     class MyTask(Workload):
         def model(self): ...                  # a fresh module; the random state is seeded already
@@ -8,7 +8,7 @@ Your own goes into a file, ``steepest race --workload my_task.py``, which define
         def loss(self, model, batch): ...     # a scalar tensor
         def validation(self, model): ...      # a float; lower is better
 
-Contenders of one seed see the same initial weights and the same batches. Each run has a process of its own with one
+Contenders of one seed get the same initial weights and the same batches. Each run has a process of its own with one
 thread, so data that takes long to prepare should be kept in a file.
 """
 
@@ -22,58 +22,92 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
 
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.files import import_file
-from steepest.lab.shared.fingerprints import code_hash
+from steepest.lab.shared.fingerprints import code_hash, digest
 
 BUILT_IN = {
     "stdlib": "steepest.lab.workloads.stdlib:StandardLibrary",
-    "digits": "steepest.lab.workloads.digits:Digits",
+    "digits": "steepest.lab.workloads.digits:DigitsMLP",
     "digits-vit": "steepest.lab.workloads.digits:DigitsViT",
     "photo": "steepest.lab.workloads.photo:Photo",
     "convnet": "steepest.lab.workloads.convnet:ConvNet",
 }
+Pairs = tuple[Tensor, Tensor]
+"""Inputs ``[b, ...]`` and targets ``[b, ...]``."""
 
 
 class Workload(ABC):
-    """Something to train. A subclass needs no arguments to be made."""
+    """A model, training batches, a loss and a validation. A subclass is constructed without arguments."""
 
     steps: int = 300
-    """How long a race is unless ``--steps`` says otherwise."""
+    """Length of a race without ``--steps``."""
     measure: str = "validation loss"
-    """What `validation` returns, in words."""
+    """Name of what `validation` returns."""
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """A fresh model. torch's global random state is seeded just before."""
+        """Return a fresh model; torch's global random state was seeded just before."""
 
     @abstractmethod
     def batch(self, generator: torch.Generator) -> Any:
-        """One training batch, by this generator's random numbers alone."""
+        """Return one training batch, drawn with this generator only."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The scalar to be minimised."""
+        """Return the scalar to be minimised."""
 
     @abstractmethod
     def validation(self, model: nn.Module) -> float:
-        """How good the model is, the same way each time; lower is better. Gradients are off, the mode is eval."""
-
-    def fingerprint(self) -> str:
-        """What tells this workload from another: results with another fingerprint are not reused.
-
-        By default the code of its file, comments aside. A subclass that reads data adds their hash.
-        """
-        return code_hash(inspect.getfile(type(self)))
+        """Return how good the model is, by the same data each time; lower is better. The mode is eval, without grad."""
 
     def describe(self) -> dict[str, str]:
-        """Facts about the data for the report, such as their hash."""
+        """Return facts about the data for the report, such as their hash."""
         return {}
+
+    def fingerprint(self) -> str:
+        """Return a hash of the code of the workload's file and of `describe`; runs with another hash are not reused."""
+        return digest([code_hash(inspect.getfile(type(self))), self.describe()])
+
+
+class Supervised(Workload):
+    """A workload of inputs and targets, of which the first ``held_out`` are for validation only."""
+
+    inputs: Tensor
+    targets: Tensor
+    held_out: int
+    batch_size: int
+
+    def criterion(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of the model's outputs, cross entropy by default."""
+        return F.cross_entropy(outputs, targets)
+
+    @override
+    def batch(self, generator: torch.Generator) -> Pairs:
+        chosen = torch.randint(self.held_out, len(self.targets), (self.batch_size,), generator=generator)
+        return self.inputs[chosen], self.targets[chosen]
+
+    @override
+    def loss(self, model: nn.Module, batch: Pairs) -> Tensor:
+        inputs, targets = batch
+        return self.criterion(model(inputs), targets)
+
+    @override
+    def validation(self, model: nn.Module) -> float:
+        return self.loss(model, (self.inputs[: self.held_out], self.targets[: self.held_out])).item()
+
+
+def shuffled(inputs: Tensor, targets: Tensor) -> Pairs:
+    """Return inputs and targets in a random order that is always the same."""
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    return inputs[order], targets[order]
 
 
 def load_workload(spec: str) -> Workload:
-    """The workload of this name, or the one that the Python file of this name defines.
+    """Return the built-in workload of this name, or the one that the Python file of this name defines.
 
     >>> type(load_workload("stdlib")).__name__
     'StandardLibrary'
@@ -88,7 +122,7 @@ def load_workload(spec: str) -> Workload:
 
 
 def _from_file(path: Path) -> Workload:
-    """An instance of the one workload that the file defines."""
+    """Return an instance of the one workload that the file defines."""
     module = import_file(path, "workload file")
     own = [
         value

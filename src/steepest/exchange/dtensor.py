@@ -1,7 +1,7 @@
-"""Everything that steepest knows of torch.distributed's private parts, in one file.
+"""All uses of torch.distributed's private parts.
 
-Four facts: which box of a parameter a rank holds (`boxes`), which parameters DDP keeps equal (`replicated`), how a
-tensor that lives on one rank is shown to distributed checkpoints (`Owned`), and a mesh of that one rank.
+There are four: which shard of a DTensor each rank holds (`shards`), which parameters DDP replicates (`replicated`), how
+distributed checkpoints are shown a tensor that lives on one rank (`Owned`), and a mesh of that one rank.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Where a part of a tensor starts, and its shape."""
+from steepest.exchange.layout import Rectangle
 
 REMEDY = (
     "use torch.distributed.checkpoint (dcp.save with get_optimizer_state_dict): it writes every rank's part, and "
@@ -30,30 +29,30 @@ REMEDY = (
 )
 
 
-def boxes(x: DTensor, ranks: Sequence[int]) -> list[Box]:
-    """The part of ``x`` that each of the ranks holds; also with FSDP2 and tensor parallel on one dimension."""
+def shards(x: DTensor, ranks: Sequence[int]) -> tuple[Rectangle, ...]:
+    """Return the shard of ``x`` that each rank holds, also with FSDP2 and tensor parallelism on one dimension."""
     mesh = x.device_mesh.mesh
     at = {int(rank): index for index, rank in enumerate(mesh.flatten().tolist())}
     found = []
     for rank in ranks:
         coordinate = [int(i) for i in torch.unravel_index(torch.tensor(at[rank]), mesh.shape)]
         shape, start = _compute_local_shape_and_global_offset(x.shape, mesh.shape, coordinate, x.placements)
-        found.append((tuple(start), tuple(shape)))
-    return found
+        found.append(Rectangle(tuple(start), tuple(shape)))
+    return tuple(found)
 
 
-def box(x: Tensor) -> Box:
-    """The part of the DTensor ``x`` that this rank holds."""
+def own_shard(x: Tensor) -> Rectangle:
+    """Return the shard of the DTensor ``x`` that this rank holds."""
     assert isinstance(x, DTensor)
-    return boxes(x, [dist.get_rank()])[0]
+    return shards(x, [dist.get_rank()])[0]
 
 
 def replicated() -> dict[Tensor, dist.ProcessGroup]:
-    """The parameters that a `DistributedDataParallel` module keeps equal on all ranks of a group, with that group.
+    """Return the parameters that a `DistributedDataParallel` module replicates, each with its process group.
 
-    DDP leaves no mark on a parameter, so the modules themselves are looked up among all live objects. An optimizer that
-    is made before its model is wrapped finds nothing, and then steps every matrix on every rank: slower, and as right.
-    So does one that is made after `gc.freeze`, which hides what there is from this search.
+    DDP leaves no mark on a parameter, so its modules are looked up among all live objects. An optimizer that is made
+    before its model is wrapped finds nothing, and then steps every matrix on every rank, which is slower and gives the
+    same result. So does an optimizer that is made after `gc.freeze`, which hides objects from this search.
     """
     found: dict[Tensor, dist.ProcessGroup] = {}
     for thing in gc.get_objects():
@@ -63,15 +62,18 @@ def replicated() -> dict[Tensor, dist.ProcessGroup]:
 
 
 class Owned(DTensor):
-    """A tensor that lies whole on one rank, and on the others as an empty part of it.
+    """A tensor that lives whole on one rank, and is an empty shard on all others.
 
-    Distributed checkpoints write it once and read it wherever its owner then is. What would take this rank's part for
-    the whole raises: pickling (``torch.save``), and gathering by ``full_state_dict=True``, which would lose entries.
+    Distributed checkpoints write it once, and read it wherever its owner is by then. Operations that would take one
+    rank's shard for the whole tensor raise: pickling (``torch.save``), and gathering by ``full_state_dict=True``.
     """
 
     @classmethod
     def wrap(cls, x: Tensor | None, owner: int, like: Tensor, device: str) -> Owned:
-        """``x`` on the rank ``owner`` of the world, None elsewhere; ``like`` has the shape and dtype of the whole."""
+        """Wrap ``x``, which is None except on ``owner``, a rank of the world; ``like`` has the whole's shape and dtype.
+
+        ``device`` is the type of the device that holds the tensor.
+        """
         mesh = _mesh_of(device, owner)
         meta = torch.empty(like.shape, dtype=like.dtype, device="meta")
         spec = DTensorSpec(mesh, (Replicate(),), tensor_meta=TensorMeta(meta.shape, meta.stride(), like.dtype))
@@ -80,18 +82,13 @@ class Owned(DTensor):
 
     @property
     def owner(self) -> int:
-        """The rank, in the world, that has it."""
+        """Return the rank of the world that has the tensor."""
         return int(self.device_mesh.mesh.item())
 
-    @property
-    def here(self) -> bool:
-        """Whether this rank has it."""
-        return self.owner == dist.get_rank()
-
     def clone(self, *, memory_format: torch.memory_format = torch.preserve_format) -> Owned:  # type: ignore[override]
-        """A copy, on the same rank."""
+        """Return a copy on the same rank."""
         local = self._local_tensor
-        mine = local.clone(memory_format=memory_format) if self.here else None
+        mine = local.clone(memory_format=memory_format) if self.owner == dist.get_rank() else None
         return Owned.wrap(mine, self.owner, self, local.device.type)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owned:
@@ -101,28 +98,26 @@ class Owned(DTensor):
         raise RuntimeError(f"this process has only its part of the optimizer's state and can't save it alone: {REMEDY}")
 
     def redistribute(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused."""
+        """Raise, because redistributing would lose the state that other ranks have."""
         raise RuntimeError(f"full_state_dict=True would lose the state that other ranks have: {REMEDY}")
 
     def full_tensor(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused."""
+        """Raise, because gathering would lose the state that other ranks have."""
         self.redistribute()
 
 
 def shard_like(p: Tensor, x: Tensor) -> Tensor:
-    """``x``, which has a row for each that this rank holds of ``p``, as its part of a DTensor laid out like ``p``."""
+    """Return ``x``, which has a row for each row of this rank's shard of ``p``, as a shard of a DTensor like ``p``."""
     assert isinstance(p, DTensor)
     mesh = p.device_mesh
     if x.device.type != mesh.device_type:
         mesh = DeviceMesh(x.device.type, mesh.mesh, _init_backend=False)
     whole = torch.empty(p.shape[0], *x.shape[1:], device="meta")
-    shards: Tensor = DTensor.from_local(
-        x, mesh, p.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
-    return shards
+    shard: Tensor = DTensor.from_local(x, mesh, p.placements, run_check=False, shape=whole.shape, stride=whole.stride())
+    return shard
 
 
 @cache
 def _mesh_of(device_type: str, rank: int) -> DeviceMesh:
-    """The mesh of one rank; making one costs about a millisecond."""
+    """Return the mesh of one rank; making one takes about a millisecond."""
     return DeviceMesh(device_type, [rank], _init_backend=False)

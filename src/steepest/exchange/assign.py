@@ -1,0 +1,161 @@
+"""Which rank steps which matrices: the parameters of a group are assigned to buckets.
+
+Most parameters are plain tensors of one process, and go to a `LocalBucket`. DTensors (FSDP2, HSDP, tensor parallel) and
+parameters that DDP replicates are divided among the ranks that hold shards, by a plan that every rank makes for itself
+and compares with the others' at once. Stacked experts of which every rank has whole matrices are stepped where they
+are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from steepest.exchange.bucket import Bucket
+from steepest.exchange.layout import Layout, Rectangle
+from steepest.exchange.local import LocalBucket
+from steepest.exchange.peers import Peers
+from steepest.exchange.plan import Job, make_plan
+from steepest.exchange.shards import local
+from steepest.rule import Rule
+from steepest.rule.work import work
+from steepest.stack.names import parameter_name
+from steepest.stack.stack import Segment, lay_out, meta_views, segments_of, state_dtype
+
+
+def assign(
+    rule: Rule,
+    number: int,
+    group: Mapping[str, Any],
+    indices: Sequence[int],
+    buckets: Sequence[Bucket],
+    peers: Mapping[Tensor, Peers],
+) -> list[Bucket]:
+    """Return buckets for the parameters at ``indices`` of group ``number``.
+
+    Args:
+        rule: the group's rule.
+        number: the number of the group.
+        group: parameters and options.
+        indices: positions of the parameters.
+        buckets: the buckets that there are already, whose loads count.
+        peers: the ranks that hold shards of a parameter, as `peers_of` returns them.
+
+    Raises:
+        RuntimeError: if the ranks that hold a parameter plan differently, since their optimizers are not of the same
+            parameters with the same options. It is raised on all of them.
+    """
+    here: dict[tuple[Peers | None, int], list[tuple[Segment, Tensor]]] = {}  # by peers and the index of the replica
+    shared: dict[Peers, list[tuple[int, Layout]]] = {}
+    for index in indices:
+        p = group["params"][index]
+        holders = peers.get(p)
+        layout = None if holders is None else _layout(p, holders)
+        if holders is None or layout is None:
+            here.setdefault((None, 0), []).extend((s, local(p)) for s in segments_of(index, local(p), group))
+        elif _holds_whole_matrices(layout, group):
+            first = layout.shards[holders.me].start[0] * math.prod(p.shape[1:-2])
+            key = holders, layout.replica(holders.me)
+            here.setdefault(key, []).extend((s, local(p)) for s in segments_of(index, local(p), group, first))
+        else:
+            shared.setdefault(holders, []).append((index, layout))
+    found: list[Bucket] = []
+    for (where, replica), segments in here.items():
+        found += [
+            LocalBucket(number, stack, group["params"], where, replica) for stack in lay_out(rule, number, segments)
+        ]
+    for holders, layouts in shared.items():
+        found += _shared_buckets(rule, number, group, holders, layouts, buckets)
+    return found
+
+
+def peers_of(params: Sequence[Tensor]) -> dict[Tensor, Peers]:
+    """Return the ranks that hold shards or replicas of each parameter, for parameters that other ranks hold too."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return {}
+    from steepest.exchange import dtensor
+
+    replicated = dtensor.replicated()
+    found: dict[Tensor, Peers] = {}
+    for p in params:
+        if isinstance(p, dtensor.DTensor):
+            found[p] = Peers.among(p.device_mesh.mesh.flatten().tolist())
+        elif p in replicated:
+            found[p] = Peers.over(replicated[p])
+    return {p: peers for p, peers in found.items() if peers.size > 1}
+
+
+def _layout(p: Tensor, peers: Peers) -> Layout:
+    from steepest.exchange import dtensor
+
+    if not isinstance(p, dtensor.DTensor):
+        return Layout.replicated(p.shape, peers.size)
+    return Layout(tuple(p.shape), dtensor.shards(p, peers.ranks))
+
+
+def _holds_whole_matrices(layout: Layout, group: Mapping[str, Any]) -> bool:
+    """Return whether a parameter is a stack of matrices, as experts are, of which every rank has some whole ones."""
+    stacked = len(layout.shape) > 2 and not group["merge_dims"] and group["heads"] == 1
+    cut = len(set(layout.shards)) > 1
+    return stacked and cut and all(s.shape[1:] == layout.shape[1:] and not s.empty for s in layout.shards)
+
+
+def _shared_buckets(
+    rule: Rule,
+    number: int,
+    group: Mapping[str, Any],
+    peers: Peers,
+    layouts: Sequence[tuple[int, Layout]],
+    buckets: Sequence[Bucket],
+) -> list[Bucket]:
+    """Plan the parameters of ``layouts`` among their peers, and return the plan's buckets."""
+    from steepest.exchange.sharded import ShardedBucket
+
+    jobs: list[Job] = []
+    segments: list[list[Segment]] = []
+    for index, layout in layouts:
+        for rectangle, members in _rectangles(index, group):
+            jobs.append(_job(rule, number, group, layout, rectangle, members))
+            segments.append(members)
+    loads = {id(b.plan): b.plan.loads() for b in buckets if isinstance(b, ShardedBucket) and b.peers == peers}
+    plan = make_plan(jobs, peers.size, loads=[sum(column) for column in zip(*loads.values(), strict=True)])
+    peers.check_same(plan.digest(), f"the plan of parameter group {number}")
+    return [ShardedBucket(rule, number, group, peers, plan, b, segments) for b in range(len(plan.buckets))]
+
+
+def _rectangles(index: int, group: Mapping[str, Any]) -> Iterator[tuple[Rectangle, list[Segment]]]:
+    """Yield the rectangles of a parameter that may have different owners, with the segments in them.
+
+    Each piece is a rectangle of its own, so that blocks of a large matrix find more owners; unless slices can't cut it.
+    """
+    p = group["params"][index]
+    segments = segments_of(index, p, group)
+    slices = [segment.view.slices(segment.piece) for segment in segments]
+    if len(segments) < 2 or None in slices:
+        yield Rectangle.whole(p.shape), segments
+        return
+    for segment, cut in zip(segments, slices, strict=True):
+        assert cut is not None
+        yield Rectangle(tuple(s.start for s in cut), tuple(s.stop - s.start for s in cut)), [segment]
+
+
+def _job(
+    rule: Rule, number: int, group: Mapping[str, Any], layout: Layout, rectangle: Rectangle, segments: Sequence[Segment]
+) -> Job:
+    p = group["params"][segments[0].index]
+    name = parameter_name(group, number, segments[0].index)
+    shapes = [segment.shape for segment in segments]
+    return Job(
+        name=name if rectangle == layout.whole else f"{name}.{segments[0].piece}",
+        layout=layout,
+        rectangle=rectangle,
+        cost=sum(b * work(rule, m, n).total for b, m, n in shapes),
+        memory=sum(x.nbytes for segment in segments for x in meta_views(rule, segment, p).values()),
+        itemsizes=(p.dtype.itemsize, state_dtype(p).itemsize),
+        kind=f"{p.dtype} {p.device.type}",
+        factored=sum(b * (m + n) * rule.rank(m, n) for b, m, n in shapes),
+    )

@@ -1,0 +1,59 @@
+"""Staggered refreshes: each matrix gets an offset in its period, so that not all refresh in the same step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from steepest.rule import Rule
+from steepest.stack.stack import Stack
+from steepest.view import View
+
+Offsets = Mapping[tuple[int, int, int], int]
+"""Refresh offsets by the position of the parameter, the number of the piece, and the number of the matrix in it."""
+
+
+def stagger_offsets(costs: Sequence[float], period: int) -> list[int]:
+    """Return an offset in ``[0, period)`` for each job, so that the steps of a period cost about the same.
+
+    The most expensive job comes first, and each job goes to the offset with the least cost so far. A single job gets
+    offset 0, and so behaves as if refreshes were not staggered.
+
+    >>> stagger_offsets([8.0, 1.0, 8.0, 1.0], period=2), stagger_offsets([5.0], period=10)
+    ([0, 0, 1, 1], [0])
+    """
+    load = [0.0] * period
+    offsets = [0] * len(costs)
+    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
+        offsets[job] = load.index(min(load))
+        load[offsets[job]] += costs[job]
+    return offsets
+
+
+def group_offsets(rule: Rule, group: Mapping[str, Any], period: int, frozen: Collection[int]) -> Offsets:
+    """Return the refresh offsets of all matrices of a group whose period is ``period``.
+
+    Matrices are ordered by the name of their parameter, or by its position if there are no names. So neither thawing
+    nor loading by name in another order changes an offset, and it makes no difference which rank steps which matrix.
+
+    Args:
+        rule: the group's rule, which knows the costs.
+        group: parameters and options.
+        period: steps from refresh to refresh.
+        frozen: positions of parameters that have no state yet.
+    """
+    names = group.get("param_names") or range(len(group["params"]))
+    jobs = sorted(
+        (names[i], piece, k, i, m, n)
+        for i, p in enumerate(group["params"])
+        if i not in frozen
+        for piece, (b, m, n) in enumerate(View.of(p, group).pieces)
+        for k in range(b)
+    )
+    offsets = stagger_offsets([rule.refresh_cost(m, n) for *_, m, n in jobs], period)
+    return {(i, piece, k): offset for (_, piece, k, i, *_), offset in zip(jobs, offsets, strict=True)}
+
+
+def slot_offsets(offsets: Offsets, stack: Stack) -> list[int]:
+    """Return the refresh offset of each slot of a stack."""
+    return [offsets[(*s.key, s.first + k)] for s in stack.segments for k in range(s.stop - s.start)]
