@@ -1,4 +1,4 @@
-"""Optimizers that break clauses on parameters, options and steps; and how such ones are made.
+"""Optimizers that break clauses on parameters, options and steps, and functions that make such optimizers.
 
 Most are our engine, which keeps every clause, with one habit added that was seen in a published optimizer.
 """
@@ -36,7 +36,7 @@ breaks = MUTANTS.breaks
 
 
 class Habit(Optimizer):
-    """Ours, with something done around each step, or to each state that is loaded."""
+    """An optimizer of ours that does something else around each step, or to each state that it loads."""
 
     def before(self) -> None: ...
 

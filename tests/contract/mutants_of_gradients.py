@@ -30,7 +30,7 @@ class Normalizes(torch.optim.SGD):
 
 @breaks("scaler", "skipped_by_scaler")
 class ScalesByItself(torch.optim.ASGD):
-    _step_supports_amp_scaling = True  # promised to GradScaler, and forgotten
+    _step_supports_amp_scaling = True  # promises GradScaler that step() unscales, which it doesn't
 
 
 class Cautious(Habit):

@@ -12,7 +12,7 @@ breaks = MUTANTS.breaks
 
 
 class KeepsObject(Habit):
-    """Puts something into every parameter's state that is no tensor, and knows how to save and load around it."""
+    """An optimizer that saves an object with every parameter's state, and drops it before loading."""
 
     extra: Any = None
 

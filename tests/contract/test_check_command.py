@@ -1,4 +1,4 @@
-"""``steepest check``: the table, and the exit status that a pipeline goes by."""
+"""``steepest check`` prints a table and returns an exit status for pipelines."""
 
 from __future__ import annotations
 

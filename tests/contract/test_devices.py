@@ -1,4 +1,4 @@
-"""On accelerators a step must not ask for values: bad gradients are masked, and what they did is undone on the device.
+"""On accelerators a step must not wait for values: bad gradients are masked, and their effects undone on the device.
 
 That path is taken here on the CPU, where its results can be compared with those of the path that asks.
 """
@@ -54,7 +54,7 @@ def masked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(name: str, dtype: torch.dtype = torch.float32, steps: int = 8, **options: Any) -> tuple[Run, list[Snapshot]]:
-    """A run with bad and missing gradients, and what was seen after each step."""
+    """Train with bad and missing gradients; return the run, and weights and state after each step."""
     run = Subject(functools.partial(build, name=name), dtype).start(**options)
     seen = []
     for k in range(steps):
@@ -96,7 +96,7 @@ def test_masking_keeps_the_contract(name: str) -> None:
 @pytest.mark.usefixtures("masked")
 @pytest.mark.parametrize("name", [*RULES, *SOAP])
 def test_no_value_is_asked_for(name: str) -> None:
-    """Nothing in a step waits for a result, but for options that say so. (Clocks are the host's own.)"""
+    """No step waits for a result, except with options that say so. (Clocks are on the host.)"""
     run = Subject(functools.partial(build, name=name)).start()
     for k in range(4):
         run.set_gradients(k, missing=MISSING.get(k, []))
@@ -134,7 +134,7 @@ class Questions(TorchDispatchMode):
 
 @pytest.mark.usefixtures("masked")
 def test_a_save_after_a_bad_gradient_has_the_right_clock() -> None:
-    """The host hears a step late that an update was undone; whatever is saved before that knows already."""
+    """The host learns a step late that an update was undone, but a state saved before that has the right clock."""
     W = nn.Parameter(torch.ones(2, 3))
     optimizer = steepest.SOAP([W], lr=0.1)
     for grad in (torch.eye(2, 3), torch.full((2, 3), math.nan)):
@@ -171,7 +171,7 @@ def test_the_contract_on_a_gpu(name: str) -> None:
 @needs_cuda
 @pytest.mark.parametrize("name", [name for name in [*RULES, *SOAP] if name not in ("soap kl", "inverse_root")])
 def test_a_step_on_a_gpu_does_not_wait(name: str) -> None:
-    """But for full decompositions, which report their errors to the host."""
+    """No step waits on a GPU, except for full decompositions, which report errors to the host."""
     run = Subject(functools.partial(build, name=name), device="cuda").start()
     run.steps(range(3))
     run.set_gradients(3)

@@ -1,4 +1,4 @@
-"""Our engine with one thing wrong: the contract notices."""
+"""The contract notices when one thing in our engine is wrong."""
 
 from __future__ import annotations
 

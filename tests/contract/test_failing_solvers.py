@@ -56,7 +56,7 @@ def is_victim(A: Tensor) -> Tensor:
 
 
 def failing(function: Callable[..., Any], how: str, dtypes: tuple[torch.dtype, ...]) -> Callable[..., Any]:
-    """``function`` of LAPACK's that fails on the victim: "raises" for its whole batch, or gives "nan" in its place."""
+    """LAPACK's ``function`` failing on the victim: "raises" for the whole batch, or "nan" as the victim's result."""
 
     def broken(A: Tensor, *args: Any, **kwargs: Any) -> Any:
         bad = is_victim(A) & (A.dtype in dtypes)
@@ -160,7 +160,7 @@ def test_a_failure_costs_one_matrix_its_refresh(name: str, how: str, solvers: So
 @pytest.mark.parametrize("how", ["raises", "nan"])
 @pytest.mark.parametrize("name", ["soap eigh", "soap", "shampoo eigh", "inverse_root"])
 def test_a_later_failure_keeps_basis_and_moments(name: str, how: str, solvers: Solvers) -> None:
-    """Exactly: with a gradient of zero and no decay of the moments, nothing of a failed refresh is to be seen."""
+    """With a gradient of zero and no decay of the moments, a failed refresh changes nothing at all."""
     training = Training(name)
     for group in training.optimizer.param_groups:
         group["betas"] = (0.0, 0.0)
@@ -201,7 +201,7 @@ def test_moments_are_kept_to_the_last_bit(solvers: Solvers) -> None:
 
 @pytest.mark.parametrize("how", ["raises", "nan"])
 def test_float64_is_tried_first(how: str, solvers: Solvers) -> None:
-    """What fails in float32 only is no failure."""
+    """A decomposition that fails in float32 only does not count as a failure."""
     training, undisturbed = Training("soap"), Training("soap")
     undisturbed.steps(3)
     solvers.fail(how, (torch.float32,))
@@ -219,7 +219,7 @@ def test_float64_is_tried_first(how: str, solvers: Solvers) -> None:
 def test_on_accelerators_nothing_else_happens(
     name: str, how: str, solvers: Solvers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There a NaN is not looked at, and goes the same way, but that it is not tried again; taken on the CPU here."""
+    """On accelerators (emulated on the CPU) NaN has the same effect without a second try: the host does not look."""
     expected, training = Training(name), Training(name)
     solvers.fail(how)
     expected.steps(3)
@@ -231,7 +231,7 @@ def test_on_accelerators_nothing_else_happens(
 
 
 def test_a_masked_matrix_does_not_count(monkeypatch: pytest.MonkeyPatch, solvers: Solvers) -> None:
-    """A matrix whose gradient is not finite is left as it was on the device, its count of failures too."""
+    """A matrix whose gradient is not finite keeps its state on the device, its count of failures included."""
     monkeypatch.setattr(attempts, "at_hand", lambda x: False)
     training = Training("soap")
     training.step()
@@ -264,7 +264,7 @@ def test_cholesky_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_public_functions(solvers: Solvers) -> None:
-    """For direct callers: the decomposition raises, the update keeps what was there, and says so."""
+    """Called directly, the decomposition raises, and the update keeps the old basis and reports it."""
     K = torch.stack([torch.diag(torch.tensor([1.0, 4.0])), HUGE * torch.eye(2)])
     eye, v = torch.eye(2).expand(2, 2, 2), torch.rand(2, 2, 2, generator=torch.Generator().manual_seed(0))
     solvers.fail("raises")

@@ -66,7 +66,7 @@ def continued(saved: dict[str, Any]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("number", [1, 0])
 def test_an_old_state_trains_on(number: int) -> None:
-    """Other machines round otherwise, so not to the last bit; format 0 is format 1 without its number."""
+    """Machines round differently, so not to the last bit. Format 0 is format 1 without its number."""
     saved = torch.load(MAKE["FILE"], weights_only=True)
     assert {group["format"] for group in saved["optimizer"]["param_groups"]} == {1}
     if number == 0:
@@ -90,7 +90,7 @@ def test_the_file_is_what_the_script_makes(tmp_path: Path) -> None:
 
 
 def test_every_group_carries_the_format() -> None:
-    """Also one that is added later, and in copies."""
+    """Groups that are added later, and groups of copies, carry it too."""
     _, optimizer = trained()
     optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(2)))], "format": 7})
     for each in (optimizer, copy.deepcopy(optimizer)):
@@ -243,7 +243,7 @@ def test_what_is_no_state_at_all(what: Any) -> None:
 
 
 def test_nan_is_a_number() -> None:
-    """Moments may have overflowed; that is for the loading side to see, not to refuse."""
+    """Moments may have overflowed; a state with NaN is loaded, not refused."""
     _, optimizer = trained()
     saved = optimizer.state_dict()
     saved["state"][0]["exp_avg"].fill_(math.nan)
@@ -330,7 +330,7 @@ PLACES = places(STATE)
 @example([(("param_groups", 1, "param_names", 0), None)])
 @given(st.lists(st.tuples(st.sampled_from(PLACES), st.one_of(st.just("drop"), WRONG)), min_size=1, max_size=3))
 def test_any_damage(damages: list[tuple[tuple[Any, ...], Any]]) -> None:
-    """Whatever is dropped or replaced: either a ValueError and nothing has changed, or it trains on."""
+    """A state with anything dropped or replaced raises ValueError and changes nothing, or trains on."""
     params, optimizer = trained()
     saved = copy.deepcopy(STATE)
     for path, value in damages:

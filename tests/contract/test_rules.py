@@ -1,4 +1,4 @@
-"""A rule reads its gradients and writes its state, nothing else, and no matrix of a stack knows of another."""
+"""A rule reads gradients and writes state, nothing else, and no matrix of a stack affects another."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_state_can_be_laid_out_without_memory(name: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("kind", ["zeros", "rank one", "equal columns", "one entry", "huge", "tiny", "denormal"])
 def test_hard_gradients(name: str, kind: str) -> None:
-    """Whatever is finite and can be squared leaves finite state and finite directions."""
+    """Gradients whose squares are finite leave finite state and finite directions."""
     built = rule(name)
     state = built.init(torch.empty(2, 4, 6))
     for k in range(STEPS):

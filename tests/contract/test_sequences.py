@@ -33,7 +33,7 @@ Index = tuple[Any, ...]
 
 @dataclass
 class Matrix:
-    """A matrix of a parameter, and all that SOAP remembers of it."""
+    """A matrix of a parameter, and SOAP's state for it."""
 
     where: Index
     """Its place in the parameter, seen as ``[batch, rows, columns]``."""
@@ -67,7 +67,7 @@ class Matrix:
             self.learn(G, o, first)
 
     def learn(self, G: Tensor, o: Options, first: int) -> None:
-        """The covariances, and the bases where they are due."""
+        """Update the covariances, and the bases where they are due."""
         if self.K == [None, None]:
             return
         t, b = self.clock, o["shampoo_beta"]
@@ -79,7 +79,7 @@ class Matrix:
             self.turn(first=t - 1 == first and o["solver"] != "qr", full=o["solver"] == "eigh")
 
     def whitening(self, side: int, G: Tensor, o: Options) -> Tensor:
-        """What stands between the gradients in the other side's covariance."""
+        """The matrix between the two gradients in the update of the other side's covariance."""
         d, K, Q = G.shape[side], self.K[side], self.Q[side]
         if not o["use_kl_shampoo"]:
             return torch.eye(d, dtype=G.dtype)
@@ -93,7 +93,7 @@ class Matrix:
         return Q @ torch.diag(1 / λ) @ Q.T / d
 
     def turn(self, first: bool, full: bool) -> None:
-        """New bases; the momentum turns with them, second moments follow the order of the columns."""
+        """Replace the bases: the momentum turns with them, second moments follow the order of the columns."""
         momentum = self.Q[0] @ self.m @ self.Q[1].T
         for side, K in enumerate(self.K):
             if K is None:
@@ -133,7 +133,7 @@ class Matrix:
 
 
 def decay(o: Options) -> float:
-    """What weights are multiplied by."""
+    """The factor by which weights decay."""
     lr, wd = o["lr"], o["weight_decay"]
     return {"decoupled": 1 - lr * wd, "palm": 1 - lr**2 * wd, "independent": 1 - wd, "l2": 1.0}[
         o["weight_decay_method"]
@@ -337,7 +337,7 @@ def test_any_long_sequence(options: Options, events: list[tuple[Any, ...]]) -> N
 
 
 def test_everything_at_once() -> None:
-    """One sequence that has it all, so that no run of the tests goes without."""
+    """One sequence contains every kind of event, so that each run of the tests covers them all."""
     events: list[tuple[Any, ...]] = [
         ("step", 1.0, {"b"}, {"experts"}),
         ("step", 1.0, set(), set()),

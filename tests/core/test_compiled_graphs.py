@@ -1,4 +1,4 @@
-"""Updates that are compiled: one graph a rule, made once, with the results and at the precision of the rule."""
+"""A compiled update is one graph per rule, compiled once, with the rule's results and precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every orthogonalizing and whitening rule: zero, stacks, clocks, the meta device."""
+"""Properties of every orthogonalizing and whitening rule: zero, stacks, clocks, the meta device."""
 
 import pytest
 import torch

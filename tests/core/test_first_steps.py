@@ -1,4 +1,4 @@
-"""The first steps, with defaults: a polar factor, insensitive to rounding, never too long. And why there are guards."""
+"""With guards the first update is a polar factor, rounding does not change it, and no early update is too long."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_no_early_update_is_longer_than_lr(shape):
 
 
 def test_without_guards_none_of_this_holds():
-    """Off the diagonal, the first projected gradient is rounding, and Adam makes full-size steps of it."""
+    """Off the diagonal the first projected gradient is rounding errors, which Adam turns into full-size steps."""
     shape = (64, 256)
     grads = gradients(shape, 20)
     U, _, Vh = torch.linalg.svd(grads[0].double(), full_matrices=False)

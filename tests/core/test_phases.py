@@ -1,4 +1,4 @@
-"""Marks of phases: what a listener hears, that nobody else notices them, and that compiled graphs have none."""
+"""Phases of a step: a listener gets their times, nothing else changes, and compiled graphs contain no marks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What SOAP must be, whatever the numbers: AdamW without bases, equivariant with them, and its parts in step."""
+"""Properties of SOAP: it is AdamW without bases and equivariant with them, and moments match their columns."""
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def orthogonality_error(solver, shape, count):
 @pytest.mark.parametrize("solver", ["qr", "auto", "cholesky", "first_order", "eigh"])
 @pytest.mark.parametrize("kl", [False, True])
 def test_eigenvalue_column_and_second_moment_belong_together(solver, kl):
-    """Gradients along fixed axes whose sizes trade places: whoever owned a second moment owns it after the crossing."""
+    """Gradients along fixed axes exchange their sizes; each axis keeps its second moment through the crossing."""
     rows = torch.linalg.qr(randn(3, 3, seed=5)).Q
     W = torch.nn.Parameter(torch.zeros(3, 3))
     opt = steepest.SOAP(

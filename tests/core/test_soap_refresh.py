@@ -1,4 +1,4 @@
-"""SOAP's fast paths against what they stand for: solvers of a refresh, and KL's factors in their eigenbases."""
+"""SOAP's fast paths agree with plain formulas: the solvers of a refresh, and KL's factors in their eigenbases."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def relative(x: Tensor, y: Tensor) -> float:
 def twins(
     rule: KLSoap, shape: tuple[int, int], dtype: torch.dtype, phases: tuple[int, ...], penalty: bool = False
 ) -> tuple[float, float]:
-    """How far directions and covariances are ever from those of the formula as it stands, relatively.
+    """The largest relative distance of directions and covariances from those of the formula.
 
     Factors start at something of full rank: how a null space is spanned, rounding decides.
     """

@@ -46,7 +46,7 @@ def test_the_study_runs_and_precisions_agree_where_there_is_no_tf32(use_eigh):
 
 
 def test_the_absolute_eps_starts_the_covariances_1e8_too_large():
-    """Zero factors give weights of 1/eps; 20 steps later that is still what L consists of, and nothing turns it."""
+    """Zero factors give weights of 1/eps, and 20 steps later L still is the first gradient and does not turn."""
     absolute, spectra = bases(True, "highest", kl_floor=0.0)
     _, relative = bases(True, "highest", kl_floor=1e-4)
     assert spectra[0].max() > 1e7
@@ -57,7 +57,7 @@ def test_the_absolute_eps_starts_the_covariances_1e8_too_large():
 
 @pytest.mark.parametrize("use_eigh", [False, True], ids=["soap-kl", "rekls"])
 def test_in_their_eigenbases_covariances_have_quotients_that_tf32_does_not_lose(use_eigh):
-    """Where they are computed by a product, the basis jumps: tests/lab/test_spike.py."""
+    """If quotients are computed by a product, the basis jumps; tests/lab/test_spike.py tests that."""
     with tf32_emulated():
         high, _ = bases(use_eigh, "high", kl_floor=0.0)
     assert max(angle(Q, high[SPIKE_AT - 1]) for Q in high[SPIKE_AT - 10 :]) < 1.0

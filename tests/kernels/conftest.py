@@ -25,7 +25,7 @@ def device():
 
 @pytest.fixture
 def launched(device, monkeypatch):
-    """How many calls have gone to a kernel: what is compared with the twin should not be the twin."""
+    """Record the calls of kernels, so that a test does not compare the twin with itself."""
     from steepest.kernels import adam, keeping, symmetric
 
     calls = []

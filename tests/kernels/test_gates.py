@@ -1,4 +1,4 @@
-"""When kernels are used, when not, and what is said about it."""
+"""Kernels are used above their gates only, and a warning says when they do not work."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a step may have to put back: by the kernel what it is by torch, to the last bit."""
+"""The kernel saves and restores state with the same bits as torch."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int8,
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch, device):
-    """So that a matrix has several, the last one not full."""
+    """Make blocks so small that a matrix has several, the last one not full."""
     from steepest.kernels import keeping
 
     monkeypatch.setattr(keeping, "BLOCK", 64)
 
 
 def tensors(normal):
-    """Of every dtype and layout that state has: by rows, by columns, a number a matrix."""
+    """Tensors of every dtype and layout that state has: by rows, by columns, one number per matrix."""
     for dtype in DTYPES:
         yield (50 * normal(3, 9, 17)).to(dtype)
         yield (50 * normal(3, 9, 9, seed=1)).to(dtype).mT
@@ -26,7 +26,7 @@ def tensors(normal):
 
 
 def stepped(xs, finite, mode):
-    """What is there after a step, of which some is undone."""
+    """Return the tensors after a step that is undone for some matrices."""
     with use(mode):
         undo = undoing(finite, xs)
         for x in xs:
@@ -50,7 +50,7 @@ def test_it_is_its_twin(launched, normal, finite):
 
 
 def test_nan_stays_where_it_is(launched, normal):
-    """In what is kept, in what is put back, and in what neither is."""
+    """NaN is tried in tensors that are kept, in restored ones, and in others."""
     x = torch.full((2, 40), torch.nan, device=normal(1).device)
     finite = torch.tensor([True, False], device=x.device)
     with use("always"):
@@ -69,7 +69,7 @@ def test_what_lies_in_pieces_is_left_to_torch(launched, normal):
 
 
 def test_nothing_is_kept_of_what_is_finite(launched, normal, monkeypatch):
-    """Not a byte of it is touched: that is what the kernel is for."""
+    """The kernel does not touch a byte of matrices with finite gradients, which is its purpose."""
     x = normal(2, 100)
     marked = torch.full_like(x, 7.0)
     monkeypatch.setattr(torch, "empty_like", lambda x: marked)

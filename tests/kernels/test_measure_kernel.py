@@ -1,4 +1,4 @@
-"""The measurement that gates should follow, at sizes at which it means nothing."""
+"""The measurement behind the gates runs, here at sizes too small to mean anything."""
 
 import pytest
 from gates import Figure, measure_gates, suggest

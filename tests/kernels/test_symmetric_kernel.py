@@ -72,7 +72,7 @@ def test_large_tiles(launched, normal):
 
 
 def test_every_tile_is_found(normal):
-    """The number of the tile is turned into row and column by a root: 210 small tiles, none twice and none left out."""
+    """A square root turns a tile's number into its row and column: 210 small tiles, each exactly once."""
     from steepest.kernels.symmetric import Tiles, _launch
 
     X = normal(1, 20 * 16, 3)

@@ -20,7 +20,7 @@ def test_it_is_torchs_decomposition(d):
 
 
 def test_only_multiples_are_padded(monkeypatch):
-    """Where columns are aligned and apart it would cost time."""
+    """Columns that are aligned and apart are not padded, since padding costs time."""
     seen = []
     monkeypatch.setattr(solvers, "CONFLICT", 32)
     geqrf = torch.geqrf
@@ -33,7 +33,7 @@ def test_only_multiples_are_padded(monkeypatch):
 @pytest.mark.parametrize("d", [9, 12, 17, 20, 33, 37, 130])
 @pytest.mark.parametrize("decompose", [householder, eigenvectors, cholesky_qr, rcqr])
 def test_matrices_have_the_same_bits_alone(decompose, d):
-    """Wherever in a stack they lie, on whatever addresses."""
+    """A matrix has the same bits alone as anywhere in a stack, at any address."""
     A = torch.randn(3, d, d, generator=torch.Generator().manual_seed(0))
     A = A + A.mT
     for alone, one in zip(A, decompose(A), strict=True):

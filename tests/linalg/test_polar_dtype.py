@@ -1,4 +1,4 @@
-"""In which dtype Newton-Schulz iterates: what is measured, what stands in the group, and what a saved run keeps."""
+"""Newton-Schulz iterates in the dtype that was measured to be faster; the group holds it, and a saved run keeps it."""
 
 import io
 

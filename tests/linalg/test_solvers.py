@@ -51,7 +51,7 @@ def nonorthogonality(Q: Tensor) -> float:
 
 @pytest.fixture(params=[True, False], ids=["cpu", "accelerator"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both ways through the solvers: reading what is doubtful, and not."""
+    """Run the solvers as on a CPU, which reads doubtful results, and as on accelerators, which do not."""
     if not request.param:
         for module in (attempts, solvers):
             monkeypatch.setattr(module, "at_hand", lambda x: False)
@@ -120,7 +120,7 @@ def test_it_stays_orthogonal_and_near_over_two_thousand_refreshes(name: str) -> 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_result_does_not_depend_on_the_batch(name: str) -> None:
-    """Not even where another matrix takes another way: the second has no full rank, the third is not finite."""
+    """A matrix has the same result alone and beside one without full rank and one that is not finite."""
     K, Q = nearly_diagonalized(count=4)
     v = randn(24, 3, seed=5)
     K[1] = v @ v.T
@@ -150,7 +150,7 @@ def test_null_directions_and_any_scale(name: str, scale: float) -> None:
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_tf32_leaves_it_orthogonal(name: str) -> None:
-    """In products with K little is lost by rounding; in those that orthogonalize, everything."""
+    """TF32 may round products with K, but not the products that orthogonalize."""
     K, Q = nearly_diagonalized()
     with tf32_emulated(), fp32_matmul_precision("high"):
         rounded, _ = SOLVERS[name](K, Q, 1)

@@ -48,7 +48,7 @@ def test_the_authors_steps(golden, trajectory, name, shape):
 
 @pytest.mark.parametrize("shape", [(3, 2), (5, 4)])
 def test_with_corrected_eigenvalues_it_is_soap(golden, trajectory, shape):
-    """All but the first step, in which both divide rounding by rounding off the diagonal."""
+    """They agree after the first step, in which both divide rounding errors by rounding errors off the diagonal."""
     case = golden("shampoo")
     expected = torch.tensor(case["ev_corrected_5x4"] if shape == (5, 4) else case["ev_corrected"]["params"])
     weights, _ = trajectory(

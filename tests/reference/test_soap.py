@@ -65,7 +65,7 @@ def test_paper(golden, trajectory, case):
         assert (side in state) == (Q is not None) == bool(gg)  # a side that is too long has none
         if gg:
             close(state[side], gg, 1e-5)
-    # Both moments live in the eigenbasis, whose columns' signs are anybody's choice.
+    # Both moments live in the eigenbasis, whose columns' signs are arbitrary.
     momentum = precondition(precondition(state["exp_avg"], ours, dims=[[0], [1]]), theirs)
     close(momentum, want["exp_avg"], 1e-5)
     close(state["exp_avg_sq"], want["exp_avg_sq"], 1e-5)

@@ -35,7 +35,7 @@ def start() -> tuple[dict[str, nn.Parameter], steepest.Optimizer]:
 
 
 def waves(shape: tuple[int, ...], phase: float) -> Tensor:
-    """Numbers between -1 and 1 that depend on nothing but their places."""
+    """Numbers between -1 and 1 that depend on their index only."""
     count = int(torch.tensor(shape).prod())
     return torch.sin(torch.arange(count, dtype=torch.float64) * 1.7 + phase).float().view(shape)
 
@@ -49,7 +49,7 @@ def train(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ste
 
 
 def make(file: Path) -> None:
-    """Train, save, train on, and write down where that leads."""
+    """Train, save, train on, and write the state and the weights in the middle and at the end."""
     params, optimizer = start()
     train(params, optimizer, range(BEFORE))
     saved: dict[str, Any] = {"optimizer": optimizer.state_dict()}

@@ -1,8 +1,8 @@
 """Simulate how a model's optimizer step is shared out among ranks, without any rank.
 
 The plan is the optimizer's own (`steepest.exchange.plan`), state is what a rule's ``init`` lays out, FLOPs are
-those that `steepest.rule.work` counts, and `steepest.lab.plan.time` makes seconds of them for a device. Communication takes no
-time here, although bytes travel slower between machines than within one.
+those that `steepest.rule.work` counts, and `steepest.lab.plan.time` makes seconds of them for a device. Communication
+takes no time here, although bytes travel slower between machines than within one.
 """
 
 from __future__ import annotations
@@ -258,9 +258,8 @@ def _price(rule: Rule | Elementwise, pieces: tuple[Piece, ...]) -> tuple[float, 
     """Return the FLOPs of a step of some matrices, and the bytes of their state."""
     assert isinstance(rule, Rule)
     states = [laid_out(rule, torch.empty(piece, device="meta")) for piece in pieces]
-    return sum(b * work(rule, m, n).total for b, m, n in pieces), sum(
-        x.nbytes for state in states for x in state.values()
-    )
+    flops = sum(b * work(rule, m, n).total for b, m, n in pieces)
+    return flops, sum(x.nbytes for state in states for x in state.values())
 
 
 _layout = cache(Layout.sharded)
