@@ -54,8 +54,8 @@ def refuses(optimizer: steepest.Optimizer, params: dict[str, nn.Parameter], save
 # States of older versions.
 
 
-def continued(saved: dict[str, Any]) -> dict[str, Tensor]:
-    params, optimizer = MAKE["start"]()
+def continued(name: str, saved: dict[str, Any]) -> dict[str, Tensor]:
+    params, optimizer = MAKE["MADE"][name]()
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(saved["middle"][name])
@@ -65,20 +65,22 @@ def continued(saved: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("number", [1, 0])
-def test_an_old_state_trains_on(number: int) -> None:
+@pytest.mark.parametrize("file", MAKE["MADE"])
+def test_an_old_state_trains_on(file: str, number: int) -> None:
     """Machines round differently, so not to the last bit. Format 0 is format 1 without its number."""
-    saved = torch.load(MAKE["FILE"], weights_only=True)
+    saved = torch.load(MAKE["FOLDER"] / file, weights_only=True)
     assert {group["format"] for group in saved["optimizer"]["param_groups"]} == {1}
     if number == 0:
         for group in saved["optimizer"]["param_groups"]:
             del group["format"]
-    for name, W in continued(saved).items():
+    for name, W in continued(file, saved).items():
         torch.testing.assert_close(W, saved["end"][name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_the_file_is_what_the_script_makes(tmp_path: Path) -> None:
-    MAKE["make"](tmp_path / "new.pt")
-    new, old = (torch.load(file, weights_only=True) for file in (tmp_path / "new.pt", MAKE["FILE"]))
+@pytest.mark.parametrize("file", MAKE["MADE"])
+def test_the_file_is_what_the_script_makes(file: str, tmp_path: Path) -> None:
+    MAKE["make"](tmp_path / file, MAKE["MADE"][file])
+    new, old = (torch.load(folder / file, weights_only=True) for folder in (tmp_path, MAKE["FOLDER"]))
     torch.testing.assert_close(new["end"], old["end"], rtol=1e-5, atol=1e-5)
     theirs = {key: {name: x.shape for name, x in named.items()} for key, named in old["optimizer"]["state"].items()}
     assert theirs == {
@@ -213,7 +215,7 @@ TAMPERED: dict[str, tuple[Tamper, str]] = {
     "names too many": (put(["a", "b"], "param_groups", 0, "param_names"), "one name for each"),
     "lr a word": (put("high", "param_groups", 0, "lr"), "options of parameter group 0 of the saved state are damaged"),
     "lr NaN": (put(math.nan, "param_groups", 0, "lr"), "lr=nan"),
-    "betas a number": (put(0.9, "param_groups", 0, "betas"), "options of parameter group 0 .* damaged"),
+    "betas a number": (put(0.9, "param_groups", 0, "betas"), r"betas=0.9: must be two numbers"),
     "a bool a word": (put("no", "param_groups", 0, "nesterov"), "nesterov='no' in parameter group 0"),
     "a tensor": (
         put(torch.ones(2, 2), "param_groups", 1, "eps"),
@@ -224,7 +226,10 @@ TAMPERED: dict[str, tuple[Tamper, str]] = {
     "a bad view": (put((5,), "param_groups", 0, "split"), "split="),
     "another state": (put(True, "param_groups", 3, "amsgrad"), r"norm: .*amsgrad=True \(here False\)"),
     "fewer factors": (put(3, "param_groups", 0, "max_precond_dim"), r"max_precond_dim=3 \(here 8192\)"),
-    "frequency infinite": (put(math.inf, "param_groups", 0, "precondition_frequency"), "damaged"),
+    "frequency infinite": (
+        put(math.inf, "param_groups", 0, "precondition_frequency"),
+        "precondition_frequency=inf: must be an integer",
+    ),
 }
 
 

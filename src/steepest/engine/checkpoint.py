@@ -21,14 +21,18 @@ from steepest.engine.group import check_options, option_defaults
 from steepest.exchange.shards import fits, local
 from steepest.rule import Elementwise, State
 from steepest.rules import RULES
+from steepest.rules.aliases import resolve
 from steepest.stack.names import bare
 from steepest.stack.stack import meta_views, segments_of, state_dtype
 from steepest.view import View
 
-FORMAT = 1
+FORMAT = 2
 """The number of the format of a saved state. Every parameter group has it under "format", because flattened distributed
-checkpoints keep what is in groups, and nothing else. A state without a number is of format 0, which was laid out in the
-same way. The number grows when an older steepest would misread the state."""
+checkpoints keep what is in groups, and nothing else. The number grows when an older steepest would misread the state.
+
+2: KL-SOAP and KL-Shampoo are rules of their own, and not an option of "soap" and "shampoo".
+1: the first with a number. A state without one is of format 0, which is the same.
+"""
 
 CLOCKS = ("step", "clock")
 
@@ -89,6 +93,10 @@ def read_options(number: int, group: Mapping[str, Any]) -> dict[str, Any]:
             f"the saved state is of format {written}, written by a newer steepest; this one reads formats up to "
             f"{FORMAT}: upgrade steepest"
         )
+    if written < 2:
+        options = resolve(options)
+        if options.get("rule") in ("soap", "shampoo"):
+            options.pop("kl_floor", None)
     return copy.deepcopy(options)
 
 

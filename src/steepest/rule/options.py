@@ -42,7 +42,7 @@ def frequency(default: int) -> Any:
     """An option that is a number of steps between refreshes, or a function from the step to that number."""
 
     def holds(x: Any) -> bool:
-        return callable(x) or (number(x) and x == int(x) >= 1)
+        return callable(x) or (number(x) and x >= 1 and float(x).is_integer())
 
     return checked(default, holds, "an integer >= 1, or a function of the step")
 

@@ -137,7 +137,7 @@ class Refreshing(Rule, ABC, Generic[Factors]):
     def period(self, clock: int) -> int:
         """The number of steps between refreshes, at this clock."""
         every = self.precondition_frequency
-        return every if isinstance(every, int) else every(clock)
+        return every(clock) if callable(every) else int(every)
 
     @property
     def last_period(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from steepest.rule import check
+from steepest.rules.soap import Soap
 
 SOAPS = ("soap", "kl_soap")
 SHAMPOOS = ("shampoo", "kl_shampoo")
@@ -22,7 +23,7 @@ def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
     ``refresh="qr"``            ``solver="qr"``, as the option was once called
     ``preconditioner_decay=b``  ``shampoo_beta=b``
     ``guards=False``            ``noise_floor=0``, ``momentum_floor=False``, and for KL ``kl_floor=0``
-    ``noise_floor="auto"``      left at its default
+    ``noise_floor="auto"``      its default
     ==========================  =======================================================================
 
     Raises:
@@ -56,7 +57,7 @@ def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
     if decay is not None:
         _set(options, "preconditioner_decay", decay, "shampoo_beta", decay, free=(0.95,))
     if options.get("noise_floor") == "auto":
-        del options["noise_floor"]
+        options["noise_floor"] = Soap.defaults()["noise_floor"]
     if "guards" in options and not _flag(options, "guards"):
         for name, value in UNGUARDED.items():
             if name != "kl_floor" or rule == "kl_soap":

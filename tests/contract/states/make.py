@@ -1,13 +1,15 @@
-"""Makes ``format_1.pt``, the state of a mixed optimizer in the middle of training, as a steepest of 2026 wrote it.
+"""Makes the states of optimizers in the middle of training, as a steepest of 2026 wrote them in format 1.
 
-    python tests/contract/states/make.py [FILE]
+    python tests/contract/states/make.py format_1.pt
 
-It is made once: later versions must load it as it is. test_loading.py trains on from it, and makes it anew beside.
+The files are made once: later versions must load them as they are. test_loading.py trains on from them, and makes them
+anew beside.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 import steepest
 
-FILE = Path(__file__).with_name("format_1.pt")
+FOLDER = Path(__file__).parent
 SHAPES = {"attention": (4, 3), "experts": (2, 2, 3), "head": (3, 4), "norm": (4,)}
 BEFORE, AFTER = 3, 3
 
@@ -29,6 +31,19 @@ def start() -> tuple[dict[str, nn.Parameter], steepest.Optimizer]:
         {"params": soap, "rule": "soap", "precondition_frequency": 2, "solver": "eigh"},
         {"params": experts, "rule": "soap", "precondition_frequency": 1, "merge_dims": False},
         {"params": muon, "rule": "muon"},
+        {"params": adamw, "rule": "adamw", "weight_decay": 0.0},
+    ]
+    return params, steepest.Optimizer(groups, lr=0.05)
+
+
+def start_kl() -> tuple[dict[str, nn.Parameter], steepest.Optimizer]:
+    """KL's covariances, which format 1 had as an option of SOAP and Shampoo, and guards of which one is off."""
+    params = {name: nn.Parameter(waves(shape, k)) for k, (name, shape) in enumerate(SHAPES.items())}
+    kl_soap, kl_shampoo, unguarded, adamw = ([(name, p)] for name, p in params.items())
+    groups: list[dict[str, Any]] = [
+        {"params": kl_soap, "rule": "soap", "use_kl_shampoo": True, "precondition_frequency": 2},
+        {"params": kl_shampoo, "rule": "shampoo", "use_kl_shampoo": True, "exponent": -0.5, "merge_dims": False},
+        {"params": unguarded, "rule": "soap", "noise_floor": 0.0},
         {"params": adamw, "rule": "adamw", "weight_decay": 0.0},
     ]
     return params, steepest.Optimizer(groups, lr=0.05)
@@ -48,7 +63,7 @@ def train(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, ste
         optimizer.step()
 
 
-def make(file: Path) -> None:
+def make(file: Path, start: Callable[[], tuple[dict[str, nn.Parameter], steepest.Optimizer]]) -> None:
     """Train, save, train on, and write the state and the weights in the middle and at the end."""
     params, optimizer = start()
     train(params, optimizer, range(BEFORE))
@@ -59,5 +74,8 @@ def make(file: Path) -> None:
     torch.save(saved, file)
 
 
+MADE = {"format_1.pt": start, "format_1_kl.pt": start_kl}
+"""The files, and the optimizers whose state they hold."""
+
 if __name__ == "__main__":
-    make(Path(sys.argv[1]) if len(sys.argv) > 1 else FILE)
+    make(FOLDER / sys.argv[1], MADE[sys.argv[1]])
