@@ -12,7 +12,7 @@ import pytest
 from steepest.lab.bench import speed as bench_speed
 from steepest.lab.race.race import Entry, Plan, Runs
 from steepest.lab.race.trial import Record, Run, Trial
-from steepest.lab.shared.contenders import Contender, preset
+from steepest.lab.shared.contenders import preset
 
 # What test files share is imported by name, and so are the files of benchmarks/gpu.py, as by each other.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -91,8 +91,9 @@ def _runs(plan: Plan, final: Callable[[Trial], float], **fields: object) -> Runs
 
 
 def _plan(*names: str, steps: int = 10, seeds: int = 2, shorter: tuple[int, ...] = (), swept: bool = False) -> Plan:
-    make: Callable[[Contender], Entry] = Entry.swept if swept else Entry.preset
-    return Plan("digits", tuple(make(preset(name)) for name in names), steps, seeds, shorter)
+    contenders = [preset(name) for name in names]
+    entries = tuple(Entry.of(c, {"lr": c.rates} if swept else None) for c in contenders)
+    return Plan("digits", entries, steps, seeds, shorter)
 
 
 @pytest.fixture
