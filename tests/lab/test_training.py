@@ -28,7 +28,7 @@ def run(quick_task):
 
     def run(spec: str, steps: int = 6, seed: int = 0) -> Record:
         (contender,) = parse_contenders(spec)
-        return train(Trial("quick", contender, steps, seed), workload, lambda news: None)
+        return train(Trial("quick", contender, steps, seed), workload, lambda progress: None)
 
     return run
 
@@ -48,7 +48,7 @@ def test_contenders_of_one_seed_start_alike_and_see_the_same_batches(run) -> Non
 @pytest.mark.parametrize("name", ["digits", "digits-vit"])
 def test_digits_are_learnt_in_seconds(name) -> None:
     workload = load_workload(name)
-    record = train(Trial(name, preset("soap-f5"), 25, 0), workload, lambda news: None)
+    record = train(Trial(name, preset("soap-f5"), 25, 0), workload, lambda progress: None)
     assert record.final < 0.75 * record.train_loss[0]
 
 
