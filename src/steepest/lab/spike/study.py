@@ -22,6 +22,7 @@ from torch import Tensor
 from steepest.linalg.eigenbasis import conjugate
 from steepest.linalg.precision import fp32_matmul_precision, has_tf32, tf32_emulated
 from steepest.optimizers.soap import SOAP
+from steepest.rule.words import Precision
 from steepest.rules.parts import kronecker
 from steepest.rules.soap import Soap
 
@@ -36,12 +37,13 @@ EPS: float = Soap.defaults()["eps"]
 FLOOR: float = Soap.defaults()["kl_floor"]
 STRONG = (15.0, 10.0)
 """Scales of the strongest and the weakest strong direction of directional gradients; the others have scale 1."""
-PRECISIONS = ("high", "highest")
+PRECISIONS: tuple[Precision, Precision] = ("high", "highest")
 OFFSETS = (1, 2, 5, 10)
 """Steps before and after the last basis without the spike, at which angles are listed; 1 after, the spike is in."""
 FLOORS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 """Relative floors, to see how large a floor must be."""
-ONLY_QUOTIENTS, ALL_BUT_QUOTIENTS = ("highest", "high"), ("high", "highest")
+ONLY_QUOTIENTS: tuple[Precision, Precision] = ("highest", "high")
+ALL_BUT_QUOTIENTS: tuple[Precision, Precision] = ("high", "highest")
 """Precisions of KL-Shampoo's Rayleigh quotients (second) and of everything else (first)."""
 
 
@@ -114,7 +116,7 @@ def draw(gradients: str, setup: Setup) -> tuple[Tensor, Tensor | None]:
     return A @ G @ B.mT, U[:, : setup.top]
 
 
-def follow(case: Case, precision: str, setup: Setup) -> Path:
+def follow(case: Case, precision: Precision, setup: Setup) -> Path:
     """Run one case at one precision, and return its path."""
     device = torch.device(setup.device)
     G, _ = draw(case.gradients, setup)
