@@ -14,7 +14,7 @@ from steepest.lab.race.race import Entry, Plan, Runs
 from steepest.lab.race.trial import Record, Run, Trial
 from steepest.lab.shared.contenders import preset
 
-# Test files import shared modules by name, and the files of benchmarks/gpu.py too, as these import each other.
+# Files that tests share and those in benchmarks/ are imported by name.
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -113,7 +113,7 @@ def make_runs() -> Callable[..., Runs]:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure speeds in a millisecond each, which gives rough numbers."""
+    """Speeds are measured in a millisecond each: they are figures all the same, if rough ones."""
     monkeypatch.setattr(bench_speed, "ENOUGH", 1e-3)
 
 
