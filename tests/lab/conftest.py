@@ -12,7 +12,7 @@ import pytest
 from steepest.lab.plan import here as plan_here
 from steepest.lab.race.race import Entry, Plan, Runs
 from steepest.lab.race.trial import Record, Run, Trial
-from steepest.lab.shared.contenders import Contender, preset
+from steepest.lab.shared.contenders import preset
 
 # Files that tests share and those in benchmarks/ are imported by name.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -44,7 +44,7 @@ class Quick(Workload):
 
 @pytest.fixture
 def quick_task(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a workload file; its steps take ``pause`` seconds."""
+    """Return a function that writes a workload file whose steps take ``pause`` seconds."""
 
     def write(pause: float = 0.0) -> Path:
         path = tmp_path / "quick_task.py"
@@ -55,7 +55,7 @@ def quick_task(tmp_path: Path) -> Callable[..., Path]:
 
 
 def _record(final: float, steps: int = 10, status: str = "finished", optimizer_ms: float = 1.0) -> Record:
-    """A run that comes down to ``final`` in a straight line from 3 above it."""
+    """Return the record of a run whose loss falls linearly to ``final`` from 3 above it."""
     losses = [final + 3 * (1 - i / steps) for i in range(1, steps + 1)]
     return Record(
         status=status,
@@ -76,7 +76,7 @@ def _record(final: float, steps: int = 10, status: str = "finished", optimizer_m
 
 
 def _runs(plan: Plan, final: Callable[[Trial], float], **fields: object) -> Runs:
-    """A race in which every trial of the plan was run, with these final losses; infinite ones diverged."""
+    """Return the runs of all trials of a plan with these final losses, where infinite ones diverged."""
     found = Runs(plan)
 
     def run(trials: list[Trial]) -> None:
@@ -91,8 +91,9 @@ def _runs(plan: Plan, final: Callable[[Trial], float], **fields: object) -> Runs
 
 
 def _plan(*names: str, steps: int = 10, seeds: int = 2, shorter: tuple[int, ...] = (), swept: bool = False) -> Plan:
-    make: Callable[[Contender], Entry] = Entry.swept if swept else Entry.preset
-    return Plan("digits", tuple(make(preset(name)) for name in names), steps, seeds, shorter)
+    contenders = [preset(name) for name in names]
+    entries = tuple(Entry.of(c, {"lr": c.rates} if swept else None) for c in contenders)
+    return Plan("digits", entries, steps, seeds, shorter)
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ while line := sys.stdin.readline():
 
 
 class ForkServer:
-    """A process that has imported everything; its copies run ``main(line)`` of a script, and may be killed."""
+    """A process that has imported everything, and whose forks run ``main(line)`` of a script and may be killed."""
 
     def __init__(self, script: str, folder: Path) -> None:
         (folder / "script.py").write_text(script)
@@ -147,7 +148,7 @@ class ForkServer:
         )
 
     def start(self, line: str) -> None:
-        """A copy with its line; one that a failed test has left is ended first."""
+        """Start a fork with its line; first end one that a failed test has left."""
         if self.child:
             self.kill()
             self.end()
@@ -155,18 +156,18 @@ class ForkServer:
         self.child = int(self._read())
 
     def kill(self) -> None:
-        """Kill the copy, wherever it is; it may have ended."""
+        """Kill the fork, which may have ended."""
         assert self.child > 1, "0 would be this very process group"
         os.kill(self.child, signal.SIGKILL)
 
     def end(self) -> int:
-        """Wait for the end of the copy; its exit status, negative if it was killed."""
+        """Wait for the end of the fork, and return its exit status, negative if it was killed."""
         self._write("")
         self.child = 0
         return int(self._read())
 
     def run(self, line: str) -> tuple[int, str]:
-        """A copy from its start to its end: exit status, and what it printed."""
+        """Run a fork to its end, and return its exit status and output."""
         self.start(line)
         return self.end(), self.log.read_text()
 
@@ -179,7 +180,7 @@ class ForkServer:
         return self.process.stdout.readline()
 
     def close(self) -> None:
-        """End the server; the copies have ended."""
+        """End the server, after its forks have ended."""
         with self.process:  # closes its pipes, and waits
             assert self.process.stdin is not None
             self.process.stdin.close()
@@ -187,7 +188,7 @@ class ForkServer:
 
 @pytest.fixture(scope="module")
 def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], ForkServer]]:
-    """Starts a server that runs a script."""
+    """Return a function that starts a server for a script."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     servers: list[ForkServer] = []

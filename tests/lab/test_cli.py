@@ -63,6 +63,31 @@ FAILS_LATE = """
 """
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_a_trial_that_is_killed_is_named_and_the_others_go_on(quick_task, tmp_path) -> None:
+    task = quick_task()
+    task.write_text(task.read_text() + KILLS_THE_FIRST.format(mark=str(tmp_path / "killed")))
+    options = ("--optimizers", "adamw, soap, muon", "--seeds", 1, "--workers", 1, "--out", tmp_path / "out")
+    done = steepest("--workload", task, *options)
+    assert done.exit_code == 1
+    assert done.output.count("failed: its process ended with status -9") == 1
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 2
+    again = steepest("--workload", task, *options)
+    assert again.exit_code == 0
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 3
+
+
+KILLS_THE_FIRST = """
+    def batch(self, generator):
+        import os, pathlib, signal, sys
+        mark = pathlib.Path({mark!r})
+        if "steepest.lab.race.worker" in sys.orig_argv and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.randn(8, 4, generator=generator)
+"""
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

@@ -1,4 +1,4 @@
-"""A race that is killed at any moment, or finds no room for its records, loses nothing but the runs in flight."""
+"""A race that is killed at any moment, or finds no room for its records, loses only the runs in progress."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ DIGITS = workload.load_workload("digits")
 fingerprints.library_hash()
 steepest.for_model(DIGITS.model(), "soap", lr=0.1)  # torch imports more for its first optimizer
 
-def run(self, trial):  # in this process, which has everything imported
-    return Record(**training.train(trial, DIGITS, lambda news: None).as_json())
+async def run(self, trial):  # in this process, which has everything imported
+    return Record(**training.train(trial, DIGITS, lambda progress: None).as_json())
 
 pool.Pool._run = run
 fsync, replace = os.fsync, os.replace
@@ -85,7 +85,7 @@ Files = dict[str, str]
 
 @pytest.fixture(scope="module")
 def server(fork_server: Callable[[str], Any]) -> Any:
-    """Runs races; the trials are its own work, and no further processes'."""
+    """Return a server that runs races, with trials in its own process."""
     return fork_server(RACE)
 
 
@@ -95,7 +95,7 @@ def line(out: Path, seeds: int = 2, **fault: Any) -> str:
 
 @pytest.fixture(scope="module")
 def straight(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The race that nothing happened to."""
+    """Return the folder of a race without faults."""
     out = tmp_path_factory.mktemp("straight")
     status, said = server.run(line(out))
     assert status == 0, said
@@ -104,24 +104,24 @@ def straight(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(out: Path) -> Files:
-    """The records that are kept, as they are."""
+    """Return the texts of the records, by file name."""
     return {path.name: path.read_text() for path in out.glob("runs/*.json")}
 
 
 def learnt(out: Path) -> dict[str, Any]:
-    """What each record says that doesn't depend on the machine's mood."""
+    """Return the values of each record that do not depend on time and memory."""
     found = {name: json.loads(text)["record"] for name, text in records(out).items()}
     return {name: {k: v for k, v in record.items() if k not in TIMES} for name, record in found.items()}
 
 
 def finals(out: Path) -> dict[str, Any]:
-    """What the report says about losses."""
+    """Return the losses in the results."""
     found = json.loads((out / "results.json").read_text())
     return {"target": found["target"]} | {line["contender"]: line["finals"] for line in found["contenders"]}
 
 
 def expect_as_undisturbed(server: Any, out: Path, straight: Path) -> None:
-    """Continued, the race ends as one that nothing happened to, and what was kept before is untouched."""
+    """Continue the race: it must end as one without faults, and leave earlier records as they were."""
     kept = records(out)
     status, said = server.run(line(out))
     assert status == 0, said
@@ -135,7 +135,7 @@ def expect_as_undisturbed(server: Any, out: Path, straight: Path) -> None:
 
 
 def expect_killed(status: int, out: Path, before: Files) -> Files:
-    """All records from before the kill are there as they were, and all that are there are whole; returns them."""
+    """Check that earlier records are as they were and that all records are complete, and return them."""
     assert status == -signal.SIGKILL
     after = records(out)
     assert before.items() <= after.items()
@@ -145,7 +145,7 @@ def expect_killed(status: int, out: Path, before: Files) -> Files:
 
 @pytest.mark.parametrize("moment", ["half written", "written", "in place"])
 def test_killed_while_a_file_is_written(server: Any, straight: Path, tmp_path: Path, moment: str) -> None:
-    """Six records, figures and a report are written; the second of those left is hit, each time."""
+    """Of the files that are left to write (six records, results and a report), the second is hit each time."""
     out = tmp_path / "out"
     kept: Files = {}
     for _ in range(4):
@@ -171,7 +171,7 @@ def test_killed_at_random(server: Any, straight: Path, tmp_path: Path) -> None:
 
 
 def run_and_kill(command: list[str], out: Path, seconds: float) -> int:
-    """Start a race, wait until it has one more record, and kill it and nothing else some seconds later."""
+    """Start a race, wait until it has one more record, and kill its process only, some seconds later."""
     known = len(records(out))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -192,7 +192,7 @@ def real_race(task: Path, out: Path, seeds: int) -> list[str]:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_killed_with_its_trials_in_processes(quick_task: Callable[..., Path], tmp_path: Path, kills: int) -> None:
-    """The command itself; processes of trials in flight, of which nobody hears any more, end by themselves."""
+    """The processes of trials of a killed race end by themselves."""
     out, task, seeds = tmp_path / "out", quick_task(pause=0.1), 2 * kills + 1
     chance = random.Random(0)
     kept: Files = {}
@@ -214,7 +214,7 @@ def test_killed_with_its_trials_in_processes(quick_task: Callable[..., Path], tm
 
 
 def expect_one_line(status: int, said: str, *parts: str) -> None:
-    """One complaint, the last line, of some words; the status is that of bad input."""
+    """Check that the last line is the only complaint and contains these parts, and that the status is 2."""
     assert status == 2, said
     assert "Traceback" not in said
     (complaint,) = (text for text in said.splitlines() if text.startswith("steepest: "))
@@ -224,7 +224,7 @@ def expect_one_line(status: int, said: str, *parts: str) -> None:
 
 
 def test_no_room_for_a_record(server: Any, straight: Path, tmp_path: Path) -> None:
-    """The first write that is cut short ends the race; the file isn't there, those of before are."""
+    """The first write that fails ends the race: its file does not exist, and earlier files do."""
     out = tmp_path / "out"
     assert server.run(line(out, seeds=1))[0] == 0
     kept = records(out)
@@ -236,11 +236,11 @@ def test_no_room_for_a_record(server: Any, straight: Path, tmp_path: Path) -> No
 
 
 def test_no_room_for_the_report(server: Any, straight: Path, tmp_path: Path) -> None:
-    """Everything has been run and kept by then, and the table was shown."""
+    """All runs are kept by then, and the table was printed."""
     out = tmp_path / "out"
     status, said = server.run(line(out, largest=10**6))
     expect_one_line(status, said, f"can't write to {out}: File too large; make room there")
-    assert "Nobody is ahead" in said or "reaches" in said
+    assert "No contender is ahead" in said or "reaches" in said
     assert learnt(out) == learnt(straight)
     assert not (out / "report.html").exists()
     expect_as_undisturbed(server, out, straight)
@@ -248,7 +248,7 @@ def test_no_room_for_the_report(server: Any, straight: Path, tmp_path: Path) -> 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 16 MB."""
+    """Mount a disk of 16 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True)
@@ -259,7 +259,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> None:
-    """Write until there is no room for a page."""
+    """Fill the disk."""
     page = bytes(4096)
     with (disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
         while True:
@@ -304,7 +304,7 @@ def test_a_folder_that_is_read_only(server: Any, tmp_path: Path) -> None:
 
 
 def test_no_room_for_a_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A trial's process needs a temporary file; where none can be had, no other trial would fare better."""
+    """Without a temporary file for a trial's process, no other trial could run either, so the race ends."""
 
     def full(*args: object) -> None:
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")

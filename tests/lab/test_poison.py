@@ -1,4 +1,4 @@
-"""A poisoned race: some gradients get NaN or infinite entries. Ours leave these updates out, and end as they would."""
+"""Poisoned races: our optimizers skip updates with NaN or infinite gradients, and end as without poison."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def quick(quick_task: Callable[[], Path]) -> Workload:
 
 
 def run(contender: Contender, workload: Workload, poison: float, steps: int = 40, seed: int = 0) -> Record:
-    return train(Trial("quick", contender, steps, seed, poison), workload, lambda news: None)
+    return train(Trial("quick", contender, steps, seed, poison), workload, lambda progress: None)
 
 
-# What is done to gradients.
+# Gradients.
 
 
 def parameters(count: int) -> list[nn.Parameter]:
@@ -96,7 +96,7 @@ def test_parameters_without_a_gradient_are_passed_over() -> None:
     assert Poison(0.0, seed=0).apply(parameters(1)) == 0
 
 
-# What becomes of contenders.
+# Contenders.
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -111,7 +111,7 @@ def test_every_contender_leaves_poisoned_updates_out(name: str, quick: Workload)
 
 
 def test_poison_changes_neither_weights_nor_batches(quick: Workload) -> None:
-    """With a rate so small that nothing is learnt, the losses are the same all along."""
+    """With a rate too small to learn anything, all losses are the same."""
     (still,) = parse_contenders("adamw(lr=1e-12)")
     clean, poisoned = run(still, quick, 0.0), run(still, quick, 0.1)
     assert poisoned.poisoned > 5
@@ -119,7 +119,7 @@ def test_poison_changes_neither_weights_nor_batches(quick: Workload) -> None:
 
 
 class Torchs(Contender):
-    """torch.optim.AdamW."""
+    """A contender that trains with torch.optim.AdamW."""
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=self.lr)
@@ -127,7 +127,7 @@ class Torchs(Contender):
 
 @pytest.mark.parametrize(("poison", "steps"), [(0.02, 60), (0.5, 8)])
 def test_who_takes_the_step_diverges(poison: float, steps: int, quick: Workload) -> None:
-    """It is recorded as such, also where broken weights are measured, as they are at each of eight steps."""
+    """The run is recorded as diverged, also with measurements of its weights in each of eight steps."""
     ours = preset("adamw")
     torchs = Torchs("torch", ours.rule, ours.options, None, ours.warmup)
     assert run(torchs, quick, 0.0).status == "finished"
@@ -139,7 +139,7 @@ def test_who_takes_the_step_diverges(poison: float, steps: int, quick: Workload)
         assert record.skipped is None
 
 
-# What is shown.
+# Output.
 
 
 def test_the_race_says_what_it_did(quick_task: Callable[[], Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from steepest.lab.workloads.workload import load_workload
 
 
 class Loads(HTMLParser):
-    """Collects what a browser would fetch."""
+    """A parser that collects what a browser would fetch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Loads(HTMLParser):
 
 
 def without_plotly(html: str) -> str:
-    """The page without the library, whose source mentions addresses that it never loads here."""
+    """Return the page without plotly, whose source contains addresses that it never loads here."""
     return re.sub(r"<script>/\*\*\n\* plotly.*?</script>", "", html, count=1, flags=re.DOTALL)
 
 

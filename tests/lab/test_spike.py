@@ -1,4 +1,4 @@
-"""The spike study: what it shows is there, at small sizes, and at its own where that is what it says."""
+"""The spike study: its findings hold at small sizes, and at its own sizes where a claim is about these."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def both(found: Study, solver: str, guard: str, gradients: str = "isotropic"):
     return [found.trace(solver, guard, precision, gradients) for precision in PRECISIONS]
 
 
-# What it shows.
+# Findings.
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_with_the_absolute_eps_the_basis_jumps_at_high_and_only_there(solver):
-    """At the study's own sizes: some 77 to 90 degrees from N = 2 on, nothing at N = 1, and nothing at "highest".
+    """At the study's own sizes the angle is 77 to 90 degrees from N = 2 on, and 0 at N = 1 and at "highest".
 
-    The top eigenvector alone may take orthogonal iteration a few steps more; which way it goes, rounding decides.
+    The top eigenvector alone may take a few steps more under orthogonal iteration; rounding decides its direction.
     """
     setup = cut(Setup())
     pair = compare(Case(solver, "absolute"), setup)
@@ -137,7 +137,7 @@ def test_against_the_truth_standing_still_is_no_virtue(found):
     assert found.trace("REKLS", "relative", "high").to_truth == []
 
 
-# How it is done.
+# Method.
 
 
 def test_every_case_is_followed(found):
@@ -169,7 +169,7 @@ def test_quotients_get_a_precision_of_their_own_and_give_it_back():
         patch.setattr("steepest.lab.spike.study.conjugate", spy)
         with quotients_at("high"):
             follow(Case("REKLS", "relative"), "highest", replace(SMALL, steps=2, spike_at=1))
-    # Two of the feed, at their own; two of the study's own, at the path's.
+    # Two products of the update, at the given precision; two of the study, at the path's.
     assert seen == ["high", "high", "highest", "highest"] * 2
     assert functional.conjugate is conjugate
 
@@ -200,7 +200,7 @@ def test_angles_are_exact_where_a_cosine_is_blind():
     assert largest_angle(plane, plane.flip(1)).item() == pytest.approx(0, abs=1e-6)
 
 
-# How it is told.
+# Output.
 
 
 def test_tables_have_the_studys_structure(found):
@@ -244,7 +244,7 @@ def test_values_survive_json(found):
 
 
 class Loads(HTMLParser):
-    """Collects what a browser would fetch."""
+    """A parser that collects what a browser would fetch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -276,10 +276,10 @@ def test_the_page_says_it_all_and_loads_nothing(found):
 
 
 def test_the_command_shows_and_writes_it(found, tmp_path, monkeypatch):
-    asked = []
+    setups = []
 
     def stand_in(setup, progress):
-        asked.append((setup, torch.get_num_threads()))
+        setups.append((setup, torch.get_num_threads()))
         return found
 
     monkeypatch.setattr(spike_session, "study", stand_in)
@@ -287,7 +287,7 @@ def test_the_command_shows_and_writes_it(found, tmp_path, monkeypatch):
     torch.set_num_threads(2)
     done = CliRunner().invoke(app, ["spike", "--seed", "3", "--out", str(out)], env={"COLUMNS": "120"})
     assert done.exit_code == 0, done.output
-    assert asked == [(Setup(seed=3, device="cuda" if torch.cuda.is_available() else "cpu"), 1)]
+    assert setups == [(Setup(seed=3, device="cuda" if torch.cuda.is_available() else "cpu"), 1)]
     assert torch.get_num_threads() == 2
     flat = " ".join(done.output.split())
     for sentence in headline(found):
@@ -313,13 +313,13 @@ def test_what_cannot_be_done_is_said_before_the_study(tmp_path, monkeypatch):
 
 def test_progress_names_each_case(monkeypatch):
     class Stop(Exception):
-        """Enough was seen."""
+        """Raised to end the study early."""
 
     def stop(case, setup):
         raise Stop
 
-    told: list[str] = []
+    calls: list[str] = []
     monkeypatch.setattr("steepest.lab.spike.study.compare", stop)
     with pytest.raises(Stop):
-        study(SMALL, told.append)
-    assert told == ["isotropic, absolute eps, SOAP-KL"]
+        study(SMALL, calls.append)
+    assert calls == ["isotropic, absolute eps, SOAP-KL"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from steepest.lab.race import meters
-from steepest.lab.race.training import Schedule, train
+from steepest.lab.race.training import rate_factor, train
 from steepest.lab.race.trial import Record, Trial
 from steepest.lab.shared.contenders import parse_contenders, preset
 from steepest.lab.workloads.workload import load_workload
@@ -28,7 +28,7 @@ def run(quick_task):
 
     def run(spec: str, steps: int = 6, seed: int = 0) -> Record:
         (contender,) = parse_contenders(spec)
-        return train(Trial("quick", contender, steps, seed), workload, lambda news: None)
+        return train(Trial("quick", contender, steps, seed), workload, lambda progress: None)
 
     return run
 
@@ -48,7 +48,7 @@ def test_contenders_of_one_seed_start_alike_and_see_the_same_batches(run) -> Non
 @pytest.mark.parametrize("name", ["digits", "digits-vit"])
 def test_digits_are_learnt_in_seconds(name) -> None:
     workload = load_workload(name)
-    record = train(Trial(name, preset("soap-f5"), 25, 0), workload, lambda news: None)
+    record = train(Trial(name, preset("soap-f5"), 25, 0), workload, lambda progress: None)
     assert record.final < 0.75 * record.train_loss[0]
 
 
@@ -82,23 +82,19 @@ def test_a_run_that_blows_up_ends_as_diverged(run) -> None:
     assert all(map(math.isfinite, record.train_loss))
 
 
-def test_the_schedule_rises_and_falls() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = Schedule(optimizer, warmup=0.25, steps=100)
-    rates = []
-    for step in range(1, 101):
-        schedule.set(step)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[0] == pytest.approx(2 / 25)
-    assert max(rates) == rates[24] == 2.0
-    assert rates[-1] == pytest.approx(0.02)
-    assert rates[24:] == sorted(rates[24:], reverse=True)
+def test_the_schedule_rises_and_falls(run) -> None:
+    rates = run("adamw(lr=2.0, warmup=0.25)", steps=4).rate
+    assert rates == pytest.approx([2 * rate_factor(step, 4, 0.25) for step in range(1, 5)])
+    factors = [rate_factor(step, 100, 0.25) for step in range(1, 101)]
+    assert factors[0] == pytest.approx(1 / 25)
+    assert max(factors) == factors[24] == 1.0
+    assert factors[-1] == pytest.approx(0.01)
+    assert factors[24:] == sorted(factors[24:], reverse=True)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 1.0])
 def test_a_schedule_may_be_all_warm_up_or_none(warmup) -> None:
-    schedule = Schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), warmup, steps=10)
-    assert all(0 < schedule.factor(step) <= 1 for step in range(1, 11))
+    assert all(0 < rate_factor(step, 10, warmup) <= 1 for step in range(1, 11))
 
 
 def test_meters_leave_what_they_measure_alone() -> None:

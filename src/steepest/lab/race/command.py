@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from steepest.lab.race.report import page
 from steepest.lab.race.results import find_results
 from steepest.lab.race.store import Store
 from steepest.lab.race.text import as_json, headline, main_table, notes, poisoned
-from steepest.lab.shared.contenders import Contender, parse_contenders, parse_sweep, preset
+from steepest.lab.shared.contenders import parse_contenders, parse_sweep, preset
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.files import write
 from steepest.lab.shared.fingerprints import machine, versions
@@ -73,20 +74,15 @@ def make_plan(request: Request, workload: Workload) -> Plan:
         contenders = parse_contenders(request.optimizers)
     else:
         contenders = [preset(name) for name in (PRESETS if request.full else QUICK)]
-    axes: dict[str, list[Any]] = {}
+    axes: dict[str, Sequence[Any]] = {}
     for text in request.sweep:
         axes |= parse_sweep(text)
-
-    def entry(contender: Contender) -> Entry:
-        if axes:
-            return Entry.swept(contender, axes)
-        return Entry.swept(contender) if request.full else Entry.preset(contender)
-
+    entries = tuple(Entry.of(c, axes or ({"lr": c.rates} if request.full else None)) for c in contenders)
     # The processes of the trials may have another working directory, so a file's path is made absolute.
     name = str(Path(request.workload).resolve()) if request.workload.endswith(".py") else request.workload
     steps = request.steps or workload.steps
     shorter = races.shorter_distances(steps) if request.full else ()
-    return Plan(name, tuple(map(entry, contenders)), steps, request.seeds, shorter, request.poison)
+    return Plan(name, entries, steps, request.seeds, shorter, request.poison)
 
 
 def _check(plan: Plan, workload: Workload) -> None:

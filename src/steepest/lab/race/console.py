@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import defaultdict
 from types import TracebackType
 from typing import Self
 
@@ -41,8 +39,7 @@ class ProgressBars:
         )
         self.race = self.bars.add_task("[bold]all steps", total=total_steps, losses="")
         self.trials: dict[str, TaskID] = {}
-        self.steps: defaultdict[str, int] = defaultdict(int)
-        self.lock = threading.Lock()
+        self.steps: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         self.bars.start()
@@ -53,20 +50,18 @@ class ProgressBars:
 
     def skipped(self, trial: Trial) -> None:
         """Count the trial as done."""
-        self.bars.advance(self.race, trial.steps)
+        self._advance(trial, trial.steps)
 
     def started(self, trial: Trial) -> None:
         """Add a bar."""
-        with self.lock:
-            bar = self.bars.add_task(escape(str(trial)), total=trial.steps, losses="starting")
-            self.trials[trial.literal()] = bar
+        bar = self.bars.add_task(escape(str(trial)), total=trial.steps, losses="starting")
+        self.trials[trial.literal()] = bar
 
     def progress(self, trial: Trial, step: int, train: float, validation: float | None) -> None:
         """Advance the trial's bar."""
         losses = f"train {loss(train)}" + (f"  val {loss(validation)}" if validation is not None else "")
-        with self.lock:
-            self._advance(trial, step)
-            self.bars.update(self.trials[trial.literal()], completed=step, losses=losses)
+        self._advance(trial, step)
+        self.bars.update(self.trials[trial.literal()], completed=step, losses=losses)
 
     def finished(self, run: Run) -> None:
         """Replace the bar by a line with the final loss."""
@@ -78,14 +73,12 @@ class ProgressBars:
         self._end(trial, f"[red]failed[/]: {escape(reason)}")
 
     def _end(self, trial: Trial, outcome: str) -> None:
-        with self.lock:
-            self._advance(trial, trial.steps)  # steps that a diverged trial did not run count as done
-            if (bar := self.trials.pop(trial.literal(), None)) is not None:
-                self.bars.remove_task(bar)
+        self._advance(trial, trial.steps)  # steps that a diverged trial did not run count as done
+        if (bar := self.trials.pop(trial.literal(), None)) is not None:
+            self.bars.remove_task(bar)
         self.bars.console.print(f"  {escape(str(trial))}: {outcome}", highlight=False)
 
     def _advance(self, trial: Trial, step: int) -> None:
         """Advance the bar of the race by the steps that the trial has made since."""
-        key = trial.literal()
-        self.bars.advance(self.race, step - self.steps[key])
-        self.steps[key] = step
+        self.bars.advance(self.race, step - self.steps.get(trial.literal(), 0))
+        self.steps[trial.literal()] = step

@@ -26,7 +26,7 @@ def headline(results: Results) -> tuple[str, str]:
     ahead = [result for result in rivals if result.beats(base) and result.steps_share and result.time_share]
     if not ahead:
         noise = " by more than the noise between seeds" if results.plan.seeds > 1 else ""
-        return f"Nobody is ahead of {base.label}{noise}.", losses
+        return f"No contender is ahead of {base.label}{noise}.", losses
     fewest, fastest = fewest_steps(ahead), least_time(ahead)
     steps = f"{_at_most(fewest)}{fewest.steps_share:.0%} of its steps"
     time = f"{_at_most(fastest)}{fastest.time_share:.0%} of its {results.clock}"
@@ -74,9 +74,9 @@ def _tuning_note(results: Results) -> str:
     counts = {result.settings_tried for result in results.entries}
     seeds, all_seeds = (plural(count, "seed") for count in (results.plan.tuning_seeds, results.plan.seeds))
     if counts == {1}:
-        return f"Everybody ran at preset settings, {all_seeds} each; --full tunes all with the same number of trials."
+        return f"All ran with preset settings, {all_seeds} each; --full tunes all with the same number of trials."
     if len(counts) == 1:
-        return f"Everybody was tuned with the same number of trials: {counts.pop()} settings × {seeds}."
+        return f"All were tuned with the same number of trials: {counts.pop()} settings × {seeds}."
     tried = ", ".join(f"{result.label} {result.settings_tried}" for result in results.entries)
     return f"Not tuned equally. Settings tried, × {seeds}: {tried}."
 

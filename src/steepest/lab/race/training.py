@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from steepest.lab.race.meters import UpdateMeter, factor_condition, peak_memory, state_bytes, stopwatch, weight_spread
 from steepest.lab.race.poison import Poison
@@ -39,8 +38,7 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
     data = torch.Generator().manual_seed(trial.seed)
     poison = Poison(trial.poison, trial.seed)
     optimizer = trial.contender.optimizer(model)
-    schedule = Schedule(optimizer, trial.contender.warmup, trial.steps)
-    lr = trial.contender.lr
+    rates = [group["lr"] for group in optimizer.param_groups]
     matrices = hidden_matrices(model)
     record = Record(parameters=sum(p.numel() for p in model.parameters()))
     record.clock, clock = stopwatch(model)
@@ -49,7 +47,10 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
     started = time.perf_counter()
 
     for step in range(1, trial.steps + 1):
-        record.rate.append(lr * schedule.set(step))
+        factor = rate_factor(step, trial.steps, trial.contender.warmup)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        record.rate.append(trial.contender.lr * factor)
         start = clock()
         loss = gradients(model, workload, data)
         record.model_seconds.append(clock() - start)
@@ -82,27 +83,17 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
     return record
 
 
-class Schedule:
-    """A learning rate that rises linearly over the warm-up, then falls along a cosine to a hundredth."""
+def rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Return the factor on the learning rate in ``step``, counted from 1: a linear warm-up, then a cosine.
 
-    def __init__(self, optimizer: Optimizer, warmup: float, steps: int) -> None:
-        self.groups = optimizer.param_groups
-        self.highest = [group["lr"] for group in self.groups]
-        self.rise, self.steps = warmup * steps, steps
-
-    def factor(self, step: int) -> float:
-        """Return the factor on the highest rate in ``step``, counted from 1."""
-        if step <= self.rise:
-            return step / self.rise
-        left = (1 + math.cos(math.pi * (step - self.rise) / (self.steps - self.rise))) / 2
-        return FINAL_RATE + (1 - FINAL_RATE) * left
-
-    def set(self, step: int) -> float:
-        """Set the rates of all groups for ``step``, and return the factor."""
-        factor = self.factor(step)
-        for group, highest in zip(self.groups, self.highest, strict=True):
-            group["lr"] = highest * factor
-        return factor
+    >>> rate_factor(15, 100, warmup=0.3), rate_factor(30, 100, warmup=0.3), rate_factor(100, 100, warmup=0.3)
+    (0.5, 1.0, 0.01)
+    """
+    rise = warmup * steps
+    if step <= rise:
+        return step / rise
+    left = (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
+    return FINAL_RATE + (1 - FINAL_RATE) * left
 
 
 def gradients(model: nn.Module, workload: Workload, data: torch.Generator) -> float:

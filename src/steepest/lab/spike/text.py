@@ -68,7 +68,7 @@ def angles(
 
 def products(study: Study) -> Table:
     """Return the same angles, with the absolute eps, when only some of the products are in TF32."""
-    names = {ONLY_QUOTIENTS: "Rayleigh quotients", ALL_BUT_QUOTIENTS: "everything else"}
+    names: dict[tuple[str, str], str] = {ONLY_QUOTIENTS: "Rayleigh quotients", ALL_BUT_QUOTIENTS: "everything else"}
     rows = [
         [names[precisions], solver, *(both(study, trace, n) for n in OFFSETS)]
         for solver, traces in study.quotients.items()

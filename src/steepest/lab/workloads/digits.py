@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from steepest.lab.workloads.workload import Supervised, shuffled
+from steepest.lab.workloads.workload import Supervised, needs, shuffled
 
 
 class Digits(Supervised):
@@ -20,7 +20,8 @@ class Digits(Supervised):
     batch_size = 128
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_digits
+        with needs("scikit-learn"):
+            from sklearn.datasets import load_digits
 
         pixels, labels = load_digits(return_X_y=True)
         self.inputs, self.targets = shuffled(torch.from_numpy(pixels).float() / 8 - 1, torch.from_numpy(labels).long())

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from steepest.lab.shared.errors import BadInput
-from steepest.lab.workloads.workload import Supervised, shuffled
+from steepest.lab.workloads.workload import Supervised, needs, shuffled
 
 SHRUNK = 4
 """Side of the squares of the photograph, 427 × 640, whose mean is one pixel."""
@@ -82,11 +81,9 @@ def _uniform(weight: Tensor, bound: float) -> None:
 
 def _photograph() -> Tensor:
     """Return the photograph, shrunk, ``[3, h, w]`` in [-1, 1]."""
-    try:
+    with needs("scikit-learn and pillow"):  # without pillow, scikit-learn can't read JPEG
         from sklearn.datasets import load_sample_image
 
         photograph = load_sample_image("china.jpg")  # [427, 640, 3], 0..255
-    except ImportError as error:  # scikit-learn, or pillow, without which it can't read JPEG
-        raise BadInput('workload photo needs scikit-learn and pillow: pip install "steepest[lab]"') from error
     picture = torch.tensor(photograph).permute(2, 0, 1).float() / 127.5 - 1
     return F.avg_pool2d(picture, SHRUNK)

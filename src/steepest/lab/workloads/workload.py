@@ -17,6 +17,8 @@ from __future__ import annotations
 import importlib
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,15 @@ def shuffled(inputs: Tensor, targets: Tensor) -> Pairs:
     """Return inputs and targets in a random order that is always the same."""
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
     return inputs[order], targets[order]
+
+
+@contextmanager
+def needs(packages: str, extra: str = "lab") -> Iterator[None]:
+    """Turn a missing package into an error that says how to install it."""
+    try:
+        yield
+    except ImportError as error:
+        raise BadInput(f'this workload needs {packages}: pip install "steepest[{extra}]"') from error
 
 
 def load_workload(spec: str) -> Workload:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steepest.linalg.attempts import at_hand
+from steepest.linalg import attempts
 from steepest.linalg.eigenbasis import eigenbasis_error, eigenvectors
 from steepest.linalg.solvers import SOLVERS, choose, reordered
 from steepest.linalg.symmetric import accumulate_gram
@@ -139,7 +139,7 @@ class Factors:
         """Take in the new state of these slots; a matrix for which something ``solved`` is NaN keeps the old one."""
         sums = torch.stack([x.sum(dim=(-2, -1)) for x in solved])  # [sides, b]
         failed = (~sums.isfinite()).sum(dim=0)  # [b]
-        if at_hand(failed) and not failed.any():
+        if attempts.at_hand(failed) and not failed.any():
             for name, x in new.items():
                 self.state[name][slots] = x
             return
