@@ -7,7 +7,7 @@ from typing import Unpack, final
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.shared import Params, SharedOptions
+from steepest.optimizers.shared import Params, SharedOptions, sets_options
 from steepest.rule.words import DecayMethod, Orthonormalizer, Polar, PolarDtype, Scale
 
 
@@ -43,6 +43,7 @@ class Dion2(Optimizer):
         tensor([ 0.0000,  0.0000, -0.1000,  0.0000])
     """
 
+    @sets_options("dion2")
     def __init__(
         self,
         params: Params,
@@ -58,22 +59,7 @@ class Dion2(Optimizer):
         weight_decay_method: DecayMethod = "decoupled",
         merge_dims: bool = True,
         **options: Unpack[SharedOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "dion2",
-            lr=lr,
-            fraction=fraction,
-            ef_decay=ef_decay,
-            weight_decay=weight_decay,
-            scale=scale,
-            ns=ns,
-            ns_dtype=ns_dtype,
-            eps=eps,
-            weight_decay_method=weight_decay_method,
-            merge_dims=merge_dims,
-            **options,
-        )
+    ) -> None: ...
 
 
 @final
@@ -109,6 +95,7 @@ class Dion(Optimizer):
         tensor([0.1000, 0.0000])
     """
 
+    @sets_options("dion")
     def __init__(
         self,
         params: Params,
@@ -122,17 +109,4 @@ class Dion(Optimizer):
         weight_decay_method: DecayMethod = "decoupled",
         merge_dims: bool = True,
         **options: Unpack[SharedOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "dion",
-            lr=lr,
-            momentum=momentum,
-            rank_fraction=rank_fraction,
-            weight_decay=weight_decay,
-            scale=scale,
-            orthonormalize=orthonormalize,
-            weight_decay_method=weight_decay_method,
-            merge_dims=merge_dims,
-            **options,
-        )
+    ) -> None: ...

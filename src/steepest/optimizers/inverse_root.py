@@ -8,7 +8,7 @@ from typing import Literal, Unpack, final
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.shared import Params, SharedOptions
+from steepest.optimizers.shared import Params, SharedOptions, sets_options
 from steepest.rule.words import DecayMethod, Precision
 
 
@@ -59,6 +59,7 @@ class InverseRootSOAP(Optimizer):
                 [ 0.0000, -1.0000]])
     """
 
+    @sets_options("inverse_root")
     def __init__(
         self,
         params: Params,
@@ -82,27 +83,4 @@ class InverseRootSOAP(Optimizer):
         max_update_rms: float = 0.0,
         fp32_matmul_prec: Precision = "highest",
         **options: Unpack[SharedOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "inverse_root",
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            precondition_frequency=precondition_frequency,
-            max_precond_dim=max_precond_dim,
-            shampoo_beta=preconditioner_decay,
-            merge_dims=merge_dims,
-            precondition_1d=precondition_1d,
-            root=root,
-            damping=damping,
-            graft=graft,
-            weight_decay_method=weight_decay_method,
-            nesterov=nesterov,
-            correct_bias=correct_bias,
-            correct_shampoo_beta_bias=correct_shampoo_beta_bias,
-            max_update_rms=max_update_rms,
-            fp32_matmul_prec=fp32_matmul_prec,
-            **options,
-        )
+    ) -> None: ...

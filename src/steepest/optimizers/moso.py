@@ -7,7 +7,7 @@ from typing import Unpack, final
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.shared import Params, SharedOptions
+from steepest.optimizers.shared import Params, SharedOptions, sets_options
 from steepest.rule.words import DecayMethod, MosoInner, Precision
 
 
@@ -54,6 +54,7 @@ class MOSO(Optimizer):
         ['L', 'Q_L', 'clock', 'exp_avg', 'exp_avg_sq', 'momentum_buffer', 'step']
     """
 
+    @sets_options("moso")
     def __init__(
         self,
         params: Params,
@@ -74,24 +75,4 @@ class MOSO(Optimizer):
         max_precond_dim: int = 8192,
         merge_dims: bool = True,
         **options: Unpack[SharedOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "moso",
-            lr=lr,
-            momentum=momentum,
-            betas=betas,
-            shampoo_beta=shampoo_beta,
-            eps=eps,
-            weight_decay=weight_decay,
-            inner=inner,
-            noise_floor=noise_floor,
-            weight_decay_method=weight_decay_method,
-            power_iter_steps=power_iter_steps,
-            max_update_rms=max_update_rms,
-            fp32_matmul_prec=fp32_matmul_prec,
-            qr_fp32_matmul_prec=qr_fp32_matmul_prec,
-            max_precond_dim=max_precond_dim,
-            merge_dims=merge_dims,
-            **options,
-        )
+    ) -> None: ...

@@ -7,7 +7,7 @@ from typing import Unpack, final
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.shared import Params, SharedOptions
+from steepest.optimizers.shared import Params, SharedOptions, sets_options
 from steepest.rule.words import Axis, DecayMethod, Polar, PolarDtype, Scale
 
 
@@ -63,6 +63,7 @@ class Muon(Optimizer):
         tensor([0.1000, 0.1000])
     """
 
+    @sets_options("muon")
     def __init__(
         self,
         params: Params,
@@ -78,22 +79,7 @@ class Muon(Optimizer):
         weight_decay_method: DecayMethod = "decoupled",
         merge_dims: bool = True,
         **options: Unpack[SharedOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "muon",
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            scale=scale,
-            ns=ns,
-            ns_dtype=ns_dtype,
-            eps=eps,
-            weight_decay_method=weight_decay_method,
-            merge_dims=merge_dims,
-            **options,
-        )
+    ) -> None: ...
 
 
 @final
@@ -127,6 +113,7 @@ class NorMuon(Optimizer):
         torch.Size([3, 1])
     """
 
+    @sets_options("normuon")
     def __init__(
         self,
         params: Params,
@@ -144,24 +131,7 @@ class NorMuon(Optimizer):
         weight_decay_method: DecayMethod = "decoupled",
         merge_dims: bool = True,
         **options: Unpack[SharedOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "normuon",
-            lr=lr,
-            momentum=momentum,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            axis=axis,
-            nesterov=nesterov,
-            scale=scale,
-            ns=ns,
-            ns_dtype=ns_dtype,
-            eps=eps,
-            weight_decay_method=weight_decay_method,
-            merge_dims=merge_dims,
-            **options,
-        )
+    ) -> None: ...
 
 
 @final
@@ -194,6 +164,7 @@ class AdaMuon(Optimizer):
         >>> opt.step()
     """
 
+    @sets_options("adamuon")
     def __init__(
         self,
         params: Params,
@@ -210,20 +181,4 @@ class AdaMuon(Optimizer):
         weight_decay_method: DecayMethod = "decoupled",
         merge_dims: bool = True,
         **options: Unpack[SharedOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "adamuon",
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            sign=sign,
-            nesterov=nesterov,
-            scale=scale,
-            ns=ns,
-            ns_dtype=ns_dtype,
-            eps=eps,
-            weight_decay_method=weight_decay_method,
-            merge_dims=merge_dims,
-            **options,
-        )
+    ) -> None: ...

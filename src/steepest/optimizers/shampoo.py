@@ -8,7 +8,7 @@ from typing import Literal, Unpack, final
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.shared import Params, SharedOptions
+from steepest.optimizers.shared import Params, SharedOptions, sets_options
 from steepest.rule.words import DecayMethod, Graft, Precision
 
 
@@ -70,6 +70,7 @@ class Shampoo(Optimizer):
                 [ 0.1000,  0.0000]])
     """
 
+    @sets_options("shampoo")
     def __init__(
         self,
         params: Params,
@@ -93,30 +94,7 @@ class Shampoo(Optimizer):
         precondition_1d: bool = False,
         merge_dims: bool = True,
         **options: Unpack[ShampooOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "shampoo",
-            lr=lr,
-            betas=betas,
-            shampoo_beta=shampoo_beta,
-            eps=eps,
-            weight_decay=weight_decay,
-            exponent=exponent,
-            relative_eps=relative_eps,
-            graft=graft,
-            graft_eps=graft_eps,
-            use_kl_shampoo=use_kl_shampoo,
-            precondition_frequency=precondition_frequency,
-            solver=solver,
-            power_iter_steps=power_iter_steps,
-            fp32_matmul_prec=fp32_matmul_prec,
-            weight_decay_method=weight_decay_method,
-            max_precond_dim=max_precond_dim,
-            precondition_1d=precondition_1d,
-            merge_dims=merge_dims,
-            **options,
-        )
+    ) -> None: ...
 
 
 @final
@@ -144,6 +122,7 @@ class KLShampoo(Optimizer):
         >>> opt.step()
     """
 
+    @sets_options("kl_shampoo", exponent=-0.5)
     def __init__(
         self,
         params: Params,
@@ -158,19 +137,4 @@ class KLShampoo(Optimizer):
         precondition_frequency: int | Callable[[int], int] = 1,
         weight_decay_method: DecayMethod = "decoupled",
         **options: Unpack[SharedOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "kl_shampoo",
-            lr=lr,
-            betas=betas,
-            shampoo_beta=shampoo_beta,
-            eps=eps,
-            weight_decay=weight_decay,
-            exponent=-0.5,
-            graft=graft,
-            kl_floor=kl_floor,
-            precondition_frequency=precondition_frequency,
-            weight_decay_method=weight_decay_method,
-            **options,
-        )
+    ) -> None: ...

@@ -8,7 +8,7 @@ from typing import Literal, Unpack, final
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.shared import Params, SharedOptions
+from steepest.optimizers.shared import Params, SharedOptions, sets_options
 from steepest.rule.words import BasisDtype, BasisTiming, DecayMethod, MomentDtype, Precision, Solver
 
 
@@ -116,6 +116,7 @@ class SOAP(Optimizer):
                 [ 0.1000,  1.0000]])
     """
 
+    @sets_options("soap")
     def __init__(
         self,
         params: Params,
@@ -153,40 +154,6 @@ class SOAP(Optimizer):
     ) -> None:
         if "form" in options:
             raise ValueError("form: SOAP has one form; L^(-1/root) Adam(G) R^(-1/root) is steepest.InverseRootSOAP")
-        super().__init__(
-            params,
-            "soap",
-            lr=lr,
-            betas=betas,
-            shampoo_beta=shampoo_beta,
-            eps=eps,
-            weight_decay=weight_decay,
-            weight_decay_method=weight_decay_method,
-            nesterov=nesterov,
-            precondition_frequency=precondition_frequency,
-            adam_warmup_steps=adam_warmup_steps,
-            correct_bias=correct_bias,
-            fp32_matmul_prec=fp32_matmul_prec,
-            use_eigh=use_eigh,
-            qr_fp32_matmul_prec=qr_fp32_matmul_prec,
-            use_adaptive_criteria=use_adaptive_criteria,
-            adaptive_update_tolerance=adaptive_update_tolerance,
-            power_iter_steps=power_iter_steps,
-            max_update_rms=max_update_rms,
-            use_kl_shampoo=use_kl_shampoo,
-            correct_shampoo_beta_bias=correct_shampoo_beta_bias,
-            max_precond_dim=max_precond_dim,
-            merge_dims=merge_dims,
-            precondition_1d=precondition_1d,
-            preconditioner_decay=preconditioner_decay,
-            basis_timing=basis_timing,
-            guards=guards,
-            solver=solver,
-            refresh_async=refresh_async,
-            basis_dtype=basis_dtype,
-            moment_dtype=moment_dtype,
-            **options,
-        )
 
 
 @final
@@ -217,6 +184,7 @@ class REKLS(Optimizer):
         >>> opt.step()
     """
 
+    @sets_options("kl_soap", solver="eigh", precondition_frequency=1)
     def __init__(
         self,
         params: Params,
@@ -228,17 +196,4 @@ class REKLS(Optimizer):
         *,
         weight_decay_method: DecayMethod = "decoupled",
         **options: Unpack[SOAPOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "kl_soap",
-            lr=lr,
-            betas=betas,
-            shampoo_beta=shampoo_beta,
-            eps=eps,
-            weight_decay=weight_decay,
-            weight_decay_method=weight_decay_method,
-            solver="eigh",
-            precondition_frequency=1,
-            **options,
-        )
+    ) -> None: ...
