@@ -5,7 +5,7 @@ Each class passes its arguments on to `steepest.engine.optimizer.Optimizer`, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,6 @@ from steepest.optimizers.muon import AdaMuon, Muon, NorMuon
 from steepest.optimizers.shampoo import KLShampoo, Shampoo
 from steepest.optimizers.shared import Params
 from steepest.optimizers.soap import REKLS, SOAP
-from steepest.optimizers.spelling import spelled
 from steepest.optimizers.torch_optim import TORCH
 from steepest.recipes import unfold
 from steepest.rule import nearest
@@ -142,3 +141,16 @@ def canonical(name: str) -> str:
     names = [*NAMES, *TORCH, *RULES, *ALIASES, *(f"torch.{name}" for name in TORCH)]
     found = spelled(name, names) or name.lower()
     return ALIASES.get(found, found)
+
+
+def spelled(name: str, known: Iterable[str]) -> str | None:
+    """Return the first of the ``known`` names that differs from ``name`` in case, hyphens, underscores or blanks only.
+
+    >>> spelled("KL_Soap", ["soap", "kl-soap"]), spelled("soup", ["soap"])
+    ('kl-soap', None)
+    """
+
+    def bare(name: str) -> str:
+        return name.lower().translate(str.maketrans("", "", "-_ "))
+
+    return next((other for other in known if bare(other) == bare(name)), None)

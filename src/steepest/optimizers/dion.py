@@ -20,18 +20,13 @@ class Dion2(Optimizer):
     That is a fraction of Muon's work, and of what must be communicated. It keeps 4mn bytes.
 
     Args:
-        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: The learning rate, in Muon's unit.
+        params, lr, ns, ns_dtype, eps, weight_decay_method, merge_dims: As for `Muon`.
         fraction: The fraction of the shorter side's rows that move in each step, rounded up.
         ef_decay: The share of its accumulated gradient that a row keeps after it has moved. It takes the place of a
             momentum.
         weight_decay: The strength of the weight decay; it acts on all rows.
-        scale: As in `Muon`, computed from the shape of the whole matrix, so that rows move as far as under Muon.
-        ns, ns_dtype, eps, weight_decay_method, merge_dims: As in `Muon`.
+        scale: As for `Muon`, computed from the shape of the whole matrix, so that rows move as far as under Muon.
         options: `SharedOptions`.
-
-    Raises:
-        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch
@@ -70,20 +65,14 @@ class Dion(Optimizer):
     tracks a subspace of rank r. It keeps 4(mn + min(m, n) r) bytes. `Dion2` is its authors' later and simpler method.
 
     Args:
-        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: The learning rate, in Muon's unit.
+        params, lr, weight_decay, weight_decay_method, merge_dims: As for `Muon`.
         momentum: The share of the applied part that stays in the momentum; the rest of the momentum stays whole.
         rank_fraction: The rank r as a fraction of the shorter side, rounded up.
-        weight_decay: The strength of the weight decay.
-        scale: As in `Muon`; the paper's is "mup". An update of rank r has sqrt(r / min(m, n)) of the root mean square
+        scale: As for `Muon`; the paper's is "mup". An update of rank r has sqrt(r / min(m, n)) of the root mean square
             that the name promises.
         orthonormalize: "rcqr": randomized Cholesky-QR, by products and triangular solves, which suit GPUs. "qr":
             Householder's. Up to rounding both give the same updates.
-        weight_decay_method, merge_dims: As in `Muon`.
         options: `SharedOptions`.
-
-    Raises:
-        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch

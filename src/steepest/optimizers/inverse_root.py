@@ -23,30 +23,18 @@ class InverseRootSOAP(Optimizer):
     keeps 8mn + 8(m² + n²) bytes. Defaults are those that circulate with the formula.
 
     Args:
-        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        params, betas, eps, weight_decay, weight_decay_method, nesterov, correct_bias, correct_shampoo_beta_bias,
+            max_update_rms, fp32_matmul_prec, merge_dims: As for `SOAP`.
         lr: The learning rate. Without grafting it has the unit of the gradient.
-        betas: The decay rates of Adam's first and second moment.
-        eps: The constant that keeps Adam's division finite.
-        weight_decay: The strength of the weight decay.
         precondition_frequency: The number of steps from one computation of the roots to the next, or a function from
             the step to that number.
         max_precond_dim: Sides longer than this have no root. The default 1024 leaves out most matrices of large models.
-        preconditioner_decay: The decay rate of the covariances; parameter groups call it ``shampoo_beta``.
-        merge_dims: Whether the trailing dimensions of a convolution merge into one; see `SOAP`.
+        preconditioner_decay: The decay rate of the covariances, also called ``shampoo_beta`` in parameter groups.
         precondition_1d: Whether vectors have a root too, of one n × n covariance.
         root: The root that is taken of each covariance.
         damping: The constant that is added to the covariances' eigenvalues.
         graft: "adam" gives each update the norm of Adam's direction; "none" doesn't.
-        weight_decay_method: "decoupled", "independent", "palm", "cautious" or "l2"; see `SOAP`.
-        nesterov: Whether Adam uses Nesterov momentum.
-        correct_bias: Whether the bias of Adam's moments, and of the covariances by default, is corrected.
-        correct_shampoo_beta_bias: Whether the bias of the covariances is corrected; None: as ``correct_bias``.
-        max_update_rms: The largest root mean square of a matrix's update; larger ones are scaled down. 0: no limit.
-        fp32_matmul_prec: The precision of float32 products; see `SOAP`.
         options: `SharedOptions`.
-
-    Raises:
-        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch

@@ -25,9 +25,6 @@ class Lion(Optimizer):
             learning rate is smaller.
         options: `GroupOptions`.
 
-    Raises:
-        ValueError: If an option is unknown or out of range.
-
     Example:
         >>> import torch
         >>> W = torch.nn.Parameter(torch.zeros(3))

@@ -19,30 +19,21 @@ class MOSO(Optimizer):
     ("rmsprop"). It is cheaper than SOAP, since only the smaller side has eigenvectors.
 
     Args:
-        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        params, eps, weight_decay, weight_decay_method, max_update_rms, fp32_matmul_prec, qr_fp32_matmul_prec,
+            merge_dims: As for `SOAP`.
         lr: The learning rate, in Adam's unit.
         momentum: The decay rate of the momentum.
         betas: The decay rates of the moments in the eigenbasis.
         shampoo_beta: The decay rate of the momentum's covariance. 1 is refused, since the bias correction would divide
             zero by zero.
-        eps: The constant that keeps the division finite.
-        weight_decay: The strength of the weight decay.
         inner: "adam": bias-corrected Adam on the projected momentum. "rmsprop": the projected momentum divided by its
             root mean square, since Adam damps the momentum a second time.
         noise_floor: For "adam", the fraction of the root mean square far below which entries vanish quadratically. A
             gradient of low rank (few samples) is zero up to rounding in most directions of its own eigenbasis, and
             Adam would take steps of full size there.
-        weight_decay_method: "decoupled", "independent", "palm", "cautious" or "l2"; see `SOAP`.
         power_iter_steps: The number of orthogonal iterations per step.
-        max_update_rms: The largest root mean square of a matrix's update; larger ones are scaled down. 0: no limit.
-        fp32_matmul_prec: The precision of float32 products: "highest", "high" (TF32) or "medium" (bfloat16).
-        qr_fp32_matmul_prec: The precision of the products of a refresh.
         max_precond_dim: Matrices whose smaller side is longer than this are not rotated.
-        merge_dims: Whether the trailing dimensions of a convolution merge into one; see `SOAP`.
         options: `SharedOptions`.
-
-    Raises:
-        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch

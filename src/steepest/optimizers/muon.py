@@ -90,18 +90,11 @@ class NorMuon(Optimizer):
     it keeps 4mn + 4m bytes.
 
     Args:
-        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: The learning rate, in Muon's unit.
-        momentum: The decay rate of the momentum.
+        params, lr, momentum, weight_decay, nesterov, scale, ns, ns_dtype, eps, weight_decay_method, merge_dims: As for
+            `Muon`. With the default ``scale`` an update has the paper's norm.
         beta2: The decay rate of the rows' second moments.
-        weight_decay: The strength of the weight decay.
         axis: "rows" (a row belongs to one output neuron; the paper's) or "columns".
-        nesterov, scale, ns, ns_dtype, eps, weight_decay_method, merge_dims: As in `Muon`. With the default ``scale`` an
-            update has the paper's norm.
         options: `SharedOptions`.
-
-    Raises:
-        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch
@@ -142,19 +135,13 @@ class AdaMuon(Optimizer):
     bytes.
 
     Args:
-        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: The learning rate, in Muon's unit.
+        params, lr, weight_decay, nesterov, scale, ns, ns_dtype, eps, weight_decay_method, merge_dims: As for `Muon`.
+            The default ``scale`` is the paper's. ``eps`` hardly matters, since matrices of signs have large norms.
         momentum: The decay rate of the momentum and of the second moments.
-        weight_decay: The strength of the weight decay.
         sign: Whether the signs of the momentum are orthogonalized, as in the paper, or the momentum itself. On a small
             language model (d = 64, 200 steps, one seed) the signs cost much: the loss is 2.22 with them, 1.95 without,
             and 1.90 under Muon.
-        nesterov, scale, ns, ns_dtype, eps, weight_decay_method, merge_dims: As in `Muon`. The default ``scale`` is the
-            paper's. ``eps`` hardly matters, since matrices of signs have large norms.
         options: `SharedOptions`.
-
-    Raises:
-        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch

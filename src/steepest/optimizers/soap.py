@@ -161,20 +161,11 @@ class REKLS(Optimizer):
     """REKLS is KL-SOAP with a full eigendecomposition in every step ("realtime eigen KL SOAP").
 
     The current gradient is in the covariances before they are decomposed, hence "realtime". It equals `SOAP` with
-    ``use_kl_shampoo=True, solver="eigh", precondition_frequency=1``; `SOAP` documents the arguments.
+    ``use_kl_shampoo=True, solver="eigh", precondition_frequency=1``.
 
     Args:
-        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: The learning rate, in Adam's unit; SOAP's 3e-3 by default.
-        betas: The decay rates of Adam's first and second moment.
-        shampoo_beta: The decay rate of the covariances.
-        eps: The constant that keeps Adam's division finite.
-        weight_decay: The strength of the weight decay.
-        weight_decay_method: "decoupled", "independent", "palm", "cautious" or "l2".
+        params, lr, betas, shampoo_beta, eps, weight_decay, weight_decay_method: As for `SOAP`.
         options: `SOAPOptions`.
-
-    Raises:
-        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch
