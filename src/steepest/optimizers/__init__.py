@@ -54,12 +54,7 @@ NAMES: dict[str, Entry] = {
     "inverse-root-soap": Entry(
         InverseRootSOAP,
         "inverse_root",
-        {
-            "betas": (0.9, 0.999),
-            "weight_decay": 0.0,
-            "precondition_frequency": 10,
-            "max_precond_dim": 1024,
-        },
+        {"betas": (0.9, 0.999), "weight_decay": 0.0, "precondition_frequency": 10, "max_precond_dim": 1024},
     ),
     "moso": Entry(MOSO, "moso"),
     "shampoo": Entry(Shampoo, "shampoo"),
