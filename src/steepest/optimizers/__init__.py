@@ -12,14 +12,11 @@ from typing import Any
 import torch
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.dion import Dion, Dion2
-from steepest.optimizers.inverse_root import InverseRootSOAP
 from steepest.optimizers.lion import Lion
-from steepest.optimizers.moso import MOSO
-from steepest.optimizers.muon import AdaMuon, Muon, NorMuon
+from steepest.optimizers.muon import AdaMuon, Dion, Dion2, Muon, NorMuon
 from steepest.optimizers.shampoo import KLShampoo, Shampoo
 from steepest.optimizers.shared import Params
-from steepest.optimizers.soap import REKLS, SOAP
+from steepest.optimizers.soap import MOSO, REKLS, SOAP, InverseRootSOAP
 from steepest.optimizers.torch_optim import TORCH
 from steepest.recipes import unfold
 from steepest.rule import nearest

@@ -43,8 +43,7 @@ class Shampoo(Optimizer):
             with the same momentum, or its own ("none").
         graft_eps: The constant that keeps grafting's division finite.
         use_kl_shampoo: Whether the covariances are those of gradients whitened by the other side; see `KLShampoo`.
-        precondition_frequency: The number of steps from one refresh of the eigenvectors to the next, or a function from
-            the step to that number. Eigenvalues are updated in every step.
+        precondition_frequency: As for `SOAP`. Eigenvalues are updated in every step.
         solver: "qr": a full decomposition first, then orthogonal iteration. "eigh": a full decomposition in each
             refresh.
         power_iter_steps: The number of orthogonal iterations per refresh.

@@ -40,8 +40,9 @@ def _is_router(leaf: Leaf) -> bool:
 def _is_depthwise(leaf: Leaf) -> bool:
     """Return whether a weight is that of a convolution with one filter per channel."""
     owner = leaf.owner
-    is_convolution = isinstance(owner, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
-    return is_convolution and owner.groups == owner.in_channels > 1
+    if not isinstance(owner, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
+        return False
+    return owner.groups > 1 and owner.groups == owner.in_channels
 
 
 REASONS: tuple[tuple[Callable[[Leaf], bool], str], ...] = (

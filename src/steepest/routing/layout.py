@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -207,18 +206,7 @@ def _bare(place: Place) -> Layout | None:
     return Layout(_view(place), f"matrix by its name in {place.kind}")
 
 
-DETECTORS: tuple[Callable[[Place], Layout | None], ...] = (
-    _lora,
-    _gates,
-    _attention,
-    _experts,
-    _convolution,
-    _interleaved,
-    _halves,
-    _query_key_value,
-    _weight,
-    _bare,
-)
+DETECTORS = (_lora, _gates, _attention, _experts, _convolution, _interleaved, _halves, _query_key_value, _weight, _bare)
 """The detectors of layouts, from the most specific to the least. The first that recognizes a parameter is right."""
 
 
