@@ -191,3 +191,23 @@ def test_a_group_of_the_shared_options_runs() -> None:
     W.grad = torch.ones(6, 4)
     optimizer.step()
     assert W.abs().sum() > 0
+
+
+# Construction.
+
+
+def test_errors_of_a_call_name_the_class() -> None:
+    with pytest.raises(TypeError, match=r"SOAP\.__init__\(\) missing 1 required positional argument: 'params'"):
+        steepest.SOAP()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'solver'"):
+        steepest.REKLS([nn.Parameter(torch.zeros(2, 2))], solver="qr")  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"SOAP has one form; .* is steepest\.InverseRootSOAP"):
+        steepest.SOAP([nn.Parameter(torch.zeros(2, 2))], form="inverse_root")  # type: ignore[call-arg]
+
+
+def test_the_inverse_root_formula_has_one_decay_by_two_names() -> None:
+    W = [nn.Parameter(torch.zeros(2, 2))]
+    assert steepest.InverseRootSOAP(W, preconditioner_decay=0.7).defaults["shampoo_beta"] == 0.7
+    assert steepest.Optimizer(W, "inverse_root", lr=0.1, preconditioner_decay=0.7).defaults["shampoo_beta"] == 0.7
+    with pytest.raises(ValueError, match=r"preconditioner_decay=0\.95 contradicts shampoo_beta=0\.9"):
+        steepest.InverseRootSOAP(W, shampoo_beta=0.9)  # type: ignore[call-arg]

@@ -5,22 +5,18 @@ Each class passes its arguments on to `steepest.engine.optimizer.Optimizer`, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.dion import Dion, Dion2
-from steepest.optimizers.inverse_root import InverseRootSOAP
 from steepest.optimizers.lion import Lion
-from steepest.optimizers.moso import MOSO
-from steepest.optimizers.muon import AdaMuon, Muon, NorMuon
+from steepest.optimizers.muon import AdaMuon, Dion, Dion2, Muon, NorMuon
 from steepest.optimizers.shampoo import KLShampoo, Shampoo
 from steepest.optimizers.shared import Params
-from steepest.optimizers.soap import REKLS, SOAP
-from steepest.optimizers.spelling import spelled
+from steepest.optimizers.soap import MOSO, REKLS, SOAP, InverseRootSOAP
 from steepest.optimizers.torch_optim import TORCH
 from steepest.recipes import unfold
 from steepest.rule import nearest
@@ -55,12 +51,7 @@ NAMES: dict[str, Entry] = {
     "inverse-root-soap": Entry(
         InverseRootSOAP,
         "inverse_root",
-        {
-            "betas": (0.9, 0.999),
-            "weight_decay": 0.0,
-            "precondition_frequency": 10,
-            "max_precond_dim": 1024,
-        },
+        {"betas": (0.9, 0.999), "weight_decay": 0.0, "precondition_frequency": 10, "max_precond_dim": 1024},
     ),
     "moso": Entry(MOSO, "moso"),
     "shampoo": Entry(Shampoo, "shampoo"),
@@ -142,3 +133,16 @@ def canonical(name: str) -> str:
     names = [*NAMES, *TORCH, *RULES, *ALIASES, *(f"torch.{name}" for name in TORCH)]
     found = spelled(name, names) or name.lower()
     return ALIASES.get(found, found)
+
+
+def spelled(name: str, known: Iterable[str]) -> str | None:
+    """Return the first of the ``known`` names that differs from ``name`` in case, hyphens, underscores or blanks only.
+
+    >>> spelled("KL_Soap", ["soap", "kl-soap"]), spelled("soup", ["soap"])
+    ('kl-soap', None)
+    """
+
+    def bare(name: str) -> str:
+        return name.lower().translate(str.maketrans("", "", "-_ "))
+
+    return next((other for other in known if bare(other) == bare(name)), None)

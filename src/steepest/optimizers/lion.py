@@ -7,7 +7,7 @@ from typing import Unpack, final
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.shared import GroupOptions, Params
+from steepest.optimizers.shared import GroupOptions, Params, sets_options
 
 
 @final
@@ -25,9 +25,6 @@ class Lion(Optimizer):
             learning rate is smaller.
         options: `GroupOptions`.
 
-    Raises:
-        ValueError: If an option is unknown or out of range.
-
     Example:
         >>> import torch
         >>> W = torch.nn.Parameter(torch.zeros(3))
@@ -38,6 +35,7 @@ class Lion(Optimizer):
         tensor([-0.1000,  0.1000,  0.0000])
     """
 
+    @sets_options("lion")
     def __init__(
         self,
         params: Params,
@@ -45,5 +43,4 @@ class Lion(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.01,
         **options: Unpack[GroupOptions],
-    ) -> None:
-        super().__init__(params, "lion", lr=lr, betas=betas, weight_decay=weight_decay, **options)
+    ) -> None: ...

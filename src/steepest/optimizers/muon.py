@@ -1,4 +1,4 @@
-"""Muon, NorMuon and AdaMuon."""
+"""Muon and its relatives: NorMuon, AdaMuon, Dion2 and Dion."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Unpack, final
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.shared import Params, SharedOptions
-from steepest.rule.words import Axis, DecayMethod, Polar, PolarDtype, Scale
+from steepest.optimizers.shared import Params, SharedOptions, sets_options
+from steepest.rule.words import Axis, DecayMethod, Orthonormalizer, Polar, PolarDtype, Scale
 
 
 @final
@@ -21,12 +21,11 @@ class Muon(Optimizer):
     moves by its normalized momentum.
 
     Args:
-        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        params, weight_decay, merge_dims: As for `SOAP`.
         lr: The learning rate. With the default ``scale`` an entry's step has a root mean square of ``0.2 · lr``, as
             under AdamW, whose learning rates therefore carry over. With "original" it is the spectral norm of an
             update, and 0.02 is usual.
         momentum: The decay rate of the momentum.
-        weight_decay: The strength of the weight decay.
         nesterov: Whether the momentum looks one step ahead; its author found that always better.
         scale: The factor on the polar factor of an m × n matrix. "match_rms_adamw" ``0.2 sqrt(max(m, n))``: entries
             have a root mean square of 0.2, as AdamW's, so that both share learning rate and decay (arXiv:2502.16982).
@@ -42,11 +41,7 @@ class Muon(Optimizer):
             side shorter than 128, or one more than 4 times the other) stay in float32, and float64 ones in float64.
         eps: The constant added to the norm by which the momentum is divided first; momenta with smaller norms give
             smaller updates.
-        weight_decay_method: "decoupled": ``W *= 1 - lr·wd``. "independent": ``W *= 1 - wd``. "palm":
-            ``W *= 1 - lr²·wd``. "cautious": as decoupled, only for entries that the step shrinks too. "l2": ``wd·W`` is
-            added to the gradient.
-        merge_dims: True: the trailing dimensions of a convolution merge into one. False: the leading dimensions are a
-            batch of matrices, as in stacked experts ``[E, m, n]``.
+        weight_decay_method: As for `SOAP`. "l2" adds ``wd·W`` to the gradient before the momentum averages it.
         options: `SharedOptions`.
 
     Raises:
@@ -63,6 +58,7 @@ class Muon(Optimizer):
         tensor([0.1000, 0.1000])
     """
 
+    @sets_options("muon")
     def __init__(
         self,
         params: Params,
@@ -78,22 +74,7 @@ class Muon(Optimizer):
         weight_decay_method: DecayMethod = "decoupled",
         merge_dims: bool = True,
         **options: Unpack[SharedOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "muon",
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            scale=scale,
-            ns=ns,
-            ns_dtype=ns_dtype,
-            eps=eps,
-            weight_decay_method=weight_decay_method,
-            merge_dims=merge_dims,
-            **options,
-        )
+    ) -> None: ...
 
 
 @final
@@ -104,18 +85,11 @@ class NorMuon(Optimizer):
     it keeps 4mn + 4m bytes.
 
     Args:
-        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: The learning rate, in Muon's unit.
-        momentum: The decay rate of the momentum.
+        params, lr, momentum, weight_decay, nesterov, scale, ns, ns_dtype, eps, weight_decay_method, merge_dims: As for
+            `Muon`. With the default ``scale`` an update has the paper's norm.
         beta2: The decay rate of the rows' second moments.
-        weight_decay: The strength of the weight decay.
         axis: "rows" (a row belongs to one output neuron; the paper's) or "columns".
-        nesterov, scale, ns, ns_dtype, eps, weight_decay_method, merge_dims: As in `Muon`. With the default ``scale`` an
-            update has the paper's norm.
         options: `SharedOptions`.
-
-    Raises:
-        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch
@@ -127,6 +101,7 @@ class NorMuon(Optimizer):
         torch.Size([3, 1])
     """
 
+    @sets_options("normuon")
     def __init__(
         self,
         params: Params,
@@ -144,24 +119,7 @@ class NorMuon(Optimizer):
         weight_decay_method: DecayMethod = "decoupled",
         merge_dims: bool = True,
         **options: Unpack[SharedOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "normuon",
-            lr=lr,
-            momentum=momentum,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            axis=axis,
-            nesterov=nesterov,
-            scale=scale,
-            ns=ns,
-            ns_dtype=ns_dtype,
-            eps=eps,
-            weight_decay_method=weight_decay_method,
-            merge_dims=merge_dims,
-            **options,
-        )
+    ) -> None: ...
 
 
 @final
@@ -172,19 +130,13 @@ class AdaMuon(Optimizer):
     bytes.
 
     Args:
-        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: The learning rate, in Muon's unit.
+        params, lr, weight_decay, nesterov, scale, ns, ns_dtype, eps, weight_decay_method, merge_dims: As for `Muon`.
+            The default ``scale`` is the paper's. ``eps`` hardly matters, since matrices of signs have large norms.
         momentum: The decay rate of the momentum and of the second moments.
-        weight_decay: The strength of the weight decay.
         sign: Whether the signs of the momentum are orthogonalized, as in the paper, or the momentum itself. On a small
             language model (d = 64, 200 steps, one seed) the signs cost much: the loss is 2.22 with them, 1.95 without,
             and 1.90 under Muon.
-        nesterov, scale, ns, ns_dtype, eps, weight_decay_method, merge_dims: As in `Muon`. The default ``scale`` is the
-            paper's. ``eps`` hardly matters, since matrices of signs have large norms.
         options: `SharedOptions`.
-
-    Raises:
-        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch
@@ -194,6 +146,7 @@ class AdaMuon(Optimizer):
         >>> opt.step()
     """
 
+    @sets_options("adamuon")
     def __init__(
         self,
         params: Params,
@@ -210,20 +163,94 @@ class AdaMuon(Optimizer):
         weight_decay_method: DecayMethod = "decoupled",
         merge_dims: bool = True,
         **options: Unpack[SharedOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "adamuon",
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            sign=sign,
-            nesterov=nesterov,
-            scale=scale,
-            ns=ns,
-            ns_dtype=ns_dtype,
-            eps=eps,
-            weight_decay_method=weight_decay_method,
-            merge_dims=merge_dims,
-            **options,
-        )
+    ) -> None: ...
+
+
+@final
+class Dion2(Optimizer):
+    """Dion2 is Muon on the rows with the largest accumulated gradients, a fraction of them in each step.
+
+    Ahn, Amsel and Langford, "Dion2: A Simple Method to Shrink Matrix in Muon", arXiv:2512.16928. Gradients add up; in
+    each step the rows (columns, if the matrix is tall) with the largest L1 norm are orthogonalized, applied and decay.
+    That is a fraction of Muon's work, and of what must be communicated. It keeps 4mn bytes.
+
+    Args:
+        params, lr, ns, ns_dtype, eps, weight_decay_method, merge_dims: As for `Muon`.
+        fraction: The fraction of the shorter side's rows that move in each step, rounded up.
+        ef_decay: The share of its accumulated gradient that a row keeps after it has moved. It takes the place of a
+            momentum.
+        weight_decay: The strength of the weight decay; it acts on all rows.
+        scale: As for `Muon`, computed from the shape of the whole matrix, so that rows move as far as under Muon.
+        options: `SharedOptions`.
+
+    Example:
+        >>> import torch
+        >>> W = torch.nn.Parameter(torch.zeros(4, 4))
+        >>> opt = Dion2([W], lr=0.1, fraction=0.25, scale="none", ns="exact")
+        >>> W.grad = torch.diag(torch.tensor([1.0, 2.0, 4.0, 3.0]))
+        >>> opt.step()
+        >>> W.diagonal().detach()
+        tensor([ 0.0000,  0.0000, -0.1000,  0.0000])
+    """
+
+    @sets_options("dion2")
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        fraction: float = 0.25,
+        ef_decay: float = 0.95,
+        weight_decay: float = 0.01,
+        *,
+        scale: Scale = "match_rms_adamw",
+        ns: Polar = "keller",
+        ns_dtype: PolarDtype = "auto",
+        eps: float = 1e-7,
+        weight_decay_method: DecayMethod = "decoupled",
+        merge_dims: bool = True,
+        **options: Unpack[SharedOptions],
+    ) -> None: ...
+
+
+@final
+class Dion(Optimizer):
+    """Dion orthonormalizes the leading subspace of the momentum; the rest stays in the momentum.
+
+    Ahn et al., "Dion: Distributed Orthonormalized Updates", arXiv:2504.05295, Algorithm 1. One power iteration per step
+    tracks a subspace of rank r. It keeps 4(mn + min(m, n) r) bytes. `Dion2` is its authors' later and simpler method.
+
+    Args:
+        params, lr, weight_decay, weight_decay_method, merge_dims: As for `Muon`.
+        momentum: The share of the applied part that stays in the momentum; the rest of the momentum stays whole.
+        rank_fraction: The rank r as a fraction of the shorter side, rounded up.
+        scale: As for `Muon`; the paper's is "mup". An update of rank r has sqrt(r / min(m, n)) of the root mean square
+            that the name promises.
+        orthonormalize: "rcqr": randomized Cholesky-QR, by products and triangular solves, which suit GPUs. "qr":
+            Householder's. Up to rounding both give the same updates.
+        options: `SharedOptions`.
+
+    Example:
+        >>> import torch
+        >>> W = torch.nn.Parameter(torch.zeros(4, 2))
+        >>> opt = Dion([W], lr=0.1, rank_fraction=0.5, scale="none")
+        >>> W.grad = torch.ones(4, 2)
+        >>> opt.step()
+        >>> torch.linalg.svdvals(W.data)
+        tensor([0.1000, 0.0000])
+    """
+
+    @sets_options("dion")
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        rank_fraction: float = 0.25,
+        weight_decay: float = 0.01,
+        *,
+        scale: Scale = "match_rms_adamw",
+        orthonormalize: Orthonormalizer = "rcqr",
+        weight_decay_method: DecayMethod = "decoupled",
+        merge_dims: bool = True,
+        **options: Unpack[SharedOptions],
+    ) -> None: ...

@@ -16,48 +16,19 @@ from steepest.functional import (
 )
 from steepest.linalg.precision import fp32_matmul_precision
 from steepest.optimizers import create
-from steepest.optimizers.dion import Dion, Dion2
-from steepest.optimizers.inverse_root import InverseRootSOAP
 from steepest.optimizers.lion import Lion
-from steepest.optimizers.moso import MOSO
-from steepest.optimizers.muon import AdaMuon, Muon, NorMuon
+from steepest.optimizers.muon import AdaMuon, Dion, Dion2, Muon, NorMuon
 from steepest.optimizers.shampoo import KLShampoo, Shampoo
-from steepest.optimizers.soap import REKLS, SOAP
+from steepest.optimizers.soap import MOSO, REKLS, SOAP, InverseRootSOAP
 from steepest.recipes import recipe
 from steepest.routing import for_model, route
 from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
 
 __all__ = [
-    "MOSO",
-    "REKLS",
-    "SOAP",
-    "AdaMuon",
-    "CosineSchedule",
-    "Dion",
-    "Dion2",
-    "InverseRootSOAP",
-    "KLShampoo",
-    "LinearSchedule",
-    "Lion",
-    "Muon",
-    "NorMuon",
-    "Optimizer",
-    "Shampoo",
-    "StepSchedule",
-    "all_eigenbases_met_criteria",
-    "conjugate",
-    "create",
-    "eigh_with_fallback",
-    "for_model",
-    "fp32_matmul_precision",
-    "get_eigenbasis_eigh",
-    "get_eigenbasis_qr",
-    "init_kronecker_factors",
-    "orthogonal_iteration",
-    "precondition",
-    "recipe",
-    "route",
-    "update_eigenbasis_and_exp_avgs",
-    "update_kronecker_factors",
-    "update_kronecker_factors_kl_shampoo",
-]
+    "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "InverseRootSOAP", "KLShampoo",
+    "LinearSchedule", "Lion", "Muon", "NorMuon", "Optimizer", "Shampoo", "StepSchedule",
+    "all_eigenbases_met_criteria", "conjugate", "create", "eigh_with_fallback", "for_model",
+    "fp32_matmul_precision", "get_eigenbasis_eigh", "get_eigenbasis_qr", "init_kronecker_factors",
+    "orthogonal_iteration", "precondition", "recipe", "route", "update_eigenbasis_and_exp_avgs",
+    "update_kronecker_factors", "update_kronecker_factors_kl_shampoo",
+]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Literal, Unpack, final
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.shared import Params, SharedOptions
+from steepest.optimizers.shared import Params, SharedOptions, sets_options
 from steepest.rule.words import DecayMethod, Graft, Precision
 
 
@@ -28,13 +28,12 @@ class Shampoo(Optimizer):
     factor, as Muon's is.
 
     Args:
-        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
+        params, weight_decay, weight_decay_method, fp32_matmul_prec, merge_dims: As for `SOAP`.
         lr: The learning rate. With the default grafting it has AdamW's unit.
         betas: The decay rates of the momentum, and of the second moment that grafting uses.
         shampoo_beta: The decay rate of the covariances, whose bias is corrected. 1 means sums instead of averages, as
             in the first paper: updates shrink as AdaGrad's do.
         eps: The constant that is added to the covariances' eigenvalues.
-        weight_decay: The strength of the weight decay.
         exponent: The exponent of both covariances; None: ``-1/(2k)`` with k covariances, so -1/4, and -1/2 where one
             side is too long for a covariance. -1/2 whitens each side by itself; with grafting it was well ahead on a
             small language model (d = 64, 200 steps, lr 1e-2, one seed): loss 1.80 against 1.90.
@@ -44,20 +43,13 @@ class Shampoo(Optimizer):
             with the same momentum, or its own ("none").
         graft_eps: The constant that keeps grafting's division finite.
         use_kl_shampoo: Whether the covariances are those of gradients whitened by the other side; see `KLShampoo`.
-        precondition_frequency: The number of steps from one refresh of the eigenvectors to the next, or a function from
-            the step to that number. Eigenvalues are updated in every step.
+        precondition_frequency: As for `SOAP`. Eigenvalues are updated in every step.
         solver: "qr": a full decomposition first, then orthogonal iteration. "eigh": a full decomposition in each
             refresh.
         power_iter_steps: The number of orthogonal iterations per refresh.
-        fp32_matmul_prec: The precision of float32 products: "highest", "high" (TF32) or "medium" (bfloat16).
-        weight_decay_method: "decoupled", "independent", "palm", "cautious" or "l2"; see `SOAP`.
         max_precond_dim: Sides longer than this have no covariance.
         precondition_1d: Whether vectors have one n × n covariance. Otherwise they move by their momentum, grafted.
-        merge_dims: Whether the trailing dimensions of a convolution merge into one; see `SOAP`.
         options: `SharedOptions`, and with ``use_kl_shampoo`` the ``kl_floor`` of `KLShampoo`.
-
-    Raises:
-        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch
@@ -70,6 +62,7 @@ class Shampoo(Optimizer):
                 [ 0.1000,  0.0000]])
     """
 
+    @sets_options("shampoo")
     def __init__(
         self,
         params: Params,
@@ -93,30 +86,7 @@ class Shampoo(Optimizer):
         precondition_1d: bool = False,
         merge_dims: bool = True,
         **options: Unpack[ShampooOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "shampoo",
-            lr=lr,
-            betas=betas,
-            shampoo_beta=shampoo_beta,
-            eps=eps,
-            weight_decay=weight_decay,
-            exponent=exponent,
-            relative_eps=relative_eps,
-            graft=graft,
-            graft_eps=graft_eps,
-            use_kl_shampoo=use_kl_shampoo,
-            precondition_frequency=precondition_frequency,
-            solver=solver,
-            power_iter_steps=power_iter_steps,
-            fp32_matmul_prec=fp32_matmul_prec,
-            weight_decay_method=weight_decay_method,
-            max_precond_dim=max_precond_dim,
-            precondition_1d=precondition_1d,
-            merge_dims=merge_dims,
-            **options,
-        )
+    ) -> None: ...
 
 
 @final
@@ -127,14 +97,11 @@ class KLShampoo(Optimizer):
     ``Shampoo(use_kl_shampoo=True, exponent=-0.5)``, which also takes the options that are not named here.
 
     Args:
-        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr, betas, shampoo_beta, eps, weight_decay, graft, precondition_frequency, weight_decay_method: As in `Shampoo`.
+        params, lr, betas, shampoo_beta, eps, weight_decay, weight_decay_method, graft, precondition_frequency:
+            As for `Shampoo`.
         kl_floor: Eigenvalues count as no less than this fraction of the largest one, and the first gradient is not
             whitened. 0 is the authors' absolute floor ``eps``, with which the covariances start 1/eps too large.
         options: `SharedOptions`.
-
-    Raises:
-        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch
@@ -144,6 +111,7 @@ class KLShampoo(Optimizer):
         >>> opt.step()
     """
 
+    @sets_options("kl_shampoo", exponent=-0.5)
     def __init__(
         self,
         params: Params,
@@ -158,19 +126,4 @@ class KLShampoo(Optimizer):
         precondition_frequency: int | Callable[[int], int] = 1,
         weight_decay_method: DecayMethod = "decoupled",
         **options: Unpack[SharedOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "kl_shampoo",
-            lr=lr,
-            betas=betas,
-            shampoo_beta=shampoo_beta,
-            eps=eps,
-            weight_decay=weight_decay,
-            exponent=-0.5,
-            graft=graft,
-            kl_floor=kl_floor,
-            precondition_frequency=precondition_frequency,
-            weight_decay_method=weight_decay_method,
-            **options,
-        )
+    ) -> None: ...

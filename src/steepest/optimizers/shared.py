@@ -1,16 +1,44 @@
-"""Types that the optimizers' signatures share: the parameters, and the options that mean the same in each of them."""
+"""What the optimizers' constructors share: types of parameters and options, and a decorator that passes these on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, TypedDict
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, TypedDict, TypeVar, cast
 
 from torch import Tensor
 
+from steepest.engine.optimizer import Optimizer
 from steepest.rule.words import Nonfinite
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 """The parameters of an optimizer: tensors, dicts that define parameter groups, or ``(name, tensor)`` pairs."""
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def sets_options(rule: str, **fixed: Any) -> Callable[[Init], Init]:
+    """Return a decorator that makes ``__init__`` pass its arguments on to `Optimizer`, as options of a rule.
+
+    The ``fixed`` options join the arguments. The body of the decorated ``__init__`` runs first, and may refuse them.
+    """
+
+    def decorate(init: Init) -> Init:
+        signature = inspect.signature(init)
+
+        @functools.wraps(init)
+        def construct(*args: Any, **kwargs: Any) -> None:
+            init(*args, **kwargs)  # for missing arguments, this raises Python's own TypeError, which names the class
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            arguments = bound.arguments
+            self, params, options = (arguments.pop(name) for name in ("self", "params", "options"))
+            Optimizer.__init__(self, params, rule, **arguments, **fixed, **options)
+
+        return cast(Init, construct)
+
+    return decorate
 
 
 class GroupOptions(TypedDict, total=False):

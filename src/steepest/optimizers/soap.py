@@ -1,4 +1,4 @@
-"""SOAP and REKLS."""
+"""SOAP and its relatives: REKLS, MOSO, and the inverse-root formula that circulates under SOAP's name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal, Unpack, final
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.optimizers.shared import Params, SharedOptions
-from steepest.rule.words import BasisDtype, BasisTiming, DecayMethod, MomentDtype, Precision, Solver
+from steepest.optimizers.shared import Params, SharedOptions, sets_options
+from steepest.rule.words import BasisDtype, BasisTiming, DecayMethod, MomentDtype, MosoInner, Precision, Solver
 
 
 class SOAPOptions(SharedOptions, total=False):
@@ -116,6 +116,7 @@ class SOAP(Optimizer):
                 [ 0.1000,  1.0000]])
     """
 
+    @sets_options("soap")
     def __init__(
         self,
         params: Params,
@@ -153,40 +154,6 @@ class SOAP(Optimizer):
     ) -> None:
         if "form" in options:
             raise ValueError("form: SOAP has one form; L^(-1/root) Adam(G) R^(-1/root) is steepest.InverseRootSOAP")
-        super().__init__(
-            params,
-            "soap",
-            lr=lr,
-            betas=betas,
-            shampoo_beta=shampoo_beta,
-            eps=eps,
-            weight_decay=weight_decay,
-            weight_decay_method=weight_decay_method,
-            nesterov=nesterov,
-            precondition_frequency=precondition_frequency,
-            adam_warmup_steps=adam_warmup_steps,
-            correct_bias=correct_bias,
-            fp32_matmul_prec=fp32_matmul_prec,
-            use_eigh=use_eigh,
-            qr_fp32_matmul_prec=qr_fp32_matmul_prec,
-            use_adaptive_criteria=use_adaptive_criteria,
-            adaptive_update_tolerance=adaptive_update_tolerance,
-            power_iter_steps=power_iter_steps,
-            max_update_rms=max_update_rms,
-            use_kl_shampoo=use_kl_shampoo,
-            correct_shampoo_beta_bias=correct_shampoo_beta_bias,
-            max_precond_dim=max_precond_dim,
-            merge_dims=merge_dims,
-            precondition_1d=precondition_1d,
-            preconditioner_decay=preconditioner_decay,
-            basis_timing=basis_timing,
-            guards=guards,
-            solver=solver,
-            refresh_async=refresh_async,
-            basis_dtype=basis_dtype,
-            moment_dtype=moment_dtype,
-            **options,
-        )
 
 
 @final
@@ -194,20 +161,11 @@ class REKLS(Optimizer):
     """REKLS is KL-SOAP with a full eigendecomposition in every step ("realtime eigen KL SOAP").
 
     The current gradient is in the covariances before they are decomposed, hence "realtime". It equals `SOAP` with
-    ``use_kl_shampoo=True, solver="eigh", precondition_frequency=1``; `SOAP` documents the arguments.
+    ``use_kl_shampoo=True, solver="eigh", precondition_frequency=1``.
 
     Args:
-        params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
-        lr: The learning rate, in Adam's unit; SOAP's 3e-3 by default.
-        betas: The decay rates of Adam's first and second moment.
-        shampoo_beta: The decay rate of the covariances.
-        eps: The constant that keeps Adam's division finite.
-        weight_decay: The strength of the weight decay.
-        weight_decay_method: "decoupled", "independent", "palm", "cautious" or "l2".
+        params, lr, betas, shampoo_beta, eps, weight_decay, weight_decay_method: As for `SOAP`.
         options: `SOAPOptions`.
-
-    Raises:
-        ValueError: If an option is unknown or out of range.
 
     Example:
         >>> import torch
@@ -217,6 +175,7 @@ class REKLS(Optimizer):
         >>> opt.step()
     """
 
+    @sets_options("kl_soap", solver="eigh", precondition_frequency=1)
     def __init__(
         self,
         params: Params,
@@ -228,17 +187,124 @@ class REKLS(Optimizer):
         *,
         weight_decay_method: DecayMethod = "decoupled",
         **options: Unpack[SOAPOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            "kl_soap",
-            lr=lr,
-            betas=betas,
-            shampoo_beta=shampoo_beta,
-            eps=eps,
-            weight_decay=weight_decay,
-            weight_decay_method=weight_decay_method,
-            solver="eigh",
-            precondition_frequency=1,
-            **options,
-        )
+    ) -> None: ...
+
+
+@final
+class MOSO(Optimizer):
+    """MOSO is one-sided SOAP on momentum: Adam in the eigenbasis of the momentum's covariance, on the smaller side.
+
+    Khona, Emerging-Optimizers, 2025. For a weight of m <= n it keeps 12mn + 8m² bytes ("adam") or 8mn + 8m²
+    ("rmsprop"). It is cheaper than SOAP, since only the smaller side has eigenvectors.
+
+    Args:
+        params, eps, weight_decay, weight_decay_method, max_update_rms, fp32_matmul_prec, qr_fp32_matmul_prec,
+            merge_dims: As for `SOAP`.
+        lr: The learning rate, in Adam's unit.
+        momentum: The decay rate of the momentum.
+        betas: The decay rates of the moments in the eigenbasis.
+        shampoo_beta: The decay rate of the momentum's covariance. 1 is refused, since the bias correction would divide
+            zero by zero.
+        inner: "adam": bias-corrected Adam on the projected momentum. "rmsprop": the projected momentum divided by its
+            root mean square, since Adam damps the momentum a second time.
+        noise_floor: For "adam", the fraction of the root mean square far below which entries vanish quadratically. A
+            gradient of low rank (few samples) is zero up to rounding in most directions of its own eigenbasis, and
+            Adam would take steps of full size there.
+        power_iter_steps: The number of orthogonal iterations per step.
+        max_precond_dim: Matrices whose smaller side is longer than this are not rotated.
+        options: `SharedOptions`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 3)
+        >>> opt = MOSO(model.parameters(), lr=1e-2)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> opt.step()
+        >>> sorted(opt.state[model.weight])
+        ['L', 'Q_L', 'clock', 'exp_avg', 'exp_avg_sq', 'momentum_buffer', 'step']
+    """
+
+    @sets_options("moso")
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 3e-4,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        shampoo_beta: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        inner: MosoInner = "adam",
+        noise_floor: float = 3e-4,
+        weight_decay_method: DecayMethod = "decoupled",
+        power_iter_steps: int = 1,
+        max_update_rms: float = 0.0,
+        fp32_matmul_prec: Precision = "highest",
+        qr_fp32_matmul_prec: Precision = "high",
+        max_precond_dim: int = 8192,
+        merge_dims: bool = True,
+        **options: Unpack[SharedOptions],
+    ) -> None: ...
+
+
+@final
+class InverseRootSOAP(Optimizer):
+    """InverseRootSOAP multiplies Adam's direction by inverse roots of the gradient's two covariances.
+
+    It computes ``W -= lr · L^(-1/root) Adam(G) R^(-1/root)``, a formula that circulates under SOAP's name and has no
+    paper. It differs from `SOAP`: Adam already divides by the gradient's size, and the roots divide by it again, so
+    gradients 100 times as large give updates 100 times as small (with ``root=4`` and no damping). ``graft="adam"``
+    restores the norm of Adam's direction. Use it to reproduce results; to train, use `SOAP`. For a weight of m × n it
+    keeps 8mn + 8(m² + n²) bytes. Defaults are those that circulate with the formula.
+
+    Args:
+        params, betas, eps, weight_decay, weight_decay_method, nesterov, correct_bias, correct_shampoo_beta_bias,
+            max_update_rms, fp32_matmul_prec, merge_dims: As for `SOAP`.
+        lr: The learning rate. Without grafting it has the unit of the gradient.
+        precondition_frequency: The number of steps from one computation of the roots to the next, or a function from
+            the step to that number.
+        max_precond_dim: Sides longer than this have no root. The default 1024 leaves out most matrices of large models.
+        preconditioner_decay: The decay rate of the covariances, also called ``shampoo_beta`` in parameter groups.
+        precondition_1d: Whether vectors have a root too, of one n × n covariance.
+        root: The root that is taken of each covariance.
+        damping: The constant that is added to the covariances' eigenvalues.
+        graft: "adam" gives each update the norm of Adam's direction; "none" doesn't.
+        options: `SharedOptions`.
+
+    Example:
+        >>> import torch
+        >>> W = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> opt = InverseRootSOAP([W], lr=1.0, damping=0.0)
+        >>> W.grad = torch.tensor([[16.0, 0.0], [0.0, 1.0]])
+        >>> opt.step()    # Adam's direction is 1 for both entries; the roots divide by 16 and by 1
+        >>> W.data
+        tensor([[-0.0625,  0.0000],
+                [ 0.0000, -1.0000]])
+    """
+
+    @sets_options("inverse_root")
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        precondition_frequency: int | Callable[[int], int] = 10,
+        max_precond_dim: int = 1024,
+        preconditioner_decay: float = 0.95,
+        merge_dims: bool = True,
+        precondition_1d: bool = False,
+        *,
+        root: int = 4,
+        damping: float = 1e-6,
+        graft: Literal["none", "adam"] = "none",
+        weight_decay_method: DecayMethod = "decoupled",
+        nesterov: bool = False,
+        correct_bias: bool = True,
+        correct_shampoo_beta_bias: bool | None = None,
+        max_update_rms: float = 0.0,
+        fp32_matmul_prec: Precision = "highest",
+        **options: Unpack[SharedOptions],
+    ) -> None: ...

@@ -4,14 +4,11 @@ An optimizer that gets the wrong parameters is a silent error: a tied embedding 
 because it is called ``weight``, a convolution net whose whole body runs by AdamW. `route` decides by module types,
 ties, shapes, positions and names, and shows what it found; `for_model` builds the optimizer from it.
 
-  survey     all parameters, and the modules that hold them
-  heads      the parameters that produce the outputs
-  reasons    why a parameter is not a hidden matrix
-  layout     the matrices that a weight consists of
-  overrides  the user's own decisions
-  classify   the decision on one parameter
-  audit      warnings
-  table      the result, to print and to take parameter groups from
+  survey    all parameters, the modules that hold them, and the heads
+  layout    the matrices that a weight consists of
+  table     the result, to print and to take parameter groups from
+  classify  the decision on one parameter, or the user's own
+  audit     warnings
 """
 
 from __future__ import annotations
@@ -26,10 +23,8 @@ from steepest.engine.optimizer import Optimizer
 from steepest.optimizers import group_options
 from steepest.recipes import unfold_elementwise
 from steepest.routing import audit
-from steepest.routing.classify import classify
-from steepest.routing.heads import find_heads
-from steepest.routing.overrides import Overrides, is_matrix_rule, resolve
-from steepest.routing.survey import survey
+from steepest.routing.classify import Overrides, classify, is_matrix_rule, resolve_overrides
+from steepest.routing.survey import find_heads, survey
 from steepest.routing.table import Routing, Row
 
 __all__ = ["Overrides", "Routing", "Row", "for_model", "route"]
@@ -72,7 +67,7 @@ def route(
     if not is_matrix_rule(rule):
         elementwise = rule
     heads = find_heads(model, leaves)
-    resolved = resolve(overrides or {}, leaves)
+    resolved = resolve_overrides(overrides or {}, leaves)
     rows = tuple(classify(leaf, rule, elementwise, heads, resolved.get(id(leaf.param), {})) for leaf in trainable)
     return Routing(rows, tuple(audit.warnings(leaves, rows, heads, resolved, rule, elementwise)), rule, elementwise)
 

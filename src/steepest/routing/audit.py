@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from steepest.routing.reasons import UNKNOWN, is_tied_head
+from steepest.routing.classify import UNKNOWN
 from steepest.routing.survey import CONVOLUTIONS, Leaf
 from steepest.routing.table import Row
 
@@ -40,7 +40,7 @@ def warnings(
     """Yield a warning for everything that looks wrong; ``heads`` and ``overridden`` are ids of parameters."""
     matrices = [row for row in rows if row.view is not None]
     by_id = {id(row.param): row for row in rows}
-    for leaf in filter(is_tied_head, leaves):
+    for leaf in leaves:
         row, head = by_id.get(id(leaf.param)), leaf.tied_head
         if row and head and row.view is not None:
             yield (
@@ -78,7 +78,7 @@ def warnings(
 
 def _has_lost_its_shape(leaf: Leaf) -> bool:
     """Return whether a parameter is a placeholder: a partition of ZeRO-3, or a flat parameter of FSDP1."""
-    weight = leaf.place.local == "weight" and isinstance(leaf.place.owner, (nn.Linear, nn.Embedding, *CONVOLUTIONS))
+    weight = leaf.local == "weight" and isinstance(leaf.owner, (nn.Linear, nn.Embedding, *CONVOLUTIONS))
     return (
         type(leaf.param).__name__ == "FlatParameter"
         or (weight and leaf.param.ndim < 2)

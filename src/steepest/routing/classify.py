@@ -1,24 +1,62 @@
-"""The classification of a parameter: which rule optimizes it, as which matrices, and why."""
+"""The classification of a parameter: the rule that optimizes it, as which matrices, and why, or as the user decides."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
-from steepest.routing.layout import Layout, find_layout
-from steepest.routing.overrides import is_matrix_rule
-from steepest.routing.reasons import REASONS, is_bias, is_norm, is_vector, why_no_layout
-from steepest.routing.survey import Leaf
+from steepest.optimizers import group_options
+from steepest.routing.layout import TABLE_NAMES, Layout, find_layout
+from steepest.routing.survey import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Leaf, count_experts
 from steepest.routing.table import Row
 from steepest.rule import Rule
 from steepest.rules import RULES
 from steepest.rules.aliases import resolve
 from steepest.stack.storage import laid_out
 from steepest.view import OPTIONS, View
+
+Key = str | type[nn.Module]
+Overrides = Mapping[Key, str | Mapping[str, Any]]
+"""From a name pattern or a module type to an optimizer's name, or to options: ``rule``, ``lr``, a view's and others."""
+
+
+def _is_router(leaf: Leaf) -> bool:
+    """Return whether a weight is a router: by its name, or with one row for each of the experts beside it."""
+    names = (*leaf.name.lower().split("."), leaf.kind.lower())
+    if any("router" in name for name in names):
+        return True
+    if len(leaf.param.shape) != 2 or any("expert" in name for name in names):
+        return False
+    return any(count_experts(block) == leaf.param.shape[0] for block in leaf.path[-3:-1])
+
+
+def _is_depthwise(leaf: Leaf) -> bool:
+    """Return whether a weight is that of a convolution with one filter per channel."""
+    owner = leaf.owner
+    if not isinstance(owner, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
+        return False
+    return owner.groups > 1 and owner.groups == owner.in_channels
+
+
+REASONS: tuple[tuple[Callable[[Leaf], bool], str], ...] = (
+    (lambda leaf: leaf.tied_head is not None, "embedding, tied to the output head"),
+    (lambda leaf: any(place.is_embedding for place in leaf.places), "embedding: rows are looked up"),
+    (lambda leaf: leaf.is_norm, "norm"),
+    (lambda leaf: leaf.is_bias, "bias"),
+    (lambda leaf: leaf.is_vector, "vector"),
+    (_is_router, "router: its rows are the experts' logits"),
+    (_is_depthwise, "depthwise convolution: one filter per channel"),
+)
+"""Why a parameter is no hidden matrix: the first predicate that holds gives the reason. Heads are found elsewhere."""
+
+UNKNOWN = "bare parameter: nothing says it is a matrix"
 
 
 def classify(leaf: Leaf, rule: str, elementwise: str, heads: Mapping[int, str], override: Mapping[str, Any]) -> Row:
@@ -32,7 +70,7 @@ def classify(leaf: Leaf, rule: str, elementwise: str, heads: Mapping[int, str], 
     rule = options.pop("rule")
     view_options = {name: options.pop(name) for name in OPTIONS if name in options}
     if is_matrix_rule(rule):
-        layout = layout or find_layout(leaf.place) or Layout(View(tuple(leaf.param.shape)))
+        layout = layout or find_layout(leaf) or Layout(View(tuple(leaf.param.shape)))
         layout = _adjusted(leaf, layout, view_options) if view_options else layout
         hidden = True
     elif view_options:
@@ -40,6 +78,7 @@ def classify(leaf: Leaf, rule: str, elementwise: str, heads: Mapping[int, str], 
     else:
         layout = None
         hidden = hidden and "rule" not in override
+    pieces = layout.view.pieces if layout else [(1, 1, leaf.param.numel())]
     return Row(
         name=leaf.name,
         param=leaf.param,
@@ -47,30 +86,56 @@ def classify(leaf: Leaf, rule: str, elementwise: str, heads: Mapping[int, str], 
         view=layout.view if layout else None,
         layout=str(layout) if layout else "×".join(map(str, leaf.param.shape)) or "scalar",
         why=f"override (else {why})" if override else why,
-        state_bytes=state_bytes(rule, layout.view.pieces if layout else [(1, 1, leaf.param.numel())]),
+        state_bytes=sum(state_bytes(rule, piece) for piece in pieces),
         hidden=hidden,
-        decays=not (is_vector(leaf) or is_norm(leaf) or is_bias(leaf)),
+        decays=not (leaf.is_vector or leaf.is_norm or leaf.is_bias),
         options=options,
     )
 
 
-def state_bytes(rule: str, pieces: Sequence[tuple[int, int, int]]) -> int:
-    """Return the bytes that a rule with default options keeps for float32 matrices of these shapes ``(b, m, n)``.
+def resolve_overrides(overrides: Overrides, leaves: Sequence[Leaf]) -> dict[int, dict[str, Any]]:
+    """Return the overridden options of each parameter, by id.
 
-    Nothing is allocated.
+    Later overrides change earlier ones, or replace them if they name a rule.
 
-    >>> state_bytes("soap", [(1, 4, 3)]) == 4 * (2 * 4 * 3 + 2 * 4 * 4 + 2 * 3 * 3)
-    True
+    >>> from steepest.routing.survey import survey
+    >>> leaves = survey(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)))
+    >>> list(resolve_overrides({nn.Linear: "soap", "1.weight": {"lr": 0.1}}, leaves).values())
+    [{'rule': 'soap'}, {'rule': 'soap', 'lr': 0.1}]
+    >>> resolve_overrides({"1.wieght": "adamw"}, leaves)
+    Traceback (most recent call last):
+    ValueError: override '1.wieght' matches no parameter; the nearest is '1.weight'
     """
-    return sum(_piece_bytes(rule, tuple(piece)) for piece in pieces)
+    resolved: dict[int, dict[str, Any]] = {}
+    for key, value in overrides.items():
+        settings = {"rule": value} if isinstance(value, str) else dict(value)
+        if "rule" in settings:
+            settings = group_options(settings.pop("rule"), settings)
+        matched = [leaf for leaf in leaves if _matches(key, leaf)]
+        affected = [leaf for leaf in matched if leaf.param.requires_grad and not _spares(leaf, settings)]
+        if not affected:
+            raise ValueError(_no_match(key, matched, leaves))
+        for leaf in affected:
+            before = {} if "rule" in settings else resolved.get(id(leaf.param), {})  # options belong to their rule
+            resolved[id(leaf.param)] = before | settings
+    return resolved
+
+
+def is_matrix_rule(name: str) -> bool:
+    """Return whether a rule optimizes matrices, not entries."""
+    return issubclass(RULES[name], Rule)
 
 
 @cache
-def _piece_bytes(name: str, piece: tuple[int, int, int]) -> int:
-    rule = RULES[name]()
-    G = torch.empty(piece, device="meta")
-    state = laid_out(rule, G) if isinstance(rule, Rule) else rule.init(G)
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+def state_bytes(rule: str, piece: tuple[int, int, int]) -> int:
+    """Return the bytes that a rule with default options keeps for a batch of float32 matrices; it allocates nothing.
+
+    >>> state_bytes("soap", (1, 4, 3)) == 4 * (2 * 4 * 3 + 2 * 4 * 4 + 2 * 3 * 3)
+    True
+    """
+    made, G = RULES[rule](), torch.empty(piece, device="meta")
+    state = laid_out(made, G) if isinstance(made, Rule) else made.init(G)
+    return sum(tensor.nbytes for tensor in state.values())
 
 
 def _hidden_layout(leaf: Leaf, heads: Mapping[int, str]) -> tuple[Layout | None, str]:
@@ -80,9 +145,9 @@ def _hidden_layout(leaf: Leaf, heads: Mapping[int, str]) -> tuple[Layout | None,
             return None, why
     if id(leaf.param) in heads:
         return None, heads[id(leaf.param)]
-    layout = find_layout(leaf.place)
+    layout = find_layout(leaf)
     if layout is None:
-        return None, why_no_layout(leaf)
+        return None, _why_no_layout(leaf)
     if all(min(m, n) == 1 for _, m, n in layout.view.pieces):
         return None, f"vectors ({layout})"
     return layout, layout.why
@@ -93,3 +158,37 @@ def _adjusted(leaf: Leaf, layout: Layout, view_options: Mapping[str, Any]) -> La
         return Layout(replace(layout.view, **view_options), layout.why)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{leaf.name}: {error}") from error
+
+
+def _why_no_layout(leaf: Leaf) -> str:
+    """Return why a parameter that no detector recognizes is optimized entry by entry."""
+    if leaf.param.numel() == 0:
+        return "placeholder without its shape"
+    is_table = any(TABLE_NAMES.search(name) for name in leaf.last_names)
+    return "learnt table: added, not multiplied" if is_table else UNKNOWN
+
+
+def _matches(key: Key, leaf: Leaf) -> bool:
+    if isinstance(key, str):
+        return any(fnmatchcase(place.name, key) for place in leaf.places)
+    return any(isinstance(module, key) for place in leaf.places for module in place.path)
+
+
+def _spares(leaf: Leaf, settings: Mapping[str, Any]) -> bool:
+    """Return whether settings for matrices meet a vector: ``{nn.Linear: "soap"}`` means the weights, not the biases."""
+    for_matrices = is_matrix_rule(settings["rule"]) if "rule" in settings else not settings.keys().isdisjoint(OPTIONS)
+    return for_matrices and leaf.is_vector
+
+
+def _no_match(key: Key, matched: Sequence[Leaf], leaves: Sequence[Leaf]) -> str:
+    shown = repr(key) if isinstance(key, str) else key.__name__
+    if any(leaf.param.requires_grad for leaf in matched):
+        return f"override {shown} is about matrices and matches vectors only, such as {matched[0].name!r}"
+    if matched:
+        return f"override {shown} matches frozen parameters only: {matched[0].name!r} doesn't require grad"
+    if isinstance(key, str):
+        names = [place.name for leaf in leaves for place in leaf.places]
+        near = get_close_matches(key, names, n=1, cutoff=0.0)
+        return f"override {shown} matches no parameter; the nearest is {near[0]!r}" if near else "the model is empty"
+    kinds = sorted({leaf.kind for leaf in leaves})
+    return f"override {shown} matches no parameter; modules with parameters are {', '.join(kinds)}"

@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from torch import Tensor, nn
 
 from steepest.routing.survey import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Place, stores_inputs_first
 from steepest.view import View
 
-GATES: dict[type[nn.Module], str] = {
-    nn.LSTM: "i, f, g, o",
-    nn.LSTMCell: "i, f, g, o",
-    nn.GRU: "r, z, n",
-    nn.GRUCell: "r, z, n",
-    nn.RNN: "",
-    nn.RNNCell: "",
-}
+GATES = (((nn.LSTM, nn.LSTMCell), "i, f, g, o"), ((nn.GRU, nn.GRUCell), "r, z, n"), ((nn.RNN, nn.RNNCell), ""))
+"""The names of the gates that recurrent layers stack; a plain one has none."""
 QKV = re.compile(r"qkv|qkv_proj|to_qkv|in_proj_qkv|wqkv|w_pack|c_attn|in_proj_weight", re.IGNORECASE)
 KV = re.compile(r"kv|to_kv", re.IGNORECASE)
 # GPT-NeoX, Bloom and Megatron store q, k and v head by head: contiguous thirds would be no projections.
@@ -61,14 +55,8 @@ class Layout:
         if not view.pieces:
             return "empty"
         batch = view.pieces[0][0]
-        runs: list[tuple[int, str]] = []
-        for _, m, n in view.pieces:
-            size = _size(view, m, n)
-            if runs and runs[-1][1] == size:
-                runs[-1] = (runs[-1][0] + 1, size)
-            else:
-                runs.append((1, size))
-        text = " + ".join(size if count == 1 else f"{count} × {size}" for count, size in runs)
+        runs = [(size, len(list(equal))) for size, equal in groupby(_size(view, m, n) for _, m, n in view.pieces)]
+        text = " + ".join(size if count == 1 else f"{count} × {size}" for size, count in runs)
         if batch > 1:
             text = f"{batch} {self.members} of {text}" if self.members else f"{batch} × {text}"
         notes = [note for note in (self.blocks if view.split else "", "transposed" if view.transpose else "") if note]
@@ -80,7 +68,7 @@ def find_layout(place: Place) -> Layout | None:
 
     >>> from steepest.routing.survey import survey
     >>> for leaf in survey(nn.Sequential(nn.Conv2d(3, 64, 7), nn.LSTM(64, 32), nn.MultiheadAttention(32, 4))):
-    ...     if layout := find_layout(leaf.place):
+    ...     if layout := find_layout(leaf):
     ...         print(f"{layout}: {layout.why}")
     64×(3·7·7): convolution, flattened
     4 × 32×64 (i, f, g, o): gates, one matrix each
@@ -107,7 +95,7 @@ def _lora(place: Place) -> Layout | None:
 
 
 def _gates(place: Place) -> Layout | None:
-    blocks = next((names for kind, names in GATES.items() if isinstance(place.owner, kind)), None)
+    blocks = next((names for kinds, names in GATES if isinstance(place.owner, kinds)), None)
     if blocks is None or not place.local.startswith("weight"):
         return None
     count = len(blocks.split(", "))
@@ -218,18 +206,7 @@ def _bare(place: Place) -> Layout | None:
     return Layout(_view(place), f"matrix by its name in {place.kind}")
 
 
-DETECTORS: tuple[Callable[[Place], Layout | None], ...] = (
-    _lora,
-    _gates,
-    _attention,
-    _experts,
-    _convolution,
-    _interleaved,
-    _halves,
-    _query_key_value,
-    _weight,
-    _bare,
-)
+DETECTORS = (_lora, _gates, _attention, _experts, _convolution, _interleaved, _halves, _query_key_value, _weight, _bare)
 """The detectors of layouts, from the most specific to the least. The first that recognizes a parameter is right."""
 
 

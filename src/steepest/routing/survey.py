@@ -1,4 +1,4 @@
-"""A survey of a model's parameters: which modules hold each of them, under which names.
+"""A survey of a model's parameters: which modules hold them, under which names, and which produce the outputs.
 
 Routing decides by modules and positions, since a local name says little: there is a ``weight`` in every layer, but only
 one "weight of the Linear that is the last projection of the model".
@@ -7,7 +7,8 @@ one "weight of the Linear that is the last projection of the model".
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -60,6 +61,16 @@ class Place:
         return re.search(r"norm\d*d?$", self.kind.lower()) is not None
 
     @property
+    def is_bias(self) -> bool:
+        """Whether the parameter is a bias by its name. Those of stacked experts have two dimensions."""
+        return "bias" in self.local
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether at most one dimension is larger than 1, as in scalars, or LayerScale ``[C, 1, 1]``."""
+        return sum(size != 1 for size in self.param.shape) < 2
+
+    @property
     def is_lora(self) -> bool:
         """Whether the parameter is a factor of a low-rank adapter."""
         return re.search(r"(^|\.)lora_[ab](\.|$)", self.name.lower()) is not None
@@ -82,25 +93,11 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Leaf:
-    """A leaf is one parameter with all its places."""
+class Leaf(Place):
+    """A leaf is one parameter at the first of its places, which gives it its name."""
 
     places: tuple[Place, ...]
-
-    @property
-    def place(self) -> Place:
-        """The first place, which gives the parameter its name."""
-        return self.places[0]
-
-    @property
-    def name(self) -> str:
-        """The parameter's name, as in ``model.named_parameters()``."""
-        return self.place.name
-
-    @property
-    def param(self) -> Tensor:
-        """The parameter."""
-        return self.place.param
+    """All its places, the first included."""
 
     @property
     def tied_head(self) -> Place | None:
@@ -121,7 +118,26 @@ def survey(model: nn.Module) -> list[Leaf]:
     leaves: dict[int, list[Place]] = {}
     for place in _places(model, "", ()):
         leaves.setdefault(id(place.param), []).append(place)
-    return [Leaf(tuple(places)) for places in leaves.values()]
+    return [Leaf(**vars(places[0]), places=tuple(places)) for places in leaves.values()]
+
+
+def find_heads(model: nn.Module, leaves: Sequence[Leaf]) -> dict[int, str]:
+    """Return the ids of the parameters that produce the model's outputs, each with how it was found.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> heads = find_heads(model, survey(model))
+    >>> [heads.get(id(p)) for p in model.parameters()]
+    [None, None, 'output head: the last projection', None]
+    """
+    # Places are put in the order of modules; a tied head has a place of its own, though its parameter comes first.
+    order = {id(module): i for i, module in enumerate(model.modules())}
+    projections = [place for leaf in leaves for place in leaf.places if place.is_projection and not place.is_lora]
+    projections.sort(key=lambda place: order[id(place.owner)])
+
+    heads = {id(place.param): "output head: its outputs feed nothing" for place in _unread(model, projections)}
+    if projections and not projections[-1].is_in_layers:
+        heads[id(projections[-1].param)] = "output head: the last projection"
+    return heads | _declared_heads(model)
 
 
 def stores_inputs_first(module: nn.Module) -> bool:
@@ -163,3 +179,52 @@ def _is_list_of_layers(row: nn.Module, layer: nn.Module) -> bool:
     if not isinstance(row, nn.Sequential) or isinstance(layer, nn.Sequential):
         return False
     return sum(type(sibling) is type(layer) for sibling in row) > 1
+
+
+def _unread(model: nn.Module, projections: Sequence[Place]) -> list[Place]:
+    """Return the heads beside the last projection: they read the same features, and no layer reads their outputs.
+
+    This finds the policy of an actor-critic model beside its value, and heads that are defined before the body.
+    """
+    if not projections:
+        return []
+    last = projections[-1]
+    features = last.widths[0] if last.is_in_layers else last.widths[1]
+    holders = {id(_unwrapped(model)), id(last.parent)}
+    read = {place.widths[1] for place in projections}
+    return [
+        place
+        for place in projections
+        if isinstance(place.owner, nn.Linear) and not place.is_in_layers and id(place.parent) in holders
+        if place.widths[1] == features and read.isdisjoint(_readable_widths(place.widths[0]))
+    ]
+
+
+def _readable_widths(width: int) -> set[int]:
+    """Return the widths at which outputs may be read: all of them, fused gate and up, or fused query, key and value.
+
+    >>> sorted(_readable_widths(192))
+    [64, 96, 192]
+    """
+    return {width // parts for parts in (1, 2, 3) if width % parts == 0}
+
+
+def _declared_heads(model: nn.Module) -> dict[int, str]:
+    """Return the heads that Hugging Face models name in ``get_output_embeddings()``."""
+    heads: dict[int, str] = {}
+    for module in model.modules():
+        get_head = getattr(module, "get_output_embeddings", None)
+        head = None
+        # Backbones without text inherit the method, and raise.
+        with suppress(NotImplementedError, AttributeError):
+            head = get_head() if callable(get_head) else None
+        if isinstance(head, nn.Module):
+            heads |= {id(p): "output head: get_output_embeddings()" for p in head.parameters() if p.ndim >= 2}
+    return heads
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers (DDP, torch.compile, PEFT), which hold nothing but one module."""
+    while not model._parameters and len(children := list(model.children())) == 1 and list(children[0].children()):
+        model = children[0]
+    return model

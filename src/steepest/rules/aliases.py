@@ -37,6 +37,8 @@ def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     options = dict(options)
     rule = options.get("rule")
+    if rule in (*SOAPS, "inverse_root") and (decay := options.pop("preconditioner_decay", None)) is not None:
+        _set(options, "preconditioner_decay", decay, "shampoo_beta", decay, free=(0.95,))
     if rule not in SOAPS + SHAMPOOS:
         return options
 
@@ -53,9 +55,6 @@ def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
 
     if "use_eigh" in options and _flag(options, "use_eigh"):
         _set(options, "use_eigh", True, "solver", "eigh", free=("auto",))
-    decay = options.pop("preconditioner_decay", None)
-    if decay is not None:
-        _set(options, "preconditioner_decay", decay, "shampoo_beta", decay, free=(0.95,))
     if options.get("noise_floor") == "auto":
         options["noise_floor"] = Soap.defaults()["noise_floor"]
     if "guards" in options and not _flag(options, "guards"):

@@ -22,8 +22,7 @@ from torch.optim import Optimizer
 import steepest
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.presets import ELEMENTWISE, PRESETS, WARMUP
-from steepest.optimizers import ALIASES
-from steepest.optimizers.spelling import spelled
+from steepest.optimizers import ALIASES, spelled
 from steepest.recipes import RECIPES, is_recipe
 
 
