@@ -124,7 +124,7 @@ class Matrix:
             v, m = self.v, β1 * self.m + (1 - β1) * g if o["nesterov"] else self.m
         if guarded and o["momentum_floor"]:
             v = torch.maximum(v, m**2)
-        τ = o["noise_floor"] if guarded else 0.0
+        τ = {"auto": 1e-2}.get(o["noise_floor"], o["noise_floor"]) if guarded else 0.0
         d = v.sqrt()
         u = d * m / (d * (d + o["eps"]) + τ**2 * v.mean()) if τ else m / (d + o["eps"])
         u = Q_L @ u @ Q_R.T
