@@ -39,11 +39,11 @@ class Request:
     sweep: list[str]
     steps: int | None
     seeds: int
+    poison: float
     workers: int
     out: Path
     fresh: bool
     command: str
-    poison: float = 0.0
 
 
 def run(request: Request, console: Console) -> int:
@@ -59,7 +59,8 @@ def run(request: Request, console: Console) -> int:
     _announce(plan, workload, request, console)
     runs = Runs(plan)
     try:
-        with ProgressBars(console, sum(plan.distances)) as bars:
+        bars = ProgressBars(console, sum(plan.distances))
+        with bars.display:
             races.race(plan, Pool(request.workers, bars), store, runs)
     except KeyboardInterrupt:
         runs.interrupted = True
