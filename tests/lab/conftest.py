@@ -65,8 +65,6 @@ def _record(final: float, steps: int = 10, status: str = "finished", optimizer_m
         optimizer_seconds=[optimizer_ms / 1e3] * steps,
         validation=[(i + 1, loss) for i, loss in enumerate(losses)],
         update_rms=[(1, 0.5, 1.0), (steps, 0.2, 0.3)],
-        weight_spread=[(steps, 4.0)],
-        factor_condition=[(steps, 1e4)],
         parameters=100,
         state_bytes=800,
         peak_memory=10**8,

@@ -4,17 +4,15 @@ import math
 
 import pytest
 
-from steepest.lab.race.pool import TrialFailed
 from steepest.lab.race.race import Entry, Plan, Runs, race, shorter_distances
 from steepest.lab.race.results import StepCount, find_results
 from steepest.lab.race.store import Store
 from steepest.lab.race.text import as_json, headline, notes
-from steepest.lab.race.trial import Run
 from steepest.lab.shared.contenders import preset
 
 
-class Listener:
-    """Counts what it is told."""
+class Bars:
+    """Progress bars that record what they are told."""
 
     def __init__(self) -> None:
         self.told: list[str] = []
@@ -27,18 +25,16 @@ class PaperPool:
     """Runs trials on paper: each gets a record without training, or an exception."""
 
     def __init__(self, make_record, stop_after: int = 10**6, fails=lambda trial: False) -> None:
-        self.listener, self.make_record, self.stop_after, self.fails = Listener(), make_record, stop_after, fails
+        self.bars, self.make_record, self.stop_after, self.fails = Bars(), make_record, stop_after, fails
         self.ran = []
 
-    def run(self, trials, done, failed) -> None:
+    def run(self, trials, ended) -> None:
         for trial in trials:
             if len(self.ran) == self.stop_after:
                 raise KeyboardInterrupt
             self.ran.append(trial)
-            if self.fails(trial):
-                failed(trial, "it broke")
-            else:
-                done(Run(trial, self.make_record(abs(math.log(trial.contender.lr / 0.01)), trial.steps)))
+            record = self.make_record(abs(math.log(trial.contender.lr / 0.01)), trial.steps)
+            ended(trial, "it broke" if self.fails(trial) else record)
 
 
 @pytest.fixture
@@ -72,7 +68,7 @@ def test_a_race_that_was_broken_off_continues(make_plan, make_record, store) -> 
     race(plan, second, store, runs)
     assert len(second.ran) == 2
     assert len(runs.finished) == 6
-    assert second.listener.told.count("skipped") == 4
+    assert second.bars.told.count("skipped") == 4
 
 
 def test_a_broken_off_race_has_seen_every_contender(make_plan) -> None:
@@ -87,7 +83,6 @@ def test_a_trial_that_fails_leaves_the_others_alone(make_plan, make_record, stor
     race(plan, pool, store, runs)
     assert len(runs.finished) == 2
     assert [(trial.contender.label, reason) for trial, reason in runs.failures] == [("soap", "it broke")] * 2
-    assert TrialFailed.__doc__
 
 
 def test_distances_are_shares_of_the_whole() -> None:

@@ -45,10 +45,9 @@ def test_contenders_of_one_seed_start_alike_and_see_the_same_batches(run) -> Non
     assert adamw.train_loss == pytest.approx(soap.train_loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-vit"])
-def test_digits_are_learnt_in_seconds(name) -> None:
-    workload = load_workload(name)
-    record = train(Trial(name, preset("soap-f5"), 25, 0), workload, lambda news: None)
+def test_digits_are_learnt_in_seconds() -> None:
+    workload = load_workload("digits")
+    record = train(Trial("digits", preset("soap-f5"), 25, 0), workload, lambda news: None)
     assert record.final < 0.75 * record.train_loss[0]
 
 
@@ -60,7 +59,6 @@ def test_a_record_is_complete(run) -> None:
     )
     assert record.validation[-1] == (30, record.final)
     assert len(record.validation) == 12
-    assert record.factor_condition[-1][1] >= 1
     assert all(0 < median <= largest for _, median, largest in record.update_rms)
     assert record.parameters == 44
     assert record.state_bytes > 8 * record.parameters
@@ -104,13 +102,11 @@ def test_a_schedule_may_be_all_warm_up_or_none(warmup) -> None:
 def test_meters_leave_what_they_measure_alone() -> None:
     model = nn.Linear(6, 4, bias=False)
     before = model.weight.detach().clone()
-    meter = meters.UpdateMeter({"weight": model.weight})
+    meter = meters.UpdateMeter([model.weight])
     assert meter.read(0.1) == (0, 0)
     with torch.no_grad():
         model.weight += 0.2
     assert meter.read(0.1) == pytest.approx((2, 2))
-    torch.linalg.qr(before.T)
-    assert meters.weight_spread({"weight": torch.eye(3)}) == pytest.approx(1)
     assert torch.equal(model.weight - 0.2, (before + 0.2) - 0.2)
 
 

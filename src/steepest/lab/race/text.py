@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 from steepest.lab.race.results import Result, Results
+from steepest.lab.race.trial import loss
 from steepest.lab.shared.contenders import Contender
 from steepest.lab.shared.table import Table
 
@@ -27,21 +29,11 @@ def headline(results: Results) -> tuple[str, str]:
     if not ahead:
         noise = " by more than the noise between seeds" if results.plan.seeds > 1 else ""
         return f"Nobody is ahead of {base.label}{noise}.", losses
-    fewest, fastest = fewest_steps(ahead), least_time(ahead)
+    fewest, fastest = (min(ahead, key=attrgetter(share)) for share in ("steps_share", "time_share"))
     steps = f"{_at_most(fewest)}{fewest.steps_share:.0%} of its steps"
     time = f"{_at_most(fastest)}{fastest.time_share:.0%} of its {results.clock}"
     claim = f"{fewest.label} reaches {base.label}'s final loss in {steps}"
     return claim + (f" and {time}." if fastest is fewest else f", {fastest.label} in {time}."), losses
-
-
-def fewest_steps(results: list[Result]) -> Result:
-    """Return the result with the fewest steps to the target."""
-    return min(results, key=lambda result: result.steps_share or math.inf)
-
-
-def least_time(results: list[Result]) -> Result:
-    """Return the result with the least time to the target."""
-    return min(results, key=lambda result: result.time_share or math.inf)
 
 
 def notes(results: Results) -> list[str]:
@@ -53,7 +45,7 @@ def notes(results: Results) -> list[str]:
         lines.append(f"Best of what was tuned besides lr: {'; '.join(chosen)}.")
     if any(result.best_at_edge_of for result in results.entries):
         lines.append("* best at the edge of what was tried: the optimum may lie beyond.")
-    if any(result.steps_to_target and result.steps_to_target.bound for result in results.entries):
+    if any(result.bound for result in results.entries):
         lines.append("≤ where a run passes the target before its learning rate has come down: an upper bound.")
     return lines
 
@@ -108,25 +100,18 @@ def main_table(results: Results) -> Table:
 
 def _cells(result: Result) -> list[str]:
     count = result.steps_to_target
+    half_range = f" ±{result.half_range:.2g}" if len(result.finals) > 1 else ""
     return [
         result.label,
         f"{result.best.lr:g}{_star(result, 'lr')}",
-        _final(result),
+        loss(result.final) + half_range if math.isfinite(result.final) else "diverged",
         f"{count} ({result.steps_share:.2f})" if count else "not reached",
-        f"{count.bound}{result.time_share:.2f}" if count and result.time_share else "–",
+        f"{result.bound}{result.time_share:.2f}" if result.time_share else "–",
         f"{result.model_ms:.0f}+{result.optimizer_ms:.1f}",
         f"{result.optimizer_ms_p50:.1f}/{result.optimizer_ms_p95:.1f}",
         f"{result.state_bytes_per_parameter:.0f}",
         f"{result.peak_memory_bytes / 1e6:.0f}" if result.peak_memory_bytes else "–",
     ]
-
-
-def _final(result: Result) -> str:
-    """Return the mean and half the range over seeds, if there are several."""
-    if not math.isfinite(result.final):
-        return "diverged"
-    half_range = f" ±{result.half_range:.{_decimals(result.final)}f}" if len(result.finals) > 1 else ""
-    return loss(result.final) + half_range
 
 
 def _star(result: Result, name: str) -> str:
@@ -135,21 +120,7 @@ def _star(result: Result, name: str) -> str:
 
 
 def _at_most(result: Result) -> str:
-    return "at most " if result.steps_to_target and result.steps_to_target.bound else ""
-
-
-def loss(value: float) -> str:
-    """Format a loss with four digits.
-
-    >>> loss(1.62), loss(0.0012344), loss(12345.6)
-    ('1.620', '0.001234', '12346')
-    """
-    return f"{value:.{_decimals(value)}f}"
-
-
-def _decimals(value: float) -> int:
-    """Return the number of decimals that makes four digits."""
-    return max(0, 3 - math.floor(math.log10(abs(value)))) if value else 3
+    return "at most " if result.bound else ""
 
 
 def poisoned(share: float) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from steepest.lab.race.meters import UpdateMeter, factor_condition, peak_memory, state_bytes, stopwatch, weight_spread
+from steepest.lab.race.meters import UpdateMeter, peak_memory, state_bytes, stopwatch
 from steepest.lab.race.poison import Poison
 from steepest.lab.race.trial import Record, Trial
 from steepest.lab.shared.contenders import Contender, hidden_matrices
@@ -23,8 +23,6 @@ VALIDATIONS = 12
 """Validations in a run."""
 PROBES = 24
 """Measurements of update sizes in a run, besides the first steps."""
-SPECTRA = 8
-"""Decompositions of weights and covariances in a run."""
 FIRST_STEPS = (1, 2, 3, 5, 8, 12, 20)
 """Early steps, in which an optimizer would take steps of untested size."""
 DIVERGED = 3.0
@@ -41,10 +39,10 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
     optimizer = trial.contender.optimizer(model)
     schedule = Schedule(optimizer, trial.contender.warmup, trial.steps)
     lr = trial.contender.lr
-    matrices = hidden_matrices(model)
+    matrices = hidden_matrices(model).values()
     record = Record(parameters=sum(p.numel() for p in model.parameters()))
     record.clock, clock = stopwatch(model)
-    validations, spectra = evenly_spaced(VALIDATIONS, trial.steps), evenly_spaced(SPECTRA, trial.steps)
+    validations = evenly_spaced(VALIDATIONS, trial.steps)
     probes = evenly_spaced(PROBES, trial.steps) | set(FIRST_STEPS)
     started = time.perf_counter()
 
@@ -66,11 +64,6 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
             record.update_rms.append((step, *meter.read(record.rate[-1])))
         if step in validations:
             record.validation.append((step, validate(model, workload)))
-        if step in spectra:
-            if (spread := weight_spread(matrices)) is not None:
-                record.weight_spread.append((step, spread))
-            if (condition := factor_condition(optimizer)) is not None:
-                record.factor_condition.append((step, condition))
         progress({"step": step, "train": loss, "validation": record.validation[-1][1] if record.validation else None})
 
     if not math.isfinite(record.final):
@@ -154,5 +147,5 @@ def has_diverged(losses: list[float]) -> bool:
 def _drop_nonfinite(record: Record) -> None:
     """Drop samples that are not finite, which a diverged run has at its end and JSON does not allow."""
     record.train_loss = [loss for loss in record.train_loss if math.isfinite(loss)]
-    for name in ("validation", "update_rms", "weight_spread", "factor_condition"):
-        setattr(record, name, [row for row in getattr(record, name) if all(map(math.isfinite, row))])
+    record.validation = [row for row in record.validation if math.isfinite(row[1])]
+    record.update_rms = [row for row in record.update_rms if all(map(math.isfinite, row))]
