@@ -59,18 +59,18 @@ def race(
     poison: Annotated[float, Option(min=0, max=1, help="Share of gradients that get NaN or infinite entries.")] = 0.0,
     workers: Annotated[int | None, Option(min=1, help="Trials at the same time. Default: one per core.")] = None,
     out: Annotated[Path, Option(help="Folder for the report and the records of all trials.")] = Path("runs/race"),
-    fresh: Annotated[bool, Option("--fresh", help="Run all trials again, even those with a record.")] = False,
 ) -> None:
     """Train contenders side by side with equal tuning, and write a report.
 
     Each trial is recorded when it ends: the same command continues an interrupted race. Ctrl-C leaves a report.
+    Delete the folder to run all trials again.
     """
     with _errors_in_one_line():
         from steepest.lab.race import command
 
         processes = workers or os.cpu_count() or 1
         request = command.Request(
-            optimizers, workload, full, sweep or [], steps, seeds, poison, processes, out, fresh, _typed()
+            optimizers, workload, full, sweep or [], steps, seeds, poison, processes, out, _typed()
         )
         raise typer.Exit(command.run(request, Console()))
 

@@ -12,7 +12,7 @@ import pytest
 from steepest.lab.plan import here as plan_here
 from steepest.lab.race.race import Entry, Plan, Runs
 from steepest.lab.race.trial import Record, Run, Trial
-from steepest.lab.shared.contenders import Contender, preset
+from steepest.lab.shared.contenders import preset
 
 # Files that tests share and those in benchmarks/ are imported by name.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -60,11 +60,9 @@ def _record(final: float, steps: int = 10, status: str = "finished", optimizer_m
     return Record(
         status=status,
         train_loss=losses,
-        rate=[0.1] * steps,
         model_seconds=[0.01] * steps,
         optimizer_seconds=[optimizer_ms / 1e3] * steps,
         validation=[(i + 1, loss) for i, loss in enumerate(losses)],
-        update_rms=[(1, 0.5, 1.0), (steps, 0.2, 0.3)],
         parameters=100,
         state_bytes=800,
         peak_memory=10**8,
@@ -89,8 +87,9 @@ def _runs(plan: Plan, final: Callable[[Trial], float], **fields: object) -> Runs
 
 
 def _plan(*names: str, steps: int = 10, seeds: int = 2, shorter: tuple[int, ...] = (), swept: bool = False) -> Plan:
-    make: Callable[[Contender], Entry] = Entry.swept if swept else Entry.preset
-    return Plan("digits", tuple(make(preset(name)) for name in names), steps, seeds, shorter)
+    contenders = [preset(name) for name in names]
+    entries = tuple(Entry.of(c, {"lr": c.rates} if swept else {}) for c in contenders)
+    return Plan("digits", entries, steps, seeds, shorter)
 
 
 @pytest.fixture

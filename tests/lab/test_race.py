@@ -162,7 +162,7 @@ def test_the_first_entry_is_the_baseline_where_adamw_is_not(make_plan) -> None:
 
 
 def test_what_else_was_tuned_is_said(make_runs) -> None:
-    entry = Entry.swept(preset("soap"), {"lr": [0.1], "warmup": [0.1, 0.2, 0.3]})
+    entry = Entry.of(preset("soap"), {"lr": [0.1], "warmup": [0.1, 0.2, 0.3]})
     plan = Plan("digits", (entry,), steps=10, seeds=1)
     found = find_results(make_runs(plan, lambda trial: 1 - trial.contender.warmup))
     assert "Best of what was tuned besides lr: soap warmup=0.3*." in notes(found)

@@ -54,28 +54,19 @@ def test_digits_are_learnt_in_seconds() -> None:
 def test_a_record_is_complete(run) -> None:
     record = run("soap", steps=30)
     assert record.status == "finished"
-    assert (
-        len(record.train_loss) == len(record.rate) == len(record.model_seconds) == len(record.optimizer_seconds) == 30
-    )
+    assert len(record.train_loss) == len(record.model_seconds) == len(record.optimizer_seconds) == 30
     assert record.validation[-1] == (30, record.final)
     assert len(record.validation) == 12
-    assert all(0 < median <= largest for _, median, largest in record.update_rms)
     assert record.parameters == 44
     assert record.state_bytes > 8 * record.parameters
     assert record.peak_memory > 50e6
     assert Record(**record.as_json()).final == pytest.approx(record.final, rel=1e-5)
 
 
-def test_adam_moves_one_learning_rate_at_first(run) -> None:
-    step, median, largest = run("adamw(weight_decay=0.0)").update_rms[0]
-    assert step == 1
-    assert (median, largest) == pytest.approx((1, 1), abs=1e-2)
-
-
 def test_a_run_that_blows_up_ends_as_diverged(run) -> None:
     record = run("adamw(lr=1e4, warmup=0.0)", steps=200)
     assert record.status == "diverged"
-    assert len(record.rate) < 200
+    assert len(record.model_seconds) < 200
     assert record.final == math.inf
     assert all(map(math.isfinite, record.train_loss))
 
@@ -97,17 +88,6 @@ def test_the_schedule_rises_and_falls() -> None:
 def test_a_schedule_may_be_all_warm_up_or_none(warmup) -> None:
     schedule = Schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), warmup, steps=10)
     assert all(0 < schedule.factor(step) <= 1 for step in range(1, 11))
-
-
-def test_meters_leave_what_they_measure_alone() -> None:
-    model = nn.Linear(6, 4, bias=False)
-    before = model.weight.detach().clone()
-    meter = meters.UpdateMeter([model.weight])
-    assert meter.read(0.1) == (0, 0)
-    with torch.no_grad():
-        model.weight += 0.2
-    assert meter.read(0.1) == pytest.approx((2, 2))
-    assert torch.equal(model.weight - 0.2, (before + 0.2) - 0.2)
 
 
 def test_state_is_counted_in_bytes() -> None:

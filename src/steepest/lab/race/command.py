@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from steepest.lab.race.report import page
 from steepest.lab.race.results import find_results
 from steepest.lab.race.store import Store
 from steepest.lab.race.text import as_json, headline, main_table, notes, poisoned
+from steepest.lab.race.training import gradients, validate
 from steepest.lab.shared.contenders import Contender, parse_contenders, parse_sweep, preset
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.files import write
@@ -42,7 +44,6 @@ class Request:
     poison: float
     workers: int
     out: Path
-    fresh: bool
     command: str
 
 
@@ -54,7 +55,7 @@ def run(request: Request, console: Console) -> int:
     """
     workload = load_workload(request.workload)
     plan = make_plan(request, workload)
-    store = Store(request.out / "runs", workload.fingerprint(), request.fresh)
+    store = Store(request.out / "runs", workload.fingerprint())
     _check(plan, workload)
     _announce(plan, workload, request, console)
     runs = Runs(plan)
@@ -74,14 +75,12 @@ def make_plan(request: Request, workload: Workload) -> Plan:
         contenders = parse_contenders(request.optimizers)
     else:
         contenders = [preset(name) for name in (PRESETS if request.full else QUICK)]
-    axes: dict[str, list[Any]] = {}
+    axes: dict[str, Sequence[Any]] = {}
     for text in request.sweep:
         axes |= parse_sweep(text)
 
     def entry(contender: Contender) -> Entry:
-        if axes:
-            return Entry.swept(contender, axes)
-        return Entry.swept(contender) if request.full else Entry.preset(contender)
+        return Entry.of(contender, axes or ({"lr": contender.rates} if request.full else {}))
 
     # The processes of the trials may have another working directory, so a file's path is made absolute.
     name = str(Path(request.workload).resolve()) if request.workload.endswith(".py") else request.workload
@@ -95,10 +94,8 @@ def _check(plan: Plan, workload: Workload) -> None:
     torch.manual_seed(0)
     try:
         model = workload.model()
-        loss = workload.loss(model, workload.batch(torch.Generator().manual_seed(0)))
-        torch.autograd.backward(loss)
-        with torch.no_grad():
-            float(workload.validation(model))
+        gradients(model, workload, torch.Generator().manual_seed(0))
+        validate(model, workload)
     except Exception as error:
         raise BadInput(f"workload {Path(plan.workload).name}: {one_line(error)}") from error
     for entry in plan.entries:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate
-from statistics import fmean, geometric_mean
+from itertools import accumulate, cycle
+from statistics import fmean
 
 import plotly.graph_objects as go
 
 from steepest.lab.race.race import Entry, Runs
 from steepest.lab.race.results import Result, Results
 from steepest.lab.race.trial import Run, loss
-from steepest.lab.shared.charts import COLOURS, GREY, LOGARITHMIC, Points, area, blank, curve
+from steepest.lab.shared.charts import COLOURS, GREY, LOGARITHMIC, area, blank, curve
 
 Samples = Sequence[tuple[float, Sequence[float]]]
 """Positions, and at each the losses of all seeds."""
@@ -24,7 +24,7 @@ def colours(results: Results) -> dict[str, str]:
     """Return the colour of each entry that has a result, by label; the baseline is grey."""
     base = results.plan.baseline.label
     others = [entry.label for entry in results.plan.entries if entry.label != base]
-    paint = {base: GREY} | {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(others)}
+    paint = {base: GREY} | dict(zip(others, cycle(COLOURS), strict=False))
     return {result.label: paint[result.label] for result in results.entries}
 
 
@@ -90,18 +90,6 @@ def step_times(results: Results) -> go.Figure:
         )
     figure.update_xaxes(LOGARITHMIC)
     _name_rows(figure, order)
-    return figure
-
-
-def update_sizes(results: Results) -> go.Figure:
-    """Draw updates' root mean squares, in learning rates: the median matrix, and dotted the one with the largest."""
-    figure = blank("steps")
-    for label, colour, runs in _curves(results):
-        rows = [row for run in runs for row in run.record.update_rms]
-        curve(figure, label, colour, _mean_by_step((step, median) for step, median, _ in rows))
-        curve(figure, label, colour, _mean_by_step((step, most) for step, _, most in rows), dash="dot", width=1.2)
-    figure.update_xaxes(LOGARITHMIC)
-    figure.update_yaxes(LOGARITHMIC)
     return figure
 
 
@@ -204,15 +192,6 @@ def _name_rows(figure: go.Figure, order: Sequence[Result]) -> None:
         figure.add_annotation(x=0, xref="paper", y=row + 0.42, text=result.label, showarrow=False, xanchor="left")
     figure.update_yaxes(visible=False, range=[-0.4, len(order) - 0.3])
     figure.update_layout(height=50 + 55 * len(order))
-
-
-def _mean_by_step(samples: Iterable[tuple[int, float]]) -> Points:
-    """Return the geometric mean of the positive values at each step."""
-    by_step: dict[float, list[float]] = {}
-    for step, value in samples:
-        if value > 0:
-            by_step.setdefault(step, []).append(value)
-    return [(step, geometric_mean(values)) for step, values in sorted(by_step.items())]
 
 
 def _best_by_rate(entry: Entry, runs: Runs) -> list[tuple[float, list[float]]]:

@@ -1,12 +1,11 @@
-"""Meters of time, memory and update sizes. None of them changes what it measures."""
+"""Meters of time and memory. None of them changes what it measures."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -48,15 +47,3 @@ def state_bytes(optimizer: Optimizer) -> int:
     """Return the bytes of all tensors in the optimizer's state."""
     states = (value for state in optimizer.state.values() for value in state.values())
     return sum(value.numel() * value.element_size() for value in states if isinstance(value, Tensor))
-
-
-class UpdateMeter:
-    """Measures the root mean square by which one step changes each matrix, in learning rates."""
-
-    def __init__(self, matrices: Iterable[Tensor]) -> None:
-        self.before = [(W, W.detach().clone()) for W in matrices]
-
-    def read(self, lr: float) -> tuple[float, float]:
-        """Return the median over matrices, and the largest."""
-        rms = [(W.detach() - old).square().mean().sqrt().item() / lr for W, old in self.before]
-        return (median(rms), max(rms)) if rms else (0.0, 0.0)

@@ -8,9 +8,10 @@ learning rate has not come down. The steps to a given loss are interpolated betw
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 from steepest.lab.race.pool import Pool
 from steepest.lab.race.store import Store
@@ -36,16 +37,9 @@ class Entry:
         return [name for name in names if any(c.value(name) != self.candidates[0].value(name) for c in self.candidates)]
 
     @classmethod
-    def preset(cls, contender: Contender) -> Entry:
-        """Return an entry that runs the contender with its own settings only."""
-        return cls(contender.label, (contender,))
-
-    @classmethod
-    def swept(cls, contender: Contender, axes: dict[str, list[object]] | None = None) -> Entry:
-        """Return an entry that tries the grid along ``axes``, by default the contender's learning rates."""
-        if axes is None:
-            axes = {"lr": list(contender.rates)}
-        return cls(contender.label, tuple(grid(contender, axes)))
+    def of(cls, contender: Contender, axes: Mapping[str, Sequence[Any]]) -> Entry:
+        """Return an entry that tries the grid along ``axes``; without axes, the contender's own settings."""
+        return cls(contender.label, tuple(grid(contender, axes)) if axes else (contender,))
 
 
 @dataclass(frozen=True)

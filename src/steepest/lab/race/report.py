@@ -67,7 +67,7 @@ def _trials(results: Results) -> Table:
     rows = []
     for run in sorted(results.runs.finished, key=order):
         record, settings = run.record, text.settings(run.trial.contender)
-        outcome = loss(record.final) if math.isfinite(record.final) else f"diverged at {len(record.rate)}"
+        outcome = loss(record.final) if math.isfinite(record.final) else f"diverged at {len(record.model_seconds)}"
         rows.append(row(run.trial, outcome, f"{record.wall_seconds:.1f}", settings))
     rows += [row(trial, "failed", "–", reason) for trial, reason in results.runs.failures]
     return Table(["contender", "lr", "steps", "seed", "final loss", "seconds\nwall", "settings"], rows)

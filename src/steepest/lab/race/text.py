@@ -30,8 +30,9 @@ def headline(results: Results) -> tuple[str, str]:
         noise = " by more than the noise between seeds" if results.plan.seeds > 1 else ""
         return f"Nobody is ahead of {base.label}{noise}.", losses
     fewest, fastest = (min(ahead, key=attrgetter(share)) for share in ("steps_share", "time_share"))
-    steps = f"{_at_most(fewest)}{fewest.steps_share:.0%} of its steps"
-    time = f"{_at_most(fastest)}{fastest.time_share:.0%} of its {results.clock}"
+    at_most = {"≤": "at most ", "": ""}
+    steps = f"{at_most[fewest.bound]}{fewest.steps_share:.0%} of its steps"
+    time = f"{at_most[fastest.bound]}{fastest.time_share:.0%} of its {results.clock}"
     claim = f"{fewest.label} reaches {base.label}'s final loss in {steps}"
     return claim + (f" and {time}." if fastest is fewest else f", {fastest.label} in {time}."), losses
 
@@ -117,10 +118,6 @@ def _cells(result: Result) -> list[str]:
 def _star(result: Result, name: str) -> str:
     """Mark a setting whose best value is at the edge of what was tried."""
     return "*" if name in result.best_at_edge_of else ""
-
-
-def _at_most(result: Result) -> str:
-    return "at most " if result.bound else ""
 
 
 def poisoned(share: float) -> str:

@@ -12,19 +12,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from steepest.lab.race.meters import UpdateMeter, peak_memory, state_bytes, stopwatch
+from steepest.lab.race.meters import peak_memory, state_bytes, stopwatch
 from steepest.lab.race.poison import Poison
 from steepest.lab.race.trial import Record, Trial
-from steepest.lab.shared.contenders import Contender, hidden_matrices
+from steepest.lab.shared.contenders import Contender
 from steepest.lab.shared.presets import FINAL_RATE
 from steepest.lab.workloads.workload import Workload
 
 VALIDATIONS = 12
 """Validations in a run."""
-PROBES = 24
-"""Measurements of update sizes in a run, besides the first steps."""
-FIRST_STEPS = (1, 2, 3, 5, 8, 12, 20)
-"""Early steps, in which an optimizer would take steps of untested size."""
 DIVERGED = 3.0
 """A run has diverged when its mean loss over ten steps is more than so many times the first loss."""
 
@@ -38,16 +34,13 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
     poison = Poison(trial.poison, trial.seed)
     optimizer = trial.contender.optimizer(model)
     schedule = Schedule(optimizer, trial.contender.warmup, trial.steps)
-    lr = trial.contender.lr
-    matrices = hidden_matrices(model).values()
     record = Record(parameters=sum(p.numel() for p in model.parameters()))
     record.clock, clock = stopwatch(model)
     validations = evenly_spaced(VALIDATIONS, trial.steps)
-    probes = evenly_spaced(PROBES, trial.steps) | set(FIRST_STEPS)
     started = time.perf_counter()
 
     for step in range(1, trial.steps + 1):
-        record.rate.append(lr * schedule.set(step))
+        schedule.set(step)
         start = clock()
         loss = gradients(model, workload, data)
         record.model_seconds.append(clock() - start)
@@ -56,19 +49,18 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
             record.status = "diverged"
             break
         record.poisoned += poison.apply(model.parameters())
-        meter = UpdateMeter(matrices) if step in probes else None
         start = clock()
         optimizer.step()
         record.optimizer_seconds.append(clock() - start)
-        if meter is not None:
-            record.update_rms.append((step, *meter.read(record.rate[-1])))
         if step in validations:
             record.validation.append((step, validate(model, workload)))
         progress({"step": step, "train": loss, "validation": record.validation[-1][1] if record.validation else None})
 
     if not math.isfinite(record.final):
         record.status = "diverged"
-    _drop_nonfinite(record)
+    # A diverged run has samples at its end that are not finite, which JSON does not allow.
+    record.train_loss = [loss for loss in record.train_loss if math.isfinite(loss)]
+    record.validation = [row for row in record.validation if math.isfinite(row[1])]
     record.state_bytes, record.peak_memory = state_bytes(optimizer), peak_memory()
     record.skipped = getattr(optimizer, "skipped", None)
     record.wall_seconds = time.perf_counter() - started
@@ -90,12 +82,11 @@ class Schedule:
         left = (1 + math.cos(math.pi * (step - self.rise) / (self.steps - self.rise))) / 2
         return FINAL_RATE + (1 - FINAL_RATE) * left
 
-    def set(self, step: int) -> float:
-        """Set the rates of all groups for ``step``, and return the factor."""
+    def set(self, step: int) -> None:
+        """Set the rates of all groups for ``step``."""
         factor = self.factor(step)
         for group, highest in zip(self.groups, self.highest, strict=True):
             group["lr"] = highest * factor
-        return factor
 
 
 def gradients(model: nn.Module, workload: Workload, data: torch.Generator) -> float:
@@ -142,10 +133,3 @@ def has_diverged(losses: list[float]) -> bool:
         return True
     recent = losses[-10:]
     return len(losses) > 10 and fmean(recent) > DIVERGED * losses[0] > 0
-
-
-def _drop_nonfinite(record: Record) -> None:
-    """Drop samples that are not finite, which a diverged run has at its end and JSON does not allow."""
-    record.train_loss = [loss for loss in record.train_loss if math.isfinite(loss)]
-    record.validation = [row for row in record.validation if math.isfinite(row[1])]
-    record.update_rms = [row for row in record.update_rms if all(map(math.isfinite, row))]

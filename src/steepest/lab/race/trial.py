@@ -43,14 +43,10 @@ class Record:
     status: Literal["finished", "diverged"] = "finished"
     train_loss: list[float] = field(default_factory=list)
     """Loss of each step on its own batch, before the update."""
-    rate: list[float] = field(default_factory=list)
-    """Learning rate of the hidden matrices in each step."""
     model_seconds: list[float] = field(default_factory=list)
     """Time of each step for batch, forward and backward."""
     optimizer_seconds: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
-    update_rms: list[tuple[int, float, float]] = field(default_factory=list)
-    """Root mean square of the hidden matrices' updates, divided by the learning rate: their median, their largest."""
     parameters: int = 0
     state_bytes: int = 0
     peak_memory: int = 0

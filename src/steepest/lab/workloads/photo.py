@@ -28,7 +28,13 @@ class Photo(Supervised):
     batch_size = 2048
 
     def __init__(self) -> None:
-        picture = _photograph()  # [3, h, w]
+        try:
+            from sklearn.datasets import load_sample_image
+
+            photograph = load_sample_image("china.jpg")  # [427, 640, 3], 0..255
+        except ImportError as error:  # scikit-learn, or pillow, without which it can't read JPEG
+            raise BadInput('workload photo needs scikit-learn and pillow: pip install "steepest[lab]"') from error
+        picture = F.avg_pool2d(torch.tensor(photograph).permute(2, 0, 1) / 127.5 - 1, SHRUNK)  # [3, h, w] in [-1, 1]
         rows, columns = (torch.linspace(-1, 1, size) for size in picture.shape[1:])
         coordinates = torch.cartesian_prod(rows, columns)  # [h·w, 2]
         self.inputs, self.targets = shuffled(coordinates, picture.flatten(1).mT)
@@ -61,11 +67,10 @@ class Siren(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers - 1))
         self.last = nn.Linear(width, 3)
         bound = math.sqrt(6 / width)
-        _uniform(self.first.weight, PAPERS_FREQUENCY / FREQUENCY / 2)
-        for layer in self.hidden:
+        bounds = [PAPERS_FREQUENCY / FREQUENCY / 2, *[bound / FREQUENCY] * len(self.hidden), bound / PAPERS_FREQUENCY]
+        for layer, bound in zip((self.first, *self.hidden, self.last), bounds, strict=True):
             assert isinstance(layer, nn.Linear)
-            _uniform(layer.weight, bound / FREQUENCY)
-        _uniform(self.last.weight, bound / PAPERS_FREQUENCY)
+            nn.init.uniform_(layer.weight, -bound, bound)
 
     def forward(self, coordinates: Tensor) -> Tensor:
         """Return the colours; all sines have the same frequency, which the first layer's weights spread."""
@@ -74,19 +79,3 @@ class Siren(nn.Module):
             x = torch.sin(FREQUENCY * layer(x))
         colours: Tensor = self.last(x)
         return colours
-
-
-def _uniform(weight: Tensor, bound: float) -> None:
-    nn.init.uniform_(weight, -bound, bound)
-
-
-def _photograph() -> Tensor:
-    """Return the photograph, shrunk, ``[3, h, w]`` in [-1, 1]."""
-    try:
-        from sklearn.datasets import load_sample_image
-
-        photograph = load_sample_image("china.jpg")  # [427, 640, 3], 0..255
-    except ImportError as error:  # scikit-learn, or pillow, without which it can't read JPEG
-        raise BadInput('workload photo needs scikit-learn and pillow: pip install "steepest[lab]"') from error
-    picture = torch.tensor(photograph).permute(2, 0, 1).float() / 127.5 - 1
-    return F.avg_pool2d(picture, SHRUNK)
