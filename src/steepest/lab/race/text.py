@@ -101,7 +101,7 @@ def main_table(results: Results) -> Table:
 
 def _cells(result: Result) -> list[str]:
     count = result.steps_to_target
-    half_range = f" ±{result.half_range:.2g}" if len(result.finals) > 1 else ""
+    half_range = f" ±{result.half_range:#.2g}" if len(result.finals) > 1 else ""
     return [
         result.label,
         f"{result.best.lr:g}{_star(result, 'lr')}",
