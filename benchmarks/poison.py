@@ -74,7 +74,7 @@ def torchs_adamw(poison: float, seeds: int) -> list[dict[str, Any]]:
     records = [run(contender, seed, poison) for seed in range(seeds)]
     finals = [record.final if math.isfinite(record.final) else None for record in records]
     return [
-        {"status": record.status, "steps": len(record.rate), "final": final}
+        {"status": record.status, "steps": len(record.model_seconds), "final": final}
         for record, final in zip(records, finals, strict=True)
     ]
 

@@ -18,6 +18,7 @@ from steepest import __version__
 try:
     import typer
     from rich.console import Console
+    from typer import Option
 except ModuleNotFoundError as missing:
     sys.exit(f'steepest: the command line needs {missing.name}; install it with: pip install "steepest[lab]"')
 
@@ -25,13 +26,17 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
-ModelFile = Annotated[str, typer.Argument(help="A Python file with a function model() that returns a module.")]
+MODEL_FILE = typer.Argument(help="A Python file with a function model() that returns a module.")
+Rule = Annotated[str, Option(help="The optimizer or recipe for hidden matrices.")]
+Options = Annotated[list[str] | None, Option("--option", help='An option: "betas=(0.9, 0.95)". Repeat it for more.')]
+Out = Annotated[Path, Option(help="Folder for the report and its figures.")]
+Json = Annotated[bool, Option("--json", help="Print all figures as JSON.")]
 
 
 @app.callback(invoke_without_command=True, epilog="Example: steepest race --optimizers 'adamw, soap'")
 def steepest(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Matrix-aware optimizers for PyTorch: race, check, list and time them, and plan their memory on many GPUs."""
     if version:
@@ -45,55 +50,27 @@ def steepest(
 
 @app.command(epilog="Example: steepest race --optimizers 'adamw, soap(lr=1e-2)' --steps 200")
 def race(
-    optimizers: Annotated[
-        str | None,
-        typer.Option(
-            help='Contenders, as in "adamw, soap(precondition_frequency=5, lr=1e-2)". Default: a few; all with --full.'
-        ),
-    ] = None,
-    workload: Annotated[
-        str,
-        typer.Option(help="What to train: stdlib, digits, digits-vit, photo, convnet, or a file of your own."),
-    ] = "stdlib",
-    full: Annotated[
-        bool, typer.Option("--full", help="Sweep learning rates, then train the best for fewer steps too.")
-    ] = False,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option(
-            help='Values to try instead of presets: "lr=5e-3, 1e-2". Repeat it for a grid of several options.'
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps. Default: as the workload says.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds with which each setting is trained.")] = 2,
-    poison: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of gradients that get NaN or infinite entries.")
-    ] = 0.0,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Trials at the same time, one thread each. Default: one per core.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the report and the records of all trials.")] = Path("runs/race"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Run all trials again, even those with a record.")] = False,
+    optimizers: Annotated[str | None, Option(help="Contenders. Default: a few presets; all with --full.")] = None,
+    workload: Annotated[str, Option(help="What to train: stdlib, digits, photo, convnet, or a file.")] = "stdlib",
+    full: Annotated[bool, Option("--full", help="Sweep learning rates, then run shorter distances, too.")] = False,
+    sweep: Annotated[list[str] | None, Option(help='Values to try: "lr=5e-3, 1e-2". Repeat it for a grid.')] = None,
+    steps: Annotated[int | None, Option(min=1, help="Training steps. Default: as the workload says.")] = None,
+    seeds: Annotated[int, Option(min=1, help="Number of seeds with which each setting is trained.")] = 2,
+    poison: Annotated[float, Option(min=0, max=1, help="Share of gradients that get NaN or infinite entries.")] = 0.0,
+    workers: Annotated[int | None, Option(min=1, help="Trials at the same time. Default: one per core.")] = None,
+    out: Annotated[Path, Option(help="Folder for the report and the records of all trials.")] = Path("runs/race"),
 ) -> None:
     """Train contenders side by side with equal tuning, and write a report.
 
     Each trial is recorded when it ends: the same command continues an interrupted race. Ctrl-C leaves a report.
+    Delete the folder to run all trials again.
     """
     with _errors_in_one_line():
         from steepest.lab.race import command
 
+        processes = workers or os.cpu_count() or 1
         request = command.Request(
-            optimizers=optimizers,
-            workload=workload,
-            full=full,
-            sweep=sweep or [],
-            steps=steps,
-            seeds=seeds,
-            workers=workers or os.cpu_count() or 1,
-            out=out,
-            fresh=fresh,
-            command=_typed(),
-            poison=poison,
+            optimizers, workload, full, sweep or [], steps, seeds, poison, processes, out, _typed()
         )
         raise typer.Exit(command.run(request, Console()))
 
@@ -101,14 +78,12 @@ def race(
 @app.command(epilog="Example: steepest check torch.optim:AdamW --lr 1e-3 --option 'betas=(0.9, 0.95)'")
 def check(
     optimizer: Annotated[str, typer.Argument(help="module:Class, as in torch.optim:AdamW, or a name, as in soap.")],
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help='Another option: "betas=(0.9, 0.95)". Repeat it for more.')
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Dtype of the parameters: float32, bfloat16, float64.")] = "float32",
-    device: Annotated[str, typer.Option(help="Device of the parameters: cpu, cuda.")] = "cpu",
-    slow: Annotated[bool, typer.Option("--slow", help="Check the compiled step, too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print verdicts and evidence as JSON.")] = False,
+    lr: Annotated[float | None, Option(help="Learning rate.")] = None,
+    option: Options = None,
+    dtype: Annotated[str, Option(help="Dtype of the parameters: float32, bfloat16, float64.")] = "float32",
+    device: Annotated[str, Option(help="Device of the parameters: cpu, cuda.")] = "cpu",
+    slow: Annotated[bool, Option("--slow", help="Check the compiled step, too.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check an optimizer against each clause of the contract of PyTorch's optimizers.
 
@@ -132,10 +107,7 @@ def optimizers() -> None:
 
 
 @app.command(epilog="Example: steepest routes my_model.py --rule kl-soap")
-def routes(
-    model_file: ModelFile,
-    rule: Annotated[str, typer.Option(help="The optimizer or recipe for hidden matrices.")] = "soap",
-) -> None:
+def routes(model_file: Annotated[str, MODEL_FILE], rule: Rule = "soap") -> None:
     """Print which rule steps each parameter of a model, as which matrices, and why."""
     with _errors_in_one_line():
         from steepest.lab.listing import command
@@ -145,37 +117,22 @@ def routes(
 
 @app.command(epilog="Example: steepest plan --params 7b --world 64 --layout hsdp:8x8 --gpu h100")
 def plan(
-    model_file: Annotated[
-        str | None, typer.Argument(help="A Python file with a function model() that returns a module.")
-    ] = None,
-    params: Annotated[
-        str | None, typer.Option(help="Well-known models by size, instead of a file: 124m,1b,7b,70b. Default: all.")
-    ] = None,
-    optimizer: Annotated[str, typer.Option(help="The optimizer or recipe for hidden matrices.")] = "soap",
-    option: Annotated[
-        list[str] | None, typer.Option(help="One of its options: precondition_frequency=10. Repeat it for more.")
-    ] = None,
-    world: Annotated[int, typer.Option(help="Number of ranks.")] = 8,
+    model_file: Annotated[str | None, MODEL_FILE] = None,
+    params: Annotated[str | None, Option(help="Known models instead of a file: 124m,1b,7b,70b. Default: all.")] = None,
+    optimizer: Rule = "soap",
+    option: Options = None,
+    world: Annotated[int, Option(help="Number of ranks.")] = 8,
     layout: Annotated[
-        str,
-        typer.Option(help="How ranks hold parameters: fsdp, ddp, tp, hsdp:RxS (R replicas of S shards), fsdp+tp:SxT."),
+        str, Option(help="How ranks hold parameters: fsdp, ddp, tp, hsdp:RxS (R replicas of S shards), fsdp+tp:SxT.")
     ] = "fsdp",
-    block_size: Annotated[
-        int | None,
-        typer.Option(help="Cut matrices into blocks of at most this many rows and columns. Default: try several."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens in a training step, over all ranks.")] = 2**19,
-    dtype: Annotated[
-        str | None, typer.Option(help="Dtype of gradients. Default: that of the file's parameters, or bfloat16.")
-    ] = None,
+    block_size: Annotated[int | None, Option(help="Largest side of blocks of matrices. Default: try several.")] = None,
+    tokens: Annotated[int, Option(help="Tokens in a training step, over all ranks.")] = 2**19,
+    dtype: Annotated[str | None, Option(help="Dtype of gradients. Default: the file's, or bfloat16.")] = None,
     gpu: Annotated[
-        str | None,
-        typer.Option(help="Predict time on: h200, h100, a100, l40s, or here, which measures this machine first."),
+        str | None, Option(help="Predict time on: h200, h100, a100, l40s, or here, which measures this machine first.")
     ] = None,
-    mfu: Annotated[
-        float, typer.Option(help="Share of the GPU's peak FLOPs that forward and backward passes reach.")
-    ] = 0.4,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+    mfu: Annotated[float, Option(help="Share of peak FLOPs that forward and backward passes reach.")] = 0.4,
+    as_json: Json = False,
 ) -> None:
     """Simulate an optimizer's step on many ranks: state, bytes sent, FLOPs, their balance, and time."""
     with _errors_in_one_line():
@@ -191,9 +148,9 @@ def plan(
 
 @app.command(epilog="Example: steepest spike --device cpu --seed 1")
 def spike(
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda. TF32 is emulated on devices without it.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the gradients.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the report and its figures.")] = Path("runs/spike"),
+    device: Annotated[str, Option(help="auto, cpu or cuda. TF32 is emulated on devices without it.")] = "auto",
+    seed: Annotated[int, Option(help="Seed of the gradients.")] = 0,
+    out: Out = Path("runs/spike"),
 ) -> None:
     """Show what a gradient 1000 times too large does to KL-Shampoo's eigenbases, by precision and floor."""
     with _errors_in_one_line():
@@ -202,30 +159,17 @@ def spike(
         command.run(command.Request(device, seed, out, _typed()), Console())
 
 
-@app.command(epilog="Example: steepest bench --optimizers 'soap-f10, muon' --steps 20")
+@app.command(epilog="Example: steepest bench --optimizers 'soap-f10, soap-f10(stagger=True), muon' --steps 20")
 def bench(
-    shapes: Annotated[
-        str, typer.Option(help="Models whose matrices are stepped: gpt-tiny, gpt2-124m, llama-1b, moe.")
-    ] = "gpt-tiny",
-    optimizers: Annotated[
-        str | None,
-        typer.Option(
-            help='As in "soap-f10, soap-f10(stagger=True), muon"; -f10 is a refresh every 10 steps. Default: seven.'
-        ),
-    ] = None,
-    peers: Annotated[
-        bool, typer.Option("--peers", help="Time those of torch.optim, pytorch_optimizer and heavyball, too.")
-    ] = False,
-    compiled: Annotated[
-        bool, typer.Option("--compiled", help="Time heavyball's with its own compilation, too, which takes minutes.")
-    ] = False,
-    steps: Annotated[int, typer.Option(help="Timed steps: a multiple of every refresh frequency.")] = 40,
-    warmup: Annotated[
-        int | None, typer.Option(help="Steps before those. Default: one more than the longest period.")
-    ] = None,
-    depth: Annotated[int | None, typer.Option(help="Number of layers, instead of all that the model has.")] = None,
-    device: Annotated[str, typer.Option(help="cpu (one thread) or cuda.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder for the report and its figures.")] = Path("runs/bench"),
+    shapes: Annotated[str, Option(help="Models with these matrices: gpt-tiny, gpt2-124m, llama-1b, moe.")] = "gpt-tiny",
+    optimizers: Annotated[str | None, Option(help="-f10 is a refresh every 10 steps. Default: seven.")] = None,
+    peers: Annotated[bool, Option("--peers", help="Time torch.optim, pytorch_optimizer and heavyball, too.")] = False,
+    compiled: Annotated[bool, Option("--compiled", help="Time heavyball compiled, too: takes minutes.")] = False,
+    steps: Annotated[int, Option(help="Timed steps: a multiple of every refresh frequency.")] = 40,
+    warmup: Annotated[int | None, Option(help="Steps before. Default: one more than the longest period.")] = None,
+    depth: Annotated[int | None, Option(help="Number of layers, instead of all that the model has.")] = None,
+    device: Annotated[str, Option(help="cpu (one thread) or cuda.")] = "cpu",
+    out: Out = Path("runs/bench"),
 ) -> None:
     """Time optimizers' steps on a model's shapes, by phase, against other libraries and against a lower bound."""
     with _errors_in_one_line():

@@ -44,7 +44,7 @@ class Quick(Workload):
 
 @pytest.fixture
 def quick_task(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that writes a workload file whose steps take ``pause`` seconds."""
+    """Writes a workload file; its steps take ``pause`` seconds."""
 
     def write(pause: float = 0.0) -> Path:
         path = tmp_path / "quick_task.py"
@@ -55,18 +55,14 @@ def quick_task(tmp_path: Path) -> Callable[..., Path]:
 
 
 def _record(final: float, steps: int = 10, status: str = "finished", optimizer_ms: float = 1.0) -> Record:
-    """Return the record of a run whose loss falls linearly to ``final`` from 3 above it."""
+    """A run that comes down to ``final`` in a straight line from 3 above it."""
     losses = [final + 3 * (1 - i / steps) for i in range(1, steps + 1)]
     return Record(
         status=status,
         train_loss=losses,
-        rate=[0.1] * steps,
         model_seconds=[0.01] * steps,
         optimizer_seconds=[optimizer_ms / 1e3] * steps,
         validation=[(i + 1, loss) for i, loss in enumerate(losses)],
-        update_rms=[(1, 0.5, 1.0), (steps, 0.2, 0.3)],
-        weight_spread=[(steps, 4.0)],
-        factor_condition=[(steps, 1e4)],
         parameters=100,
         state_bytes=800,
         peak_memory=10**8,
@@ -76,7 +72,7 @@ def _record(final: float, steps: int = 10, status: str = "finished", optimizer_m
 
 
 def _runs(plan: Plan, final: Callable[[Trial], float], **fields: object) -> Runs:
-    """Return the runs of all trials of a plan with these final losses, where infinite ones diverged."""
+    """A race in which every trial of the plan was run, with these final losses; infinite ones diverged."""
     found = Runs(plan)
 
     def run(trials: list[Trial]) -> None:
@@ -92,7 +88,7 @@ def _runs(plan: Plan, final: Callable[[Trial], float], **fields: object) -> Runs
 
 def _plan(*names: str, steps: int = 10, seeds: int = 2, shorter: tuple[int, ...] = (), swept: bool = False) -> Plan:
     contenders = [preset(name) for name in names]
-    entries = tuple(Entry.of(c, {"lr": c.rates} if swept else None) for c in contenders)
+    entries = tuple(Entry.of(c, {"lr": c.rates} if swept else {}) for c in contenders)
     return Plan("digits", entries, steps, seeds, shorter)
 
 
@@ -135,7 +131,7 @@ while line := sys.stdin.readline():
 
 
 class ForkServer:
-    """A process that has imported everything, and whose forks run ``main(line)`` of a script and may be killed."""
+    """A process that has imported everything; its copies run ``main(line)`` of a script, and may be killed."""
 
     def __init__(self, script: str, folder: Path) -> None:
         (folder / "script.py").write_text(script)
@@ -148,7 +144,7 @@ class ForkServer:
         )
 
     def start(self, line: str) -> None:
-        """Start a fork with its line; first end one that a failed test has left."""
+        """A copy with its line; one that a failed test has left is ended first."""
         if self.child:
             self.kill()
             self.end()
@@ -156,18 +152,18 @@ class ForkServer:
         self.child = int(self._read())
 
     def kill(self) -> None:
-        """Kill the fork, which may have ended."""
+        """Kill the copy, wherever it is; it may have ended."""
         assert self.child > 1, "0 would be this very process group"
         os.kill(self.child, signal.SIGKILL)
 
     def end(self) -> int:
-        """Wait for the end of the fork, and return its exit status, negative if it was killed."""
+        """Wait for the end of the copy; its exit status, negative if it was killed."""
         self._write("")
         self.child = 0
         return int(self._read())
 
     def run(self, line: str) -> tuple[int, str]:
-        """Run a fork to its end, and return its exit status and output."""
+        """A copy from its start to its end: exit status, and what it printed."""
         self.start(line)
         return self.end(), self.log.read_text()
 
@@ -180,7 +176,7 @@ class ForkServer:
         return self.process.stdout.readline()
 
     def close(self) -> None:
-        """End the server, after its forks have ended."""
+        """End the server; the copies have ended."""
         with self.process:  # closes its pipes, and waits
             assert self.process.stdin is not None
             self.process.stdin.close()
@@ -188,7 +184,7 @@ class ForkServer:
 
 @pytest.fixture(scope="module")
 def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], ForkServer]]:
-    """Return a function that starts a server for a script."""
+    """Starts a server that runs a script."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     servers: list[ForkServer] = []

@@ -38,7 +38,7 @@ DIGITS = workload.load_workload("digits")
 fingerprints.library_hash()
 steepest.for_model(DIGITS.model(), "soap", lr=0.1)  # torch imports more for its first optimizer
 
-async def run(self, trial):  # in this process, which has everything imported
+def run(self, trial):  # in this process, which has everything imported
     return Record(**training.train(trial, DIGITS, lambda progress: None).as_json())
 
 pool.Pool._run = run

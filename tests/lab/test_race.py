@@ -8,36 +8,33 @@ from steepest.lab.race.race import Entry, Plan, Runs, race, shorter_distances
 from steepest.lab.race.results import StepCount, find_results
 from steepest.lab.race.store import Store
 from steepest.lab.race.text import as_json, headline, notes
-from steepest.lab.race.trial import Run
 from steepest.lab.shared.contenders import preset
 
 
-class Listener:
-    """A listener that keeps the names of its calls."""
+class Bars:
+    """Progress bars that record what they are told."""
 
     def __init__(self) -> None:
-        self.calls: list[str] = []
+        self.told: list[str] = []
 
     def __getattr__(self, name):
-        return lambda *args: self.calls.append(name)
+        return lambda *args: self.told.append(name)
 
 
-class FakePool:
-    """A pool that runs nothing: each trial gets a record without training, or fails."""
+class PaperPool:
+    """Runs trials on paper: each gets a record without training, or an exception."""
 
     def __init__(self, make_record, stop_after: int = 10**6, fails=lambda trial: False) -> None:
-        self.listener, self.make_record, self.stop_after, self.fails = Listener(), make_record, stop_after, fails
+        self.bars, self.make_record, self.stop_after, self.fails = Bars(), make_record, stop_after, fails
         self.ran = []
 
-    def run(self, trials, done, failed) -> None:
+    def run(self, trials, ended) -> None:
         for trial in trials:
             if len(self.ran) == self.stop_after:
                 raise KeyboardInterrupt
             self.ran.append(trial)
-            if self.fails(trial):
-                failed(trial, "it broke")
-            else:
-                done(Run(trial, self.make_record(abs(math.log(trial.contender.lr / 0.01)), trial.steps)))
+            record = self.make_record(abs(math.log(trial.contender.lr / 0.01)), trial.steps)
+            ended(trial, "it broke" if self.fails(trial) else record)
 
 
 @pytest.fixture
@@ -47,7 +44,7 @@ def store(tmp_path) -> Store:
 
 def test_everybody_is_tuned_then_the_best_runs_the_shorter_distances(make_plan, make_record, store) -> None:
     plan = make_plan("adamw", "soap", swept=True, shorter=(5, 8))
-    pool = FakePool(make_record)
+    pool = PaperPool(make_record)
     race(plan, pool, store, Runs(plan))
     tuning, finals = pool.ran[:8], pool.ran[8:]  # four rates each, one seed
     assert {(trial.steps, trial.seed) for trial in tuning} == {(10, 0)}
@@ -59,29 +56,29 @@ def test_everybody_is_tuned_then_the_best_runs_the_shorter_distances(make_plan, 
     assert sorted(plan.distances) == sorted(trial.steps for trial in pool.ran)
 
 
-def test_a_race_that_was_interrupted_continues(make_plan, make_record, store) -> None:
+def test_a_race_that_was_broken_off_continues(make_plan, make_record, store) -> None:
     plan = make_plan("adamw", "soap", "moso")
-    first = FakePool(make_record, stop_after=4)
+    first = PaperPool(make_record, stop_after=4)
     runs = Runs(plan)
     with pytest.raises(KeyboardInterrupt):
         race(plan, first, store, runs)
     assert len(runs.finished) == 4
-    second = FakePool(make_record)
+    second = PaperPool(make_record)
     runs = Runs(plan)
     race(plan, second, store, runs)
     assert len(second.ran) == 2
     assert len(runs.finished) == 6
-    assert second.listener.calls.count("skipped") == 4
+    assert second.bars.told.count("skipped") == 4
 
 
-def test_an_interrupted_race_has_seen_every_contender(make_plan) -> None:
+def test_a_broken_off_race_has_seen_every_contender(make_plan) -> None:
     plan = make_plan("adamw", "soap", "moso", swept=True)
     assert [trial.contender.label for trial in plan.tuning()[:3]] == ["adamw", "soap", "moso"]
 
 
 def test_a_trial_that_fails_leaves_the_others_alone(make_plan, make_record, store) -> None:
     plan = make_plan("adamw", "soap")
-    pool = FakePool(make_record, fails=lambda trial: trial.contender.label == "soap")
+    pool = PaperPool(make_record, fails=lambda trial: trial.contender.label == "soap")
     runs = Runs(plan)
     race(plan, pool, store, runs)
     assert len(runs.finished) == 2
@@ -112,18 +109,18 @@ def test_without_distances_the_crossing_is_an_upper_bound(make_plan, make_runs) 
     assert "at most 67% of its steps" in headline(found)[0]
 
 
-def test_a_contender_that_misses_the_target_has_no_steps_to_it(make_plan, make_runs) -> None:
+def test_what_does_not_get_there_is_said_not_to(make_plan, make_runs) -> None:
     plan = make_plan("adamw", "soap")
     found = find_results(make_runs(plan, lambda t: 1.0 if t.contender.label == "adamw" else 2.0))
     assert found.entries[1].steps_to_target is None
-    assert headline(found)[0] == "No contender is ahead of adamw by more than the noise between seeds."
+    assert headline(found)[0] == "Nobody is ahead of adamw by more than the noise between seeds."
 
 
 def test_differences_within_the_noise_are_no_lead(make_plan, make_runs) -> None:
     plan = make_plan("adamw", "soap")
     finals = {("adamw", 0): 2.0, ("adamw", 1): 1.8, ("soap", 0): 1.9, ("soap", 1): 1.7}
     found = find_results(make_runs(plan, lambda t: finals[t.contender.label, t.seed]))
-    assert "No contender is ahead" in headline(found)[0]
+    assert "Nobody is ahead" in headline(found)[0]
     assert found.noise == pytest.approx(0.2)
 
 
@@ -152,7 +149,7 @@ def test_divergence_counts_as_infinitely_bad(make_plan, make_runs) -> None:
     assert as_json(everybody)["contenders"][0]["final"] is None
 
 
-def test_unequal_tuning_is_noted(make_plan, make_runs) -> None:
+def test_unequal_tuning_is_admitted(make_plan, make_runs) -> None:
     tuned, preset = make_plan("adamw", swept=True).entries, make_plan("soap").entries
     plan = make_plan("adamw")
     plan = type(plan)(plan.workload, (*tuned, *preset), plan.steps, plan.seeds)
@@ -164,7 +161,7 @@ def test_the_first_entry_is_the_baseline_where_adamw_is_not(make_plan) -> None:
     assert make_plan("soap", "moso").baseline.label == "soap"
 
 
-def test_other_tuned_settings_are_noted(make_runs) -> None:
+def test_what_else_was_tuned_is_said(make_runs) -> None:
     entry = Entry.of(preset("soap"), {"lr": [0.1], "warmup": [0.1, 0.2, 0.3]})
     plan = Plan("digits", (entry,), steps=10, seeds=1)
     found = find_results(make_runs(plan, lambda trial: 1 - trial.contender.warmup))

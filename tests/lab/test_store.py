@@ -49,14 +49,6 @@ def test_a_label_decides_nothing(store, make_record) -> None:
     assert store.find(replace(TRIAL, contender=same)).record.final == 1.5
 
 
-def test_fresh_looks_at_nothing_that_was_there(store, tmp_path, make_record) -> None:
-    store.save(Run(TRIAL, make_record(1.5)))
-    fresh = Store(tmp_path, "fingerprint", fresh=True)
-    assert fresh.find(TRIAL) is None
-    fresh.save(Run(TRIAL, make_record(1.25)))
-    assert store.find(TRIAL).record.final == 1.25
-
-
 @pytest.mark.parametrize(("number", "remedy"), [(errno.EROFS, "make it writable"), (errno.EDQUOT, "make room there")])
 def test_what_cannot_be_written_is_said_with_its_remedy(store, make_record, monkeypatch, number, remedy) -> None:
     def refuse(file: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from steepest.lab.race import meters
-from steepest.lab.race.training import rate_factor, train
+from steepest.lab.race.training import Schedule, train
 from steepest.lab.race.trial import Record, Trial
 from steepest.lab.shared.contenders import parse_contenders, preset
 from steepest.lab.workloads.workload import load_workload
@@ -28,7 +28,7 @@ def run(quick_task):
 
     def run(spec: str, steps: int = 6, seed: int = 0) -> Record:
         (contender,) = parse_contenders(spec)
-        return train(Trial("quick", contender, steps, seed), workload, lambda progress: None)
+        return train(Trial("quick", contender, steps, seed), workload, lambda news: None)
 
     return run
 
@@ -45,69 +45,49 @@ def test_contenders_of_one_seed_start_alike_and_see_the_same_batches(run) -> Non
     assert adamw.train_loss == pytest.approx(soap.train_loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-vit"])
-def test_digits_are_learnt_in_seconds(name) -> None:
-    workload = load_workload(name)
-    record = train(Trial(name, preset("soap-f5"), 25, 0), workload, lambda progress: None)
+def test_digits_are_learnt_in_seconds() -> None:
+    workload = load_workload("digits")
+    record = train(Trial("digits", preset("soap-f5"), 25, 0), workload, lambda news: None)
     assert record.final < 0.75 * record.train_loss[0]
 
 
 def test_a_record_is_complete(run) -> None:
     record = run("soap", steps=30)
     assert record.status == "finished"
-    assert (
-        len(record.train_loss) == len(record.rate) == len(record.model_seconds) == len(record.optimizer_seconds) == 30
-    )
+    assert len(record.train_loss) == len(record.model_seconds) == len(record.optimizer_seconds) == 30
     assert record.validation[-1] == (30, record.final)
     assert len(record.validation) == 12
-    assert record.factor_condition[-1][1] >= 1
-    assert all(0 < median <= largest for _, median, largest in record.update_rms)
     assert record.parameters == 44
     assert record.state_bytes > 8 * record.parameters
     assert record.peak_memory > 50e6
     assert Record(**record.as_json()).final == pytest.approx(record.final, rel=1e-5)
 
 
-def test_adam_moves_one_learning_rate_at_first(run) -> None:
-    step, median, largest = run("adamw(weight_decay=0.0)").update_rms[0]
-    assert step == 1
-    assert (median, largest) == pytest.approx((1, 1), abs=1e-2)
-
-
 def test_a_run_that_blows_up_ends_as_diverged(run) -> None:
     record = run("adamw(lr=1e4, warmup=0.0)", steps=200)
     assert record.status == "diverged"
-    assert len(record.rate) < 200
+    assert len(record.model_seconds) < 200
     assert record.final == math.inf
     assert all(map(math.isfinite, record.train_loss))
 
 
-def test_the_schedule_rises_and_falls(run) -> None:
-    rates = run("adamw(lr=2.0, warmup=0.25)", steps=4).rate
-    assert rates == pytest.approx([2 * rate_factor(step, 4, 0.25) for step in range(1, 5)])
-    factors = [rate_factor(step, 100, 0.25) for step in range(1, 101)]
-    assert factors[0] == pytest.approx(1 / 25)
-    assert max(factors) == factors[24] == 1.0
-    assert factors[-1] == pytest.approx(0.01)
-    assert factors[24:] == sorted(factors[24:], reverse=True)
+def test_the_schedule_rises_and_falls() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = Schedule(optimizer, warmup=0.25, steps=100)
+    rates = []
+    for step in range(1, 101):
+        schedule.set(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(2 / 25)
+    assert max(rates) == rates[24] == 2.0
+    assert rates[-1] == pytest.approx(0.02)
+    assert rates[24:] == sorted(rates[24:], reverse=True)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 1.0])
 def test_a_schedule_may_be_all_warm_up_or_none(warmup) -> None:
-    assert all(0 < rate_factor(step, 10, warmup) <= 1 for step in range(1, 11))
-
-
-def test_meters_leave_what_they_measure_alone() -> None:
-    model = nn.Linear(6, 4, bias=False)
-    before = model.weight.detach().clone()
-    meter = meters.UpdateMeter({"weight": model.weight})
-    assert meter.read(0.1) == (0, 0)
-    with torch.no_grad():
-        model.weight += 0.2
-    assert meter.read(0.1) == pytest.approx((2, 2))
-    torch.linalg.qr(before.T)
-    assert meters.weight_spread({"weight": torch.eye(3)}) == pytest.approx(1)
-    assert torch.equal(model.weight - 0.2, (before + 0.2) - 0.2)
+    schedule = Schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), warmup, steps=10)
+    assert all(0 < schedule.factor(step) <= 1 for step in range(1, 11))
 
 
 def test_state_is_counted_in_bytes() -> None:

@@ -20,7 +20,8 @@ from steepest.lab.race.report import page
 from steepest.lab.race.results import find_results
 from steepest.lab.race.store import Store
 from steepest.lab.race.text import as_json, headline, main_table, notes, poisoned
-from steepest.lab.shared.contenders import parse_contenders, parse_sweep, preset
+from steepest.lab.race.training import gradients, validate
+from steepest.lab.shared.contenders import Contender, parse_contenders, parse_sweep, preset
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.files import write
 from steepest.lab.shared.fingerprints import machine, versions
@@ -40,11 +41,10 @@ class Request:
     sweep: list[str]
     steps: int | None
     seeds: int
+    poison: float
     workers: int
     out: Path
-    fresh: bool
     command: str
-    poison: float = 0.0
 
 
 def run(request: Request, console: Console) -> int:
@@ -55,12 +55,13 @@ def run(request: Request, console: Console) -> int:
     """
     workload = load_workload(request.workload)
     plan = make_plan(request, workload)
-    store = Store(request.out / "runs", workload.fingerprint(), request.fresh)
+    store = Store(request.out / "runs", workload.fingerprint())
     _check(plan, workload)
     _announce(plan, workload, request, console)
     runs = Runs(plan)
     try:
-        with ProgressBars(console, sum(plan.distances)) as bars:
+        bars = ProgressBars(console, sum(plan.distances))
+        with bars.display:
             races.race(plan, Pool(request.workers, bars), store, runs)
     except KeyboardInterrupt:
         runs.interrupted = True
@@ -77,12 +78,15 @@ def make_plan(request: Request, workload: Workload) -> Plan:
     axes: dict[str, Sequence[Any]] = {}
     for text in request.sweep:
         axes |= parse_sweep(text)
-    entries = tuple(Entry.of(c, axes or ({"lr": c.rates} if request.full else None)) for c in contenders)
+
+    def entry(contender: Contender) -> Entry:
+        return Entry.of(contender, axes or ({"lr": contender.rates} if request.full else {}))
+
     # The processes of the trials may have another working directory, so a file's path is made absolute.
     name = str(Path(request.workload).resolve()) if request.workload.endswith(".py") else request.workload
     steps = request.steps or workload.steps
     shorter = races.shorter_distances(steps) if request.full else ()
-    return Plan(name, entries, steps, request.seeds, shorter, request.poison)
+    return Plan(name, tuple(map(entry, contenders)), steps, request.seeds, shorter, request.poison)
 
 
 def _check(plan: Plan, workload: Workload) -> None:
@@ -90,10 +94,8 @@ def _check(plan: Plan, workload: Workload) -> None:
     torch.manual_seed(0)
     try:
         model = workload.model()
-        loss = workload.loss(model, workload.batch(torch.Generator().manual_seed(0)))
-        torch.autograd.backward(loss)
-        with torch.no_grad():
-            float(workload.validation(model))
+        gradients(model, workload, torch.Generator().manual_seed(0))
+        validate(model, workload)
     except Exception as error:
         raise BadInput(f"workload {Path(plan.workload).name}: {one_line(error)}") from error
     for entry in plan.entries:

@@ -7,108 +7,92 @@ The processes have sessions of their own: Ctrl-C reaches only the race, which th
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
+import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from typing import IO, Any, Protocol
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
-from steepest.lab.race.trial import Record, Run, Trial
+from steepest.lab.race.console import ProgressBars
+from steepest.lab.race.trial import Record, Trial
 from steepest.lab.shared.errors import BadInput, one_line
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-LONGEST_LINE = 2**30
-"""Limit to the bytes of a record."""
-
-
-class Listener(Protocol):
-    """What is told how the trials of a race go."""
-
-    def skipped(self, trial: Trial) -> None:
-        """The trial was run before."""
-
-    def started(self, trial: Trial) -> None:
-        """A process runs the trial now."""
-
-    def progress(self, trial: Trial, step: int, train: float, validation: float | None) -> None:
-        """The trial has come to this step, with these last losses."""
-
-    def finished(self, run: Run) -> None:
-        """The trial has ended with a record."""
-
-    def failed(self, trial: Trial, reason: str) -> None:
-        """The trial has ended without a record."""
-
-
-class TrialFailed(Exception):
-    """A trial's process ended with an error instead of a record."""
 
 
 class Pool:
-    """Up to ``workers`` processes, each with one trial."""
+    """Up to ``workers`` processes, each with one trial, whose progress ``bars`` show."""
 
-    def __init__(self, workers: int, listener: Listener) -> None:
-        self.workers = workers
-        self.listener = listener
+    def __init__(self, workers: int, bars: ProgressBars) -> None:
+        self.workers, self.bars = workers, bars
+        self._processes: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
 
-    def run(self, trials: Iterable[Trial], done: Callable[[Run], None], failed: Callable[[Trial, str], None]) -> None:
-        """Run the trials in order, and call back as each ends. An exception, also by Ctrl-C, stops all processes."""
+    def run(self, trials: Iterable[Trial], ended: Callable[[Trial, Record | str], None]) -> None:
+        """Run the trials in order, and call ``ended`` in this thread with each one's record or reason for failure.
 
-        async def run(trial: Trial, slots: asyncio.Semaphore) -> None:
-            async with slots:
-                try:
-                    record = await self._run(trial)
-                except TrialFailed as error:
-                    failed(trial, str(error))
-                except OSError as error:  # no room for a temporary file, no memory for a process
-                    raise BadInput(f"can't start a run: {one_line(error)}; finished runs are kept") from error
-                else:
-                    done(Run(trial, record))
-
-        async def run_all() -> None:
-            slots = asyncio.Semaphore(self.workers)
-            async with asyncio.TaskGroup() as tasks:
-                for trial in trials:
-                    tasks.create_task(run(trial, slots))
-
-        try:
-            asyncio.run(run_all())
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from None
-
-    async def _run(self, trial: Trial) -> Record:
-        """Return the record of a trial that runs in a process of its own."""
-        with tempfile.TemporaryFile("w+") as stderr:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "steepest.lab.race.worker", trial.literal()),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=stderr,
-                env=os.environ | ONE_THREAD,
-                start_new_session=True,
-                limit=LONGEST_LINE,
-            )
-            self.listener.started(trial)
+        An exception, Ctrl-C too, stops all.
+        """
+        with ThreadPoolExecutor(self.workers) as threads:
+            futures = {threads.submit(self._run, trial): trial for trial in trials}
             try:
-                return await self._listen(process, trial, stderr)
-            finally:
-                with suppress(ProcessLookupError):  # it may have ended
-                    process.terminate()
-                await process.wait()
+                for future in as_completed(futures):
+                    try:
+                        outcome = future.result()
+                    except OSError as error:  # no room for a temporary file, no memory for a process
+                        raise BadInput(f"can't start a run: {one_line(error)}; finished runs are kept") from error
+                    ended(futures[future], outcome)
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                with self._lock:
+                    self._stopped = True
+                    for process in self._processes:
+                        process.terminate()
+                raise
 
-    async def _listen(self, process: asyncio.subprocess.Process, trial: Trial, stderr: IO[str]) -> Record:
-        """Pass the trial's progress on until its record comes."""
+    def _run(self, trial: Trial) -> Record | str:
+        """Run a trial in a process of its own, and return its record or why it has none."""
+        with tempfile.TemporaryFile("w+") as stderr:
+            with self._lock:
+                if self._stopped:
+                    return "stopped"
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "steepest.lab.race.worker", trial.literal()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    text=True,
+                    env=os.environ | ONE_THREAD,
+                    start_new_session=True,
+                )
+                self._processes.add(process)
+            self.bars.started(trial)
+            try:
+                if (outcome := self._listen(process, trial)) is not None:
+                    return outcome
+                stderr.seek(0)
+                complaints = stderr.read().strip().splitlines()
+                return complaints[-1] if complaints else f"its process ended with status {process.wait()}"
+            finally:
+                process.terminate()  # its record is here, or nobody needs it: there is no need for a tidy end
+                process.wait()
+                with self._lock:
+                    self._processes.discard(process)
+
+    def _listen(self, process: subprocess.Popen[str], trial: Trial) -> Record | str | None:
+        """Show the trial's progress until its record or an error comes; None if the process ends with neither."""
         assert process.stdout is not None
-        async for line in process.stdout:
-            message: dict[str, Any] = json.loads(line)
-            if "record" in message:
-                return Record(**message["record"])
-            if "error" in message:
-                raise TrialFailed(message["error"])
-            self.listener.progress(trial, **message)
-        stderr.seek(0)
-        complaints = stderr.read().strip().splitlines()
-        raise TrialFailed(complaints[-1] if complaints else f"its process ended with status {await process.wait()}")
+        with process.stdout as lines:
+            for line in lines:
+                message: dict[str, Any] = json.loads(line)
+                if "record" in message:
+                    return Record(**message["record"])
+                if "error" in message:
+                    return str(message["error"])
+                self.bars.progress(trial, **message)
+        return None

@@ -15,7 +15,7 @@ from typing import Any
 
 from steepest.lab.race.pool import Pool
 from steepest.lab.race.store import Store
-from steepest.lab.race.trial import Run, Trial
+from steepest.lab.race.trial import Record, Run, Trial
 from steepest.lab.shared.contenders import Contender, grid
 from steepest.lab.shared.presets import BASELINE
 
@@ -37,9 +37,9 @@ class Entry:
         return [name for name in names if any(c.value(name) != self.candidates[0].value(name) for c in self.candidates)]
 
     @classmethod
-    def of(cls, contender: Contender, axes: Mapping[str, Sequence[Any]] | None = None) -> Entry:
-        """Return an entry that tries the contender's own settings, or the grid along ``axes``."""
-        return cls(contender.label, tuple(grid(contender, axes) if axes else [contender]))
+    def of(cls, contender: Contender, axes: Mapping[str, Sequence[Any]]) -> Entry:
+        """Return an entry that tries the grid along ``axes``; without axes, the contender's own settings."""
+        return cls(contender.label, tuple(grid(contender, axes)) if axes else (contender,))
 
 
 @dataclass(frozen=True)
@@ -130,21 +130,21 @@ def race(plan: Plan, pool: Pool, store: Store, runs: Runs) -> None:
     def run(trials: list[Trial]) -> None:
         missing = []
         for trial in trials:
-            if (known := store.find(trial)) is not None:
-                runs.finished.append(known)
-                pool.listener.skipped(trial)
-            else:
+            if (known := store.find(trial)) is None:
                 missing.append(trial)
-        pool.run(missing, done, failed)
+            else:
+                runs.finished.append(known)
+                pool.bars.skipped(trial)
+        pool.run(missing, ended)
 
-    def done(run: Run) -> None:
-        store.save(run)
-        runs.finished.append(run)
-        pool.listener.finished(run)
-
-    def failed(trial: Trial, reason: str) -> None:
-        runs.failures.append((trial, reason))
-        pool.listener.failed(trial, reason)
+    def ended(trial: Trial, outcome: Record | str) -> None:
+        if isinstance(outcome, str):
+            runs.failures.append((trial, outcome))
+        else:
+            run = Run(trial, outcome)
+            store.save(run)
+            runs.finished.append(run)
+        pool.bars.ended(trial, outcome)
 
     run(plan.tuning())
     if plan.shorter:

@@ -68,6 +68,11 @@ class Result:
         return fmean(self.finals)
 
     @property
+    def bound(self) -> str:
+        """``≤`` if the steps to the target are an upper bound."""
+        return self.steps_to_target.bound if self.steps_to_target else ""
+
+    @property
     def half_range(self) -> float:
         """Half the range of the final losses over seeds."""
         return (max(self.finals) - min(self.finals)) / 2 if math.isfinite(self.final) else math.nan

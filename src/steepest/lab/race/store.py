@@ -14,10 +14,10 @@ from steepest.lab.shared.fingerprints import digest, library_hash, machine, vers
 
 
 class Store:
-    """A folder of records. With ``fresh``, records from before this race are not used."""
+    """A folder of records of a workload that has this fingerprint."""
 
-    def __init__(self, folder: Path, fingerprint: str, fresh: bool = False) -> None:
-        self.folder, self.fingerprint, self.fresh = folder, fingerprint, fresh
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder, self.fingerprint = folder, fingerprint
         make_folder(folder)
 
     def identity(self, trial: Trial) -> dict[str, Any]:
@@ -43,8 +43,6 @@ class Store:
 
     def find(self, trial: Trial) -> Run | None:
         """Return the trial's run if it was run before, under whatever label."""
-        if self.fresh:
-            return None
         ending = self.path(trial).name[-len("0123456789ab.json") :]
         for path in self.folder.glob(f"*-{ending}"):
             try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 from steepest.lab.race.results import Result, Results
+from steepest.lab.race.trial import loss
 from steepest.lab.shared.contenders import Contender
 from steepest.lab.shared.table import Table
 
@@ -26,22 +28,13 @@ def headline(results: Results) -> tuple[str, str]:
     ahead = [result for result in rivals if result.beats(base) and result.steps_share and result.time_share]
     if not ahead:
         noise = " by more than the noise between seeds" if results.plan.seeds > 1 else ""
-        return f"No contender is ahead of {base.label}{noise}.", losses
-    fewest, fastest = fewest_steps(ahead), least_time(ahead)
-    steps = f"{_at_most(fewest)}{fewest.steps_share:.0%} of its steps"
-    time = f"{_at_most(fastest)}{fastest.time_share:.0%} of its {results.clock}"
+        return f"Nobody is ahead of {base.label}{noise}.", losses
+    fewest, fastest = (min(ahead, key=attrgetter(share)) for share in ("steps_share", "time_share"))
+    at_most = {"≤": "at most ", "": ""}
+    steps = f"{at_most[fewest.bound]}{fewest.steps_share:.0%} of its steps"
+    time = f"{at_most[fastest.bound]}{fastest.time_share:.0%} of its {results.clock}"
     claim = f"{fewest.label} reaches {base.label}'s final loss in {steps}"
     return claim + (f" and {time}." if fastest is fewest else f", {fastest.label} in {time}."), losses
-
-
-def fewest_steps(results: list[Result]) -> Result:
-    """Return the result with the fewest steps to the target."""
-    return min(results, key=lambda result: result.steps_share or math.inf)
-
-
-def least_time(results: list[Result]) -> Result:
-    """Return the result with the least time to the target."""
-    return min(results, key=lambda result: result.time_share or math.inf)
 
 
 def notes(results: Results) -> list[str]:
@@ -53,7 +46,7 @@ def notes(results: Results) -> list[str]:
         lines.append(f"Best of what was tuned besides lr: {'; '.join(chosen)}.")
     if any(result.best_at_edge_of for result in results.entries):
         lines.append("* best at the edge of what was tried: the optimum may lie beyond.")
-    if any(result.steps_to_target and result.steps_to_target.bound for result in results.entries):
+    if any(result.bound for result in results.entries):
         lines.append("≤ where a run passes the target before its learning rate has come down: an upper bound.")
     return lines
 
@@ -74,9 +67,9 @@ def _tuning_note(results: Results) -> str:
     counts = {result.settings_tried for result in results.entries}
     seeds, all_seeds = (plural(count, "seed") for count in (results.plan.tuning_seeds, results.plan.seeds))
     if counts == {1}:
-        return f"All ran with preset settings, {all_seeds} each; --full tunes all with the same number of trials."
+        return f"Everybody ran at preset settings, {all_seeds} each; --full tunes all with the same number of trials."
     if len(counts) == 1:
-        return f"All were tuned with the same number of trials: {counts.pop()} settings × {seeds}."
+        return f"Everybody was tuned with the same number of trials: {counts.pop()} settings × {seeds}."
     tried = ", ".join(f"{result.label} {result.settings_tried}" for result in results.entries)
     return f"Not tuned equally. Settings tried, × {seeds}: {tried}."
 
@@ -108,12 +101,13 @@ def main_table(results: Results) -> Table:
 
 def _cells(result: Result) -> list[str]:
     count = result.steps_to_target
+    half_range = f" ±{result.half_range:#.2g}" if len(result.finals) > 1 else ""
     return [
         result.label,
         f"{result.best.lr:g}{_star(result, 'lr')}",
-        _final(result),
+        loss(result.final) + half_range if math.isfinite(result.final) else "diverged",
         f"{count} ({result.steps_share:.2f})" if count else "not reached",
-        f"{count.bound}{result.time_share:.2f}" if count and result.time_share else "–",
+        f"{result.bound}{result.time_share:.2f}" if result.time_share else "–",
         f"{result.model_ms:.0f}+{result.optimizer_ms:.1f}",
         f"{result.optimizer_ms_p50:.1f}/{result.optimizer_ms_p95:.1f}",
         f"{result.state_bytes_per_parameter:.0f}",
@@ -121,35 +115,9 @@ def _cells(result: Result) -> list[str]:
     ]
 
 
-def _final(result: Result) -> str:
-    """Return the mean and half the range over seeds, if there are several."""
-    if not math.isfinite(result.final):
-        return "diverged"
-    half_range = f" ±{result.half_range:.{_decimals(result.final)}f}" if len(result.finals) > 1 else ""
-    return loss(result.final) + half_range
-
-
 def _star(result: Result, name: str) -> str:
     """Mark a setting whose best value is at the edge of what was tried."""
     return "*" if name in result.best_at_edge_of else ""
-
-
-def _at_most(result: Result) -> str:
-    return "at most " if result.steps_to_target and result.steps_to_target.bound else ""
-
-
-def loss(value: float) -> str:
-    """Format a loss with four digits.
-
-    >>> loss(1.62), loss(0.0012344), loss(12345.6)
-    ('1.620', '0.001234', '12346')
-    """
-    return f"{value:.{_decimals(value)}f}"
-
-
-def _decimals(value: float) -> int:
-    """Return the number of decimals that makes four digits."""
-    return max(0, 3 - math.floor(math.log10(abs(value)))) if value else 3
 
 
 def poisoned(share: float) -> str:

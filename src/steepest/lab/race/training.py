@@ -10,22 +10,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from steepest.lab.race.meters import UpdateMeter, factor_condition, peak_memory, state_bytes, stopwatch, weight_spread
+from steepest.lab.race.meters import peak_memory, state_bytes, stopwatch
 from steepest.lab.race.poison import Poison
 from steepest.lab.race.trial import Record, Trial
-from steepest.lab.shared.contenders import Contender, hidden_matrices
+from steepest.lab.shared.contenders import Contender
 from steepest.lab.shared.presets import FINAL_RATE
 from steepest.lab.workloads.workload import Workload
 
 VALIDATIONS = 12
 """Validations in a run."""
-PROBES = 24
-"""Measurements of update sizes in a run, besides the first steps."""
-SPECTRA = 8
-"""Decompositions of weights and covariances in a run."""
-FIRST_STEPS = (1, 2, 3, 5, 8, 12, 20)
-"""Early steps, in which an optimizer would take steps of untested size."""
 DIVERGED = 3.0
 """A run has diverged when its mean loss over ten steps is more than so many times the first loss."""
 
@@ -38,19 +33,14 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
     data = torch.Generator().manual_seed(trial.seed)
     poison = Poison(trial.poison, trial.seed)
     optimizer = trial.contender.optimizer(model)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    matrices = hidden_matrices(model)
+    schedule = Schedule(optimizer, trial.contender.warmup, trial.steps)
     record = Record(parameters=sum(p.numel() for p in model.parameters()))
     record.clock, clock = stopwatch(model)
-    validations, spectra = evenly_spaced(VALIDATIONS, trial.steps), evenly_spaced(SPECTRA, trial.steps)
-    probes = evenly_spaced(PROBES, trial.steps) | set(FIRST_STEPS)
+    validations = evenly_spaced(VALIDATIONS, trial.steps)
     started = time.perf_counter()
 
     for step in range(1, trial.steps + 1):
-        factor = rate_factor(step, trial.steps, trial.contender.warmup)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        record.rate.append(trial.contender.lr * factor)
+        schedule.set(step)
         start = clock()
         loss = gradients(model, workload, data)
         record.model_seconds.append(clock() - start)
@@ -59,41 +49,44 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
             record.status = "diverged"
             break
         record.poisoned += poison.apply(model.parameters())
-        meter = UpdateMeter(matrices) if step in probes else None
         start = clock()
         optimizer.step()
         record.optimizer_seconds.append(clock() - start)
-        if meter is not None:
-            record.update_rms.append((step, *meter.read(record.rate[-1])))
         if step in validations:
             record.validation.append((step, validate(model, workload)))
-        if step in spectra:
-            if (spread := weight_spread(matrices)) is not None:
-                record.weight_spread.append((step, spread))
-            if (condition := factor_condition(optimizer)) is not None:
-                record.factor_condition.append((step, condition))
         progress({"step": step, "train": loss, "validation": record.validation[-1][1] if record.validation else None})
 
     if not math.isfinite(record.final):
         record.status = "diverged"
-    _drop_nonfinite(record)
+    # A diverged run has samples at its end that are not finite, which JSON does not allow.
+    record.train_loss = [loss for loss in record.train_loss if math.isfinite(loss)]
+    record.validation = [row for row in record.validation if math.isfinite(row[1])]
     record.state_bytes, record.peak_memory = state_bytes(optimizer), peak_memory()
     record.skipped = getattr(optimizer, "skipped", None)
     record.wall_seconds = time.perf_counter() - started
     return record
 
 
-def rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Return the factor on the learning rate in ``step``, counted from 1: a linear warm-up, then a cosine.
+class Schedule:
+    """A learning rate that rises linearly over the warm-up, then falls along a cosine to a hundredth."""
 
-    >>> rate_factor(15, 100, warmup=0.3), rate_factor(30, 100, warmup=0.3), rate_factor(100, 100, warmup=0.3)
-    (0.5, 1.0, 0.01)
-    """
-    rise = warmup * steps
-    if step <= rise:
-        return step / rise
-    left = (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
-    return FINAL_RATE + (1 - FINAL_RATE) * left
+    def __init__(self, optimizer: Optimizer, warmup: float, steps: int) -> None:
+        self.groups = optimizer.param_groups
+        self.highest = [group["lr"] for group in self.groups]
+        self.rise, self.steps = warmup * steps, steps
+
+    def factor(self, step: int) -> float:
+        """Return the factor on the highest rate in ``step``, counted from 1."""
+        if step <= self.rise:
+            return step / self.rise
+        left = (1 + math.cos(math.pi * (step - self.rise) / (self.steps - self.rise))) / 2
+        return FINAL_RATE + (1 - FINAL_RATE) * left
+
+    def set(self, step: int) -> None:
+        """Set the rates of all groups for ``step``."""
+        factor = self.factor(step)
+        for group, highest in zip(self.groups, self.highest, strict=True):
+            group["lr"] = highest * factor
 
 
 def gradients(model: nn.Module, workload: Workload, data: torch.Generator) -> float:
@@ -140,10 +133,3 @@ def has_diverged(losses: list[float]) -> bool:
         return True
     recent = losses[-10:]
     return len(losses) > 10 and fmean(recent) > DIVERGED * losses[0] > 0
-
-
-def _drop_nonfinite(record: Record) -> None:
-    """Drop samples that are not finite, which a diverged run has at its end and JSON does not allow."""
-    record.train_loss = [loss for loss in record.train_loss if math.isfinite(loss)]
-    for name in ("validation", "update_rms", "weight_spread", "factor_condition"):
-        setattr(record, name, [row for row in getattr(record, name) if all(map(math.isfinite, row))])

@@ -43,18 +43,10 @@ class Record:
     status: Literal["finished", "diverged"] = "finished"
     train_loss: list[float] = field(default_factory=list)
     """Loss of each step on its own batch, before the update."""
-    rate: list[float] = field(default_factory=list)
-    """Learning rate of the hidden matrices in each step."""
     model_seconds: list[float] = field(default_factory=list)
     """Time of each step for batch, forward and backward."""
     optimizer_seconds: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
-    update_rms: list[tuple[int, float, float]] = field(default_factory=list)
-    """Root mean square of the hidden matrices' updates, divided by the learning rate: their median, their largest."""
-    weight_spread: list[tuple[int, float]] = field(default_factory=list)
-    """Ratio of the largest to the median singular value of a hidden matrix, median over the matrices."""
-    factor_condition: list[tuple[int, float]] = field(default_factory=list)
-    """Median condition number of the optimizer's covariances, if it keeps any."""
     parameters: int = 0
     state_bytes: int = 0
     peak_memory: int = 0
@@ -90,3 +82,12 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
     return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def loss(value: float) -> str:
+    """Format a loss with four digits.
+
+    >>> loss(1.62), loss(0.0012344), loss(1234.4)
+    ('1.620', '0.001234', '1234')
+    """
+    return f"{value:#.4g}".rstrip(".")

@@ -1,9 +1,6 @@
-"""Charts: the empty figure that every chart of a report starts from, and its curves, areas, axes and colours."""
+"""Charts: the empty figure that every chart of a report starts from, and its curves, areas and colours."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Callable, Sequence
 
 import plotly.graph_objects as go
 
@@ -13,6 +10,8 @@ COLOURS = (
     *("#0aa5c9", "#a5704a", "#5b6ee1", "#3f9b3a", "#c98a00", "#b04fc4", "#6b7f2a"),
 )
 """Colours that can be told apart on white and on black."""
+LOGARITHMIC = {"type": "log", "tickformat": ",.7~g"}
+"""An axis on which numbers are written out, where plotly would write their first digit only."""
 FAINT = "rgba(128, 134, 150, 0.22)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 
@@ -40,13 +39,7 @@ def blank(x_title: str) -> go.Figure:
 
 
 def curve(
-    figure: go.Figure,
-    label: str,
-    colour: str,
-    points: Points,
-    mode: str = "lines",
-    sizes: Sequence[int] | int = 6,
-    **style: object,
+    figure: go.Figure, label: str, colour: str, points: Points, mode: str = "lines", **style: str | float
 ) -> None:
     """Draw a curve, which the button of its label hides and shows."""
     figure.add_scatter(
@@ -54,58 +47,22 @@ def curve(
         y=[y for _, y in points],
         mode=mode,
         line={"color": colour, "width": 2.2, **style},
-        marker={"color": colour, "size": sizes},
         name=label,
         legendgroup=label,
         hovertemplate=f"{label}<br>%{{y:.4g}} at %{{x:.4g}}<extra></extra>",
     )
 
 
-def area(
-    figure: go.Figure, label: str, colour: str, outline: Points, opacity: float = 0.2, line_width: float = 0
-) -> None:
+def area(figure: go.Figure, label: str, colour: str, outline: Points) -> None:
     """Fill the area inside an outline, which the button of its label hides and shows."""
     figure.add_scatter(
         x=[x for x, _ in outline],
         y=[y for _, y in outline],
         mode="lines",
-        line={"color": colour, "width": line_width},
+        line={"width": 0},
         fill="toself",
-        fillcolor=faded(colour, opacity),
+        fillcolor=f"{colour}33",  # a fifth of the colour,
         name=label,
         legendgroup=label,
         hoverinfo="skip",
     )
-
-
-def log_axis(update: Callable[..., object], values: Sequence[float]) -> None:
-    """Make an axis logarithmic, with few, round numbers on it."""
-    if not values:
-        return
-    ticks = round_ticks(min(values) * 0.9, max(values) * 1.1)
-    update(type="log", tickvals=ticks, ticktext=[f"{tick:,.7g}" for tick in ticks])
-
-
-def round_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers from low to high: powers of ten if there are three, else with 2 and 5, else all digits.
-
-    >>> round_ticks(0.8, 3000), round_ticks(0.8, 30), round_ticks(2.4, 4.7)
-    ([1.0, 10.0, 100.0, 1000.0], [1.0, 2.0, 5.0, 10.0, 20.0], [3.0, 4.0])
-    """
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found: list[float] = []
-    for digits in ((1,), (1, 2, 5), range(1, 10)):
-        found = [tick for d in decades for k in digits if low <= (tick := k * 10.0**d) <= high]
-        if len(found) >= 3:
-            break
-    return found
-
-
-def faded(colour: str, opacity: float) -> str:
-    """Return a hex colour that is partly transparent.
-
-    >>> faded("#ff8000", 0.5)
-    'rgba(255, 128, 0, 0.5)'
-    """
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red}, {green}, {blue}, {opacity})"

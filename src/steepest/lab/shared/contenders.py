@@ -115,13 +115,11 @@ def parse_sweep(text: str) -> dict[str, list[Any]]:
     """
     name, equals, values = text.partition("=")
     try:
-        if not equals or not name.strip().isidentifier():
+        found = list(ast.literal_eval(f"[{values}]"))
+        if not equals or not name.strip().isidentifier() or not found:
             raise ValueError
-        found = [ast.literal_eval(value.strip()) for value in split(values) if value.strip()]
     except (ValueError, SyntaxError):
         raise BadInput(f'sweep "{text}": write it as "lr=5e-3, 1e-2", an option and its values') from None
-    if not found:
-        raise BadInput(f'sweep "{text}": names no value')
     return {name.strip(): found}
 
 
@@ -133,14 +131,9 @@ def grid(contender: Contender, axes: Mapping[str, Sequence[Any]]) -> list[Conten
     """
     points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
     provenance = f"the best of {len(points)} settings in this race; the rest: {contender.provenance}"
-    return [
-        replace(
-            contender.varied(**point),
-            variant=", ".join(f"{name} {value}" for name, value in point.items()),
-            provenance=provenance,
-        )
-        for point in points
-    ]
+    variants = [", ".join(f"{name} {value}" for name, value in point.items()) for point in points]
+    contender = replace(contender, provenance=provenance)
+    return [replace(contender.varied(**p), variant=v) for p, v in zip(points, variants, strict=True)]
 
 
 def preset(name: str) -> Contender:
@@ -172,13 +165,11 @@ def _from_recipe(name: str) -> Contender:
         r = steepest.recipe(name)
     except ValueError as error:
         raise BadInput(f"{one_line(error)}; there are {', '.join(RECIPES)}") from error
-    provenance = f"{r.source} ({r.date})"
-    if "lr" in r.options:
-        options, lr = dict(r.options), r.options["lr"]
-        rates: tuple[float, ...] = (lr / 2, lr, 2 * lr, 4 * lr)
+    provenance, options = f"{r.source} ({r.date})", dict(r.options)
+    if "lr" in options:
+        rates = tuple(options["lr"] * factor for factor in (0.5, 1, 2, 4))
     else:
-        own = PRESETS[r.optimizer]
-        options, rates = {"lr": own.options["lr"], **r.options}, own.rates
+        options, rates = {"lr": PRESETS[r.optimizer].options["lr"], **options}, PRESETS[r.optimizer].rates
         provenance += f"; it names no learning rate, so lr is the preset's of {r.optimizer}"
     return Contender(r.name, r.optimizer, options, r.elementwise, WARMUP, rates, provenance)
 

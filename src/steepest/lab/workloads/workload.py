@@ -33,8 +33,7 @@ from steepest.lab.shared.fingerprints import code_hash, digest
 
 BUILT_IN = {
     "stdlib": "steepest.lab.workloads.stdlib:StandardLibrary",
-    "digits": "steepest.lab.workloads.digits:DigitsMLP",
-    "digits-vit": "steepest.lab.workloads.digits:DigitsViT",
+    "digits": "steepest.lab.workloads.digits:Digits",
     "photo": "steepest.lab.workloads.photo:Photo",
     "convnet": "steepest.lab.workloads.convnet:ConvNet",
 }
