@@ -87,11 +87,11 @@ def test_phases_add_up_to_the_step():
 @pytest.mark.parametrize(
     ("name", "heard"),
     [
-        ("soap", {"gather", "feed", "refresh", "project", "elementwise", "apply", REST}),
-        ("kl-soap", {"gather", "feed", "refresh", "project", "elementwise", "apply", REST}),
+        ("soap", {"gather", "factors", "refresh", "project", "elementwise", "apply", REST}),
+        ("kl-soap", {"gather", "factors", "refresh", "project", "elementwise", "apply", REST}),
         ("muon", {"gather", "orthogonalize", "apply", REST}),
         ("adamw", {"elementwise", REST}),
-        ("shampoo-f1", {"gather", "feed", "refresh", "project", "apply", REST}),
+        ("shampoo-f1", {"gather", "factors", "refresh", "project", "apply", REST}),
     ],
 )
 def test_each_has_its_phases(name, heard):
@@ -247,7 +247,7 @@ def test_peers_are_told_to_do_the_same():
 
 
 def test_families_tell_work_apart():
-    names = "soap, soap(refresh='eigh'), soap-f2, kl-soap, muon, muon(ns='cubic5'), moso, adamw"
+    names = "soap, soap(solver='eigh'), soap-f2, kl-soap, muon, muon(ns='cubic5'), moso, adamw"
     families = [str(one.family) for one in parse_entrants(names, 12)]
     expected = ["soap, f = 1", "soap by eigh, f = 1", "soap, f = 2", "kl-soap, f = 1", "muon", "muon by cubic5"]
     assert families == [*expected, "moso", "adamw"]
