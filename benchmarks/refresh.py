@@ -138,7 +138,12 @@ def kl(every: int, steps: int) -> list[dict[str, Any]]:
     rows = []
     plain = crew["plain"][2]
     for name, (_, _, times) in crew.items():
-        row = {"every": every, "factors": name, "ms_mean": statistics.mean(times), "ms_median": statistics.median(times)}
+        row = {
+            "every": every,
+            "factors": name,
+            "ms_mean": statistics.mean(times),
+            "ms_median": statistics.median(times),
+        }
         row["ratio_of_means"] = row["ms_mean"] / statistics.mean(plain)
         row["ratio_of_medians"] = row["ms_median"] / statistics.median(plain)
         print(f"{every:6}  {name:18}{row['ms_mean']:9.1f}{row['ms_median']:9.1f}", end="")
