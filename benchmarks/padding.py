@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from steepest.linalg.eigenbasis import ALIGNED, by_columns
+from steepest.linalg.solvers import ALIGNED, by_columns
 
 SIZES = (64, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1536, 2048, 2304, 3072)
 WORK = 4e9

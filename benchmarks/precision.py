@@ -33,8 +33,8 @@ from steepest.linalg.precision import FACTORS, round_to_tf32
 from steepest.rules.parts.kl_factors import MARK
 
 PERIOD, SPIKE = 5, 100.0
-PHASES = ("project", "feed", "refresh")
-RULES: Mapping[str, dict[str, Any]] = {"soap": {}, "kl": {"use_kl_shampoo": True}}
+PHASES = ("project", "factors", "refresh")
+RULES: Mapping[str, dict[str, Any]] = {"soap": {}, "kl": {"rule": "kl_soap"}}
 SHAPES, STEPS = ((768, 768), (1024, 256)), 30
 Shape = tuple[int, int]
 

@@ -118,14 +118,13 @@ def solve(
 
 
 def kl(every: int, steps: int) -> list[dict[str, Any]]:
-    """A row for each way to feed, on eight matrices of a GPT of width 256."""
+    """A row for plain factors and one for KL-Shampoo's, on eight matrices of a GPT of width 256."""
     shapes = [(768, 256), (256, 256), (1024, 256), (256, 1024)] * 2
     crew: dict[str, tuple[list[torch.nn.Parameter], steepest.Optimizer, list[float]]] = {}
     for name in ("plain", "kl"):
         params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
-        optimizer = steepest.Optimizer(
-            params, "soap", lr=1e-3, precondition_frequency=every, use_kl_shampoo=name != "plain"
-        )
+        rule = "soap" if name == "plain" else "kl_soap"
+        optimizer = steepest.Optimizer(params, rule, lr=1e-3, precondition_frequency=every)
         crew[name] = (params, optimizer, [])
     generator = torch.Generator().manual_seed(0)
     for step in range(every + 1 + steps):
@@ -139,7 +138,12 @@ def kl(every: int, steps: int) -> list[dict[str, Any]]:
     rows = []
     plain = crew["plain"][2]
     for name, (_, _, times) in crew.items():
-        row = {"every": every, "feed": name, "ms_mean": statistics.mean(times), "ms_median": statistics.median(times)}
+        row = {
+            "every": every,
+            "factors": name,
+            "ms_mean": statistics.mean(times),
+            "ms_median": statistics.median(times),
+        }
         row["ratio_of_means"] = row["ms_mean"] / statistics.mean(plain)
         row["ratio_of_medians"] = row["ms_median"] / statistics.median(plain)
         print(f"{every:6}  {name:18}{row['ms_mean']:9.1f}{row['ms_median']:9.1f}", end="")
@@ -205,7 +209,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {machine}")
     rows: list[dict[str, Any]] = []
     if args.kl:
-        print(f"{'every':>6}  {'feed':18}{'ms mean':>9}{'median':>9}{'ratios':>9}")
+        print(f"{'every':>6}  {'factors':18}{'ms mean':>9}{'median':>9}{'ratios':>9}")
         for every in args.every:
             rows += kl(every, steps=8 * every if every > 1 else 20)
     elif args.study:

@@ -56,7 +56,7 @@ class Plan:
 
 SOAPS = (
     f"soap-f10, soap-f10({HIGH}), soap-f10({HIGH},stagger=True), soap-f10({HIGH},cuda_graph=True), "
-    f"soap-f10({HIGH},refresh='cholesky'), kl-soap-f10, kl-soap-f10({HIGH})"
+    f"soap-f10({HIGH},solver='cholesky'), kl-soap-f10, kl-soap-f10({HIGH})"
 )
 PLANS = (
     Plan(GPT, SOAPS, 10, 11, expected=10, varied=f"soap-f10({HIGH})"),

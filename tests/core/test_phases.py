@@ -38,7 +38,7 @@ def test_inner_time_does_not_count_outside():
 
 
 def test_an_exception_closes_its_phases():
-    @phase("feed")
+    @phase("factors")
     def fails():
         raise KeyError
 

@@ -137,10 +137,14 @@ def test_first_bases_are_made_up_for_everybody(package):
 
 def test_factors_are_rounded_in_their_phase_alone():
     x = torch.full((2, 2), 1 + 2.0**-12)
-    with precision.rounded({"feed": "tf32", "project": "bfloat16"}):
-        outside, feed, project = x @ x, phase("feed")(lambda: x @ x)(), phase("project")(lambda: (x + 2**-9) @ x)()
+    with precision.rounded({"factors": "tf32", "project": "bfloat16"}):
+        outside, factors, project = (
+            x @ x,
+            phase("factors")(lambda: x @ x)(),
+            phase("project")(lambda: (x + 2**-9) @ x)(),
+        )
     assert torch.equal(outside, x @ x)
-    assert torch.equal(feed, torch.full((2, 2), 2.0))
+    assert torch.equal(factors, torch.full((2, 2), 2.0))
     assert torch.equal(project, torch.full((2, 2), 2.0))
 
 

@@ -21,7 +21,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Mark = TypeVar("Mark")
 
-PHASES = ("gather", "feed", "refresh", "project", "orthogonalize", "elementwise", "apply")
+PHASES = ("gather", "factors", "refresh", "project", "orthogonalize", "elementwise", "apply")
 """The names of all phases, in the order of a step."""
 REST = "rest"
 """The name of the time that belongs to no phase."""
@@ -29,7 +29,7 @@ REST = "rest"
 PARTS = "steepest.rules.parts"
 MARKED: dict[str, Sequence[str]] = {
     "gather": ["steepest.stack.stack:Stack.fill"],
-    "feed": [
+    "factors": [
         f"{PARTS}.factors:Factors.accumulate",
         f"{PARTS}.kl_factors:KLFactors.accumulate",
         f"{PARTS}.kl_factors:KLFactors.accumulate_whitened",
@@ -132,7 +132,7 @@ def phase(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     6
     >>> phase("lunch")
     Traceback (most recent call last):
-    ValueError: name='lunch': must be one of gather, feed, refresh, project, orthogonalize, elementwise, apply
+    ValueError: name='lunch': must be one of gather, factors, refresh, project, orthogonalize, elementwise, apply
     """
     if name not in PHASES:
         raise ValueError(f"name={name!r}: must be one of {', '.join(PHASES)}")

@@ -131,8 +131,7 @@ def adam_pays(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
         return False
     if not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()) or g.numel() == 0 or g[0].numel() >= 2**30:
         return False
-    enough = gates.entries is not None and g.numel() >= gates.entries
-    return (enough or _mode == "always") and available(g)
+    return _enough(g) and available(g)
 
 
 def keeping_pays(x: Tensor) -> bool:
@@ -145,12 +144,16 @@ def keeping_pays(x: Tensor) -> bool:
         return False
     if not (x.is_contiguous() or (x.dim() > 2 and x.mT.is_contiguous())):
         return False
-    enough = gates.entries is not None and x.numel() >= gates.entries
-    return (enough or _mode == "always") and available(x)
+    return _enough(x) and available(x)
+
+
+def _enough(x: Tensor) -> bool:
+    """Return whether ``x`` has as many entries as the gate asks for, or the mode asks for none."""
+    return _mode == "always" or (gates.entries is not None and x.numel() >= gates.entries)
 
 
 def _candidate(x: Tensor) -> bool:
-    """Whether kernels can take ``x``, by what is known without asking the device and traceable by torch.compile."""
+    """Return whether kernels can take ``x``, by what torch.compile can trace and no device is asked."""
     if _mode == "never" or not HAS_TRITON:
         return False
     if INTERPRETED:
@@ -163,15 +166,16 @@ def _candidate(x: Tensor) -> bool:
 
 @_disable_dynamo  # asked once per device, and no part of a graph
 def _works(device: torch.device) -> bool:
-    """Whether Triton compiles and runs kernels on this device, tried once. Triton needs a C compiler, for example."""
+    """Return whether Triton compiles and runs kernels on this device, tried once. It may lack a C compiler, say."""
     if device not in _working:
         if torch.cuda.is_current_stream_capturing():
             return False  # the trial waits for the device, which cannot be captured
-        _working[device] = torch.cuda.get_device_capability(device) >= (8, 0) and _tried(device)
+        _working[device] = torch.cuda.get_device_capability(device) >= (8, 0) and _passes_trial(device)
     return _working[device]
 
 
-def _tried(device: torch.device) -> bool:
+def _passes_trial(device: torch.device) -> bool:
+    """Return whether a kernel compiles, runs and is right on a device; warn if it isn't."""
     try:
         from steepest.kernels.symmetric import trial
 

@@ -29,6 +29,7 @@ of the whole product do. So a single matrix of that size gains nothing, but a ba
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -190,9 +191,8 @@ def _launch(
     batch, d, k = X.shape
     precision = precision or product_precision(X)
     tiling = tiling or tiles(d, precision)
-    if (
-        precision == "tf32"
-    ):  # tensor cores read TF32 along k only; a transpose in the kernel prevents asynchronous loads
+    if precision == "tf32":
+        # Tensor cores read TF32 along k only, and a transpose in the kernel prevents asynchronous loads.
         X, Y = (Z if Z.stride(-1) == 1 else Z.contiguous() for Z in ((X, X) if Y is X else (X, Y)))
     per_matrix = isinstance(alpha, Tensor)
     if per_matrix:
@@ -200,23 +200,11 @@ def _launch(
     else:
         alpha, beta = float(alpha), float(beta)
     source = out if old is None else old
-    count = -(-d // tiling.block)
-    count = count * (count + 1) // 2
+    count = math.comb(-(-d // tiling.block) + 1, 2)
     with current_device(X.device):
         _symmetric_kernel[(batch * count,)](
-            out,
-            source,
-            X,
-            Y,
-            alpha,
-            beta,
-            d,
-            k,
-            count,
-            *out.stride(),
-            *source.stride(),
-            *X.stride(),
-            *Y.stride(),
+            *(out, source, X, Y, alpha, beta, d, k, count),
+            *(stride for x in (out, source, X, Y) for stride in x.stride()),
             HAS_OLD=old is not None,
             PER_MATRIX=per_matrix,
             PRECISION="ieee" if precision == "float32" else "tf32",  # ignored for bfloat16

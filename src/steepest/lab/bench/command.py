@@ -52,9 +52,12 @@ def run(request: Request, console: Console) -> None:
     device = pick_device(request.device)
     if request.compiled and not request.peers:
         raise BadInput("--compiled: is about peers that compile themselves, so it needs --peers")
+    if request.steps < 1:
+        raise BadInput(f"--steps {request.steps}: must be at least 1")
+    if request.warmup is not None and request.warmup < 1:
+        raise BadInput(f"--warmup {request.warmup}: must be at least 1: the first step makes full decompositions")
     sets = [shape_set(name.strip().lower(), request.depth) for name in request.shapes.split(",")]
     rosters = [_entrants(request, shapes) for shapes in sets]
-    warmups = [_warmup(request, entrants) for entrants, _ in rosters]
     make_folder(request.out)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     content: dict[str, Any] = {
@@ -72,7 +75,8 @@ def run(request: Request, console: Console) -> None:
     for package in content["missing"]:
         note = f'{package} is not installed, so its optimizers are left out: pip install "steepest[peers]"'
         console.print(escape(note), style="yellow", highlight=False)
-    for shapes, (entrants, _), warmup in zip(sets, rosters, warmups, strict=True):
+    for shapes, (entrants, _) in zip(sets, rosters, strict=True):
+        warmup = request.warmup or 1 + max(one.family.frequency for one in entrants)
         with one_thread(), console.status("") as status:
             found = bench(shapes, entrants, device, request.steps, warmup, lambda what: status.update(escape(what)))
         content["sets"].append(found)
@@ -91,21 +95,9 @@ def _entrants(request: Request, shapes: ShapeSet) -> tuple[list[Entrant], list[s
                 f"--steps {request.steps}: must be a multiple of {every}, since {one.label} refreshes every {every} "
                 f"steps and all its refreshes are to count; {request.steps + -request.steps % every} is one"
             )
-    if request.steps < 1:
-        raise BadInput(f"--steps {request.steps}: must be at least 1")
     peers, missing = peers_of(ours, request.peers, request.compiled)
     families = dict.fromkeys(one.family for one in ours)
     return [one for family in families for one in (*ours, *peers) if one.family == family], missing
-
-
-def _warmup(request: Request, entrants: list[Entrant]) -> int:
-    if request.warmup is None:
-        return 1 + max(one.family.frequency for one in entrants)
-    if request.warmup < 1:
-        raise BadInput(
-            f"--warmup {request.warmup}: must be at least 1: the first step allocates, and decomposes as no other does"
-        )
-    return request.warmup
 
 
 def _show(found: dict[str, Any], console: Console) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from steepest.engine.phases import Timeline, listening
+from steepest.engine.phases import Timeline, install, listening
 from steepest.lab.bench.entrants import Entrant
 from steepest.lab.shared.errors import one_line
 
@@ -91,6 +91,7 @@ def measure(
         progress: is told what goes on.
         late: whether time is up. If so, timed steps end with a whole period of refreshes, and a warm-up is given up.
     """
+    install()  # marks put around functions later would have graphs of torch.compile made anew
     runs = []
     for entrant in entrants:
         progress(f"{entrant.label} is made")

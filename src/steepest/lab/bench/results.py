@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,6 @@ def bench(
         "name": shapes.name,
         "title": str(shapes),
         "about": shapes.about,
-        "shapes": [{"name": name, "m": m, "n": n, "count": count} for (name, m, n), count in shapes.shapes.items()],
         "layers": shapes.layers,
         "of_layers": shapes.of_layers,
         "warmup": warmup,
@@ -48,16 +47,6 @@ def rows(found: Sequence[Measured], shapes: ShapeSet, speed: Device) -> list[Row
     return [_row(one, found, shapes, speed) for one in found]
 
 
-def baseline(one: Measured, found: Iterable[Measured]) -> Measured | None:
-    """Return the fastest peer of an entrant's family, with which it is compared, or else the first of ours in it.
-
-    It is None if every entrant of the family failed.
-    """
-    family = [other for other in found if other.entrant.family == one.entrant.family and not other.error]
-    peers = [other for other in family if not other.entrant.ours]
-    return min(peers, key=lambda peer: peer.mean, default=next(iter(family), None))
-
-
 def _row(one: Measured, found: Sequence[Measured], shapes: ShapeSet, speed: Device) -> Row:
     entrant = one.entrant
     row: Row = {
@@ -67,11 +56,13 @@ def _row(one: Measured, found: Sequence[Measured], shapes: ShapeSet, speed: Devi
         "settings": dict(entrant.settings),
         "error": one.error,
     }
-    base = baseline(one, found)
-    if one.error or base is None:
+    if one.error:
         return row
     least = floor(entrant.rule, shapes, speed)
-    peers = [other for other in found if other.entrant.family == entrant.family and not other.entrant.ours]
+    family = [other for other in found if other.entrant.family == entrant.family and not other.error]
+    peers = [other for other in family if not other.entrant.ours]
+    # It is compared with the fastest peer that does the same work, or else with the first of ours that does.
+    base = min(peers, key=lambda peer: peer.mean, default=family[0])
     return row | {
         "cpu_ms": summary(one.cpu),
         "wall_ms": summary(one.wall),
@@ -82,7 +73,7 @@ def _row(one: Measured, found: Sequence[Measured], shapes: ShapeSet, speed: Devi
         "peak_bytes_per_entry": one.peak_bytes / shapes.entries,
         "baseline": base.entrant.label,
         "ratio": one.mean / base.mean,
-        "ratios": {peer.entrant.label: one.mean / peer.mean for peer in peers if not peer.error and peer is not one},
+        "ratios": {peer.entrant.label: one.mean / peer.mean for peer in peers if peer is not one},
         "cpu_ms_by_step": [1e3 * seconds for seconds in one.cpu],
         "wall_ms_by_step": [1e3 * seconds for seconds in one.wall],
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from steepest.lab.bench.shapes import ShapeSet
@@ -45,10 +47,7 @@ def floor(rule: Rule | Elementwise, shapes: ShapeSet, ideal: Device) -> float:
 
     Bytes are twice the state, and 24 per entry for gradient, direction and weight: for SOAP 40mn + 16(m² + n²).
     """
-    load, rest = Load(), AdamW() if isinstance(rule, Rule) else rule
-    if isinstance(rule, Rule):
-        for m, n in shapes.matrices:
-            load.matrices[m, n, 0] += 1
-    else:
-        load.entries = shapes.entries
-    return step_times((rule, rest), load, ideal, FLOAT)[0]
+    if isinstance(rule, Elementwise):
+        return step_times((rule, rule), Load(entries=shapes.entries), ideal, FLOAT)[0]
+    load = Load(Counter((m, n, 0) for m, n in shapes.matrices))
+    return step_times((rule, AdamW()), load, ideal, FLOAT)[0]

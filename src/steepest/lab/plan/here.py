@@ -79,8 +79,7 @@ def _wanted(model: Model, rule: object) -> dict[str, set[int]]:
     """Return the sizes of products at each precision, and of each decomposition, in the model's step."""
     wanted: defaultdict[str, set[int]] = defaultdict(set)
     if isinstance(rule, Rule):
-        shapes = {(m, n) for weight in model.weights if weight.view for _, m, n in weight.view.pieces}
-        for m, n in shapes:
+        for m, n in {piece[1:] for weight in model.weights if weight.view for piece in weight.view.pieces}:
             for part in work(rule, m, n).parts:
                 wanted[key(part)].add(part.size)
     return wanted
@@ -91,15 +90,12 @@ def curve(name: str, sizes: Iterable[int], device: torch.device, clock: Clock) -
     limit = LONGEST if device.type == "cpu" else max(sizes)
     points = {}
     for size in sorted({min(max(size, 2), limit) for size in sizes}):
-        task, K = TASKS.get(name, _square), _positive_definite(size, device)
-        K = K.bfloat16() if name == "bfloat16" else K
+        A = torch.randn(size, size, generator=torch.Generator(device).manual_seed(0), device=device)
+        K = A @ A.mT / size + torch.eye(size, device=device)  # positive definite
+        K, task = (K.bfloat16() if name == "bfloat16" else K), TASKS.get(name, lambda K: K @ K)
         with fp32_matmul_precision(name if name in PRECISIONS else "highest"):
             points[size] = counted(task, K.to("meta")).total / fastest(partial(task, K), clock)
     return tuple(points.items())
-
-
-def _square(K: Tensor) -> object:
-    return K @ K
 
 
 def _cholesky(K: Tensor) -> object:
@@ -115,13 +111,6 @@ TASKS: Mapping[str, Callable[[Tensor], object]] = {
     SVD: torch.linalg.svd,
 }
 """The decomposition of a positive definite matrix that is timed for each kind."""
-
-
-def _positive_definite(d: int, device: torch.device) -> Tensor:
-    """A random symmetric positive definite matrix ``[d, d]``."""
-    A = torch.randn(d, d, generator=torch.Generator(device).manual_seed(0), device=device)
-    K: Tensor = A @ A.mT / d + torch.eye(d, device=device)
-    return K
 
 
 def _bandwidths(model: Model, device: torch.device, clock: Clock) -> tuple[float, float, float]:

@@ -15,17 +15,14 @@ from functools import cache
 from itertools import islice
 from statistics import fmean
 
-import torch
-
 from steepest.exchange.layout import Layout, Rectangle
 from steepest.exchange.plan import Job, Plan, make_plan
 from steepest.lab.plan.devices import Device
 from steepest.lab.plan.models import Model, Weight
-from steepest.lab.plan.time import MFU, Forecast, Load, entry_bytes, forecast, refresh_offsets
+from steepest.lab.plan.time import MFU, Forecast, Load, entry_bytes, forecast, matrix_cost, period_of
 from steepest.lab.shared.errors import BadInput
 from steepest.rule import Elementwise, Rule
-from steepest.rule.work import work
-from steepest.stack.storage import laid_out
+from steepest.stack.stagger import stagger_offsets
 
 Piece = tuple[int, int, int]
 """Matrices of a parameter: their number, rows and columns."""
@@ -94,7 +91,6 @@ class Outlook:
     block_size: int
     """The largest side of a block; 0 for whole matrices."""
     matrices: int
-    buckets: int
     state_max: float
     """Bytes of optimizer state, of matrices and of other parameters."""
     state_mean: float
@@ -149,7 +145,6 @@ def look(model: Model, on: Mesh, tokens: int, device: Device | None = None, mfu:
         world=on.world,
         block_size=model.block_size,
         matrices=sum(b for weight in model.weights if weight.view for b, _, _ in weight.view.pieces),
-        buckets=len(plan.buckets),
         state_max=max(rank.state for rank in ranks),
         state_mean=fmean(rank.state for rank in ranks),
         elementwise_max=max(rank.entries for rank in ranks) * entry_bytes(model.elementwise),
@@ -239,9 +234,9 @@ def _refresh_offsets(model: Model) -> dict[tuple[str, int], list[int]]:
     if not isinstance(model.rule, Rule):
         return {}
     weights = sorted((weight.name, weight.view.pieces) for weight in model.weights if weight.view is not None)
-    shapes = [(m, n) for _, pieces in weights for b, m, n in pieces for _ in range(b)]
-    dealt = iter(refresh_offsets(model.rule, shapes))
-    return {(name, i): list(islice(dealt, b)) for name, pieces in weights for i, (b, _, _) in enumerate(pieces)}
+    costs = [model.rule.refresh_cost(m, n) for _, pieces in weights for b, m, n in pieces for _ in range(b)]
+    offsets = iter(stagger_offsets(costs, period_of(model.rule)))
+    return {(name, i): list(islice(offsets, b)) for name, pieces in weights for i, (b, _, _) in enumerate(pieces)}
 
 
 def _stays(weight: Weight, on: Mesh) -> bool:
@@ -253,13 +248,11 @@ def _stays(weight: Weight, on: Mesh) -> bool:
     return len(parts) > 1 and all(part.shape[1:] == layout.shape[1:] for part in parts)
 
 
-@cache
 def _price(rule: Rule | Elementwise, pieces: tuple[Piece, ...]) -> tuple[float, int]:
     """Return the FLOPs of a step of some matrices, and the bytes of their state."""
     assert isinstance(rule, Rule)
-    states = [laid_out(rule, torch.empty(piece, device="meta")) for piece in pieces]
-    flops = sum(b * work(rule, m, n).total for b, m, n in pieces)
-    return flops, sum(x.nbytes for state in states for x in state.values())
+    costs = [(b, *matrix_cost(rule, m, n)) for b, m, n in pieces]
+    return sum(b * work.total for b, work, _, _ in costs), sum(b * (moments + rest) for b, _, moments, rest in costs)
 
 
 _layout = cache(Layout.sharded)

@@ -25,7 +25,6 @@ from steepest.rule import THE_END, Elementwise, Rule
 from steepest.rule.work import Work, work
 from steepest.rules.parts.newton_schulz import NewtonSchulz, survives_bfloat16
 from steepest.rules.soap import AdamInBasis
-from steepest.stack.stagger import stagger_offsets
 from steepest.stack.storage import laid_out
 
 MFU = 0.4
@@ -122,11 +121,6 @@ def settled(rule: Rule | Elementwise, kind: str) -> Rule | Elementwise:
     return rule
 
 
-def refresh_offsets(rule: Rule, matrices: Sequence[tuple[int, int]]) -> list[int]:
-    """Return in which step of the period each matrix refreshes if staggered, as the engine deals them out, in order."""
-    return stagger_offsets([rule.refresh_cost(m, n) for m, n in matrices], period_of(rule))
-
-
 def period_of(rule: Rule | Elementwise) -> int:
     """Return the number of steps from one refresh to the next, in the end."""
     return rule.period(THE_END) if isinstance(rule, Rule) else 1
@@ -145,7 +139,7 @@ def step_times(
     mean = steady = 0.0
     refreshes: dict[int, float] = {}
     for (m, n, offset), count in load.matrices.items():
-        counted, moments, factors = _cost(rule, m, n)
+        counted, moments, factors = matrix_cost(rule, m, n)
         passed = (2 * moments + (3 * itemsize + 3 * FLOAT) * m * n) / device.passes
         passed += 2 * factors / device.bandwidth
         always, now = device.seconds(counted.always()), device.seconds(counted.now())
@@ -156,7 +150,7 @@ def step_times(
 
 
 @cache
-def _cost(rule: Rule, m: int, n: int) -> tuple[Work, int, int]:
+def matrix_cost(rule: Rule, m: int, n: int) -> tuple[Work, int, int]:
     """Return a matrix's work, the bytes of its moments, and the bytes of its other state."""
     state = laid_out(rule, torch.empty(1, m, n, device="meta"))
     moments = sum(x.nbytes for name, x in state.items() if name.startswith(MOMENTS))
