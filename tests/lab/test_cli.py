@@ -68,11 +68,11 @@ def test_a_trial_that_is_killed_is_named_and_the_others_go_on(quick_task, tmp_pa
     task = quick_task()
     task.write_text(task.read_text() + KILLS_THE_FIRST.format(mark=str(tmp_path / "killed")))
     options = ("--optimizers", "adamw, soap, muon", "--seeds", 1, "--workers", 1, "--out", tmp_path / "out")
-    done = steepest("--workload", task, *options)
+    done = steepest_race("--workload", task, *options)
     assert done.exit_code == 1
     assert done.output.count("failed: its process ended with status -9") == 1
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 2
-    again = steepest("--workload", task, *options)
+    again = steepest_race("--workload", task, *options)
     assert again.exit_code == 0
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 3
 

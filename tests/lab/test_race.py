@@ -113,14 +113,14 @@ def test_what_does_not_get_there_is_said_not_to(make_plan, make_runs) -> None:
     plan = make_plan("adamw", "soap")
     found = find_results(make_runs(plan, lambda t: 1.0 if t.contender.label == "adamw" else 2.0))
     assert found.entries[1].steps_to_target is None
-    assert headline(found)[0] == "Nobody is ahead of adamw by more than the noise between seeds."
+    assert headline(found)[0] == "No contender is ahead of adamw by more than the noise between seeds."
 
 
 def test_differences_within_the_noise_are_no_lead(make_plan, make_runs) -> None:
     plan = make_plan("adamw", "soap")
     finals = {("adamw", 0): 2.0, ("adamw", 1): 1.8, ("soap", 0): 1.9, ("soap", 1): 1.7}
     found = find_results(make_runs(plan, lambda t: finals[t.contender.label, t.seed]))
-    assert "Nobody is ahead" in headline(found)[0]
+    assert "No contender is ahead" in headline(found)[0]
     assert found.noise == pytest.approx(0.2)
 
 

@@ -28,7 +28,7 @@ def headline(results: Results) -> tuple[str, str]:
     ahead = [result for result in rivals if result.beats(base) and result.steps_share and result.time_share]
     if not ahead:
         noise = " by more than the noise between seeds" if results.plan.seeds > 1 else ""
-        return f"Nobody is ahead of {base.label}{noise}.", losses
+        return f"No contender is ahead of {base.label}{noise}.", losses
     fewest, fastest = (min(ahead, key=attrgetter(share)) for share in ("steps_share", "time_share"))
     at_most = {"≤": "at most ", "": ""}
     steps = f"{at_most[fewest.bound]}{fewest.steps_share:.0%} of its steps"
