@@ -1,5 +1,7 @@
 """Tests of the engine: any parameter, wrong options, state as views, staggered refreshes, and its repr."""
 
+import sys
+
 import pytest
 import torch
 
@@ -125,6 +127,16 @@ BAD = [
     ({"form": "inverse_root"}, "form: .*InverseRootSOAP"),
     ({"max_precond_dim": -1}, "max_precond_dim=-1"),
     ({"nonfinite": "ignore"}, "nonfinite='ignore': must be one of 'skip', 'raise'"),
+    *[
+        ({name: "no"}, f"{name}='no': must be a bool")
+        for name in ("nesterov", "merge_dims", "stagger", "guards", "compile")
+    ],
+    ({"use_kl_shampoo": "off"}, "use_kl_shampoo='off': must be a bool"),
+    ({"use_eigh": True, "solver": "qr"}, "use_eigh=True contradicts solver='qr'"),
+    ({"preconditioner_decay": 0.9, "shampoo_beta": 0.5}, "preconditioner_decay=0.9 contradicts shampoo_beta=0.5"),
+    ({"guards": False, "noise_floor": 0.1}, "guards=False contradicts noise_floor=0.1"),
+    ({"kl_floor": 0.1}, "kl_floor=0.1: soap has no such option"),
+    ({"use_egh": True}, "did you mean 'use_eigh'"),
 ]
 
 
@@ -270,3 +282,40 @@ def test_cautious_decay_spares_weights_that_the_step_grows():
     opt.step()
     expected = torch.tensor([[0.95 - 0.1, 0.95], [-0.95, -1.0 - 0.1]])
     torch.testing.assert_close(W.detach(), expected)
+
+
+def test_other_spellings_mean_the_same():
+    W = torch.nn.Parameter(torch.zeros(2, 3))
+    spelled = steepest.SOAP([W], use_kl_shampoo=True, use_eigh=True, preconditioner_decay=0.9, guards=False)
+    plain = steepest.Optimizer(
+        [W], "kl_soap", lr=3e-3, solver="eigh", shampoo_beta=0.9, noise_floor=0, momentum_floor=False, kl_floor=0
+    )
+    assert spelled.param_groups[0] == plain.param_groups[0]
+
+
+def test_a_group_may_use_other_spellings_and_inherits_all_the_same():
+    params = [torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(2)]
+    groups = [{"params": params[:1], "use_kl_shampoo": True}, {"params": params[1:], "refresh": "eigh"}]
+    kl, eigh = steepest.SOAP(groups, lr=0.1, betas=(0.8, 0.9)).param_groups
+    assert (kl["rule"], kl["betas"], kl["kl_floor"]) == ("kl_soap", (0.8, 0.9), 1e-4)
+    assert (eigh["rule"], eigh["betas"], eigh["solver"]) == ("soap", (0.8, 0.9), "eigh")
+
+
+def test_the_way_of_a_refreshing_step_is_short():
+    """Python calls inside steepest, and the files that they are in: what somebody with a debugger sees."""
+    W = torch.nn.Parameter(torch.randn(12, 8, generator=torch.Generator().manual_seed(0)))
+    optimizer = steepest.SOAP([W], lr=1e-3)
+    calls = []
+
+    def note(frame, event, arg):
+        if event == "call" and "/steepest/" in frame.f_code.co_filename:
+            calls.append(frame.f_code.co_filename)
+
+    for _ in range(6):  # the sixth refreshes for the second time
+        W.grad = torch.ones(12, 8)
+        calls.clear()
+        sys.setprofile(note)
+        optimizer.step()
+        sys.setprofile(None)
+    assert 20 < len(calls) <= 130
+    assert len(set(calls)) <= 14

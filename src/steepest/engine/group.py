@@ -59,11 +59,10 @@ def check_options(group: Mapping[str, Any]) -> None:
     check(not isinstance(lr, Tensor) or lr.numel() == 1, "lr", lr, "a number, or a tensor of one element")
     check(wd >= 0, "weight_decay", wd, "a number >= 0")
     check_choice("nonfinite", group["nonfinite"], ("skip", "raise"))
-    check(isinstance(group["stochastic_rounding"], bool), "stochastic_rounding", group["stochastic_rounding"], "a bool")
     check(isinstance(seed, int) and not isinstance(seed, bool), "rounding_seed", seed, "an integer")
     if "weight_decay_method" in group:
         check_choice("weight_decay_method", group["weight_decay_method"], DECAY_METHODS)
-    for name in ("compile", "cuda_graph"):
+    for name in ("stochastic_rounding", "stagger", "compile", "cuda_graph", "merge_dims", "transpose"):
         check(isinstance(group.get(name, False), bool), name, group.get(name), "a bool")
     RULES[group["rule"]].from_group(group)
 

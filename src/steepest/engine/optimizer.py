@@ -27,7 +27,7 @@ from steepest.exchange.peers import Peers
 from steepest.exchange.shards import copy_into, is_dtensor, local
 from steepest.rule import Elementwise, Rule, nearest
 from steepest.rules import RULES
-from steepest.rules.aliases import resolve
+from steepest.rules.aliases import ALIASES, resolve
 from steepest.stack.names import parameter_name
 from steepest.stack.stack import Stack, state_dtype
 from steepest.stack.stagger import Offsets, group_offsets, slot_offsets
@@ -67,7 +67,8 @@ class Optimizer(torch.optim.Optimizer):
         known = option_defaults(rule)
         for name in options:
             if name not in known:
-                raise ValueError(f"{name}={options[name]!r}: {rule} has no such option{nearest(name, known)}")
+                hint = nearest(name, [*known, *ALIASES])
+                raise ValueError(f"{name}={options[name]!r}: {rule} has no such option{hint}")
         super().__init__(params, known | options)
 
     def _reset(self) -> None:

@@ -27,7 +27,7 @@ def betas(default: tuple[float, float]) -> Any:
 
 def flag(default: bool | None) -> Any:
     """An option that is True or False; or None, if that is its default."""
-    allowed = "True or False" if default is not None else "True, False or None"
+    allowed = "a bool" if default is not None else "a bool or None"
     return checked(default, lambda x: isinstance(x, bool) or (x is None and default is None), allowed)
 
 

@@ -12,10 +12,12 @@ SOAPS = ("soap", "kl_soap")
 SHAMPOOS = ("shampoo", "kl_shampoo")
 UNGUARDED = {"noise_floor": 0.0, "momentum_floor": False, "kl_floor": 0.0}
 """What ``guards=False`` means."""
+ALIASES = ("guards", "preconditioner_decay", "use_eigh", "use_kl_shampoo")
+"""Names that are no options of a rule, but that `resolve` knows."""
 
 
 def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a parameter group in its rule's own words; ``rule`` is among them, and may become another.
+    """Return the options of a parameter group in its rule's own words; ``rule`` is among them, and may change.
 
     ==========================  =======================================================================
     ``use_kl_shampoo=True``     rule "kl_soap" or "kl_shampoo"
@@ -66,7 +68,7 @@ def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _flag(options: dict[str, Any], name: str) -> bool:
     value = options.pop(name)
-    check(isinstance(value, bool), name, value, "True or False")
+    check(isinstance(value, bool), name, value, "a bool")
     return bool(value)
 
 
