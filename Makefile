@@ -39,7 +39,7 @@ types: .venv/.ready
 
 .venv/.ready: EXTRAS := lab,dev
 .venv/.ready: SIZE   := 0.4 GB to download, 1.5 GB on disk
-.venv-race/.ready: EXTRAS := lab
+.venv-race/.ready: EXTRAS := race
 .venv-race/.ready: SIZE   := 0.1 GB to download, 0.4 GB on disk
 
 PIP = $(@D)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
