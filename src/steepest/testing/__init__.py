@@ -27,19 +27,15 @@ from contextlib import contextmanager
 
 import torch
 
-from steepest.testing import construction, hazards, precision, saving, settings, stepping
-from steepest.testing.clause import CLAUSES, Broken, Clause, NotApplicable
+from steepest.testing import construction, gradients, saving, settings, stepping  # noqa: F401, for their clauses
+from steepest.testing.clause import REGISTERED, Broken, Clause, Finding, NotApplicable, Report, Verdict
 from steepest.testing.evidence import one_line
-from steepest.testing.report import Finding, Report, Verdict
 from steepest.testing.subject import Factory, Subject
 
 __all__ = ["CLAUSES", "Clause", "Finding", "Report", "Verdict", "check_clause", "check_optimizer"]
 
-MODULES = (construction, settings, stepping, saving, hazards, precision)
-
-_in_order = sorted(CLAUSES.values(), key=lambda clause: clause.number)
-CLAUSES.clear()
-CLAUSES.update({clause.name: clause for clause in _in_order})
+CLAUSES = dict(sorted(REGISTERED.items(), key=lambda named: named[1].number))
+"""Every clause by name, in the contract's order."""
 
 
 def check_optimizer(
@@ -93,6 +89,7 @@ def check_clause(clause: Clause, subject: Subject) -> Finding:
     """
     try:
         with _undisturbed():
+            subject.require(clause)
             clause.check(subject)
     except NotApplicable as reason:
         return Finding(clause, Verdict.NOT_APPLICABLE, str(reason))

@@ -1,10 +1,11 @@
-"""Clauses of the contract: small functions that test one promise each, with the promise as their docstring."""
+"""Clauses of the contract, small functions that test one promise each, and the report of what they find."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 Check = Callable[[Any], None]
@@ -28,6 +29,10 @@ class Clause:
     title: str
     """The promise in a few words."""
     check: Check
+    needs: tuple[str, ...] = ()
+    """Options of which an optimizer must have one for the clause to apply."""
+    several: bool = False
+    """Whether the clause applies only to optimizers that take several parameters."""
     slow: bool = False
     """Whether the clause is checked only on request."""
 
@@ -42,15 +47,87 @@ class Clause:
         return inspect.cleandoc(self.check.__doc__ or "")
 
 
-CLAUSES: dict[str, Clause] = {}
-"""Every clause by name, in the contract's order once `steepest.testing` is imported."""
+REGISTERED: dict[str, Clause] = {}
+"""Clauses by name; `steepest.testing.CLAUSES` has them in the contract's order."""
 
 
-def clause(number: int, title: str, *, slow: bool = False) -> Callable[[Check], Check]:
-    """Register the function below as a clause of chapter ``number``."""
+def clause(number: int, title: str, **conditions: Any) -> Callable[[Check], Check]:
+    """Register the function below as a clause of chapter ``number``; the conditions are fields of `Clause`."""
 
     def register(check: Check) -> Check:
-        CLAUSES[check.__name__] = Clause(number, title, check, slow)
+        REGISTERED[check.__name__] = Clause(number, title, check, **conditions)
         return check
 
     return register
+
+
+class Verdict(Enum):
+    """The outcome of a clause."""
+
+    KEPT = "kept"
+    BROKEN = "broken"
+    NOT_APPLICABLE = "n/a"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The verdict on one clause."""
+
+    clause: Clause
+    verdict: Verdict
+    why: str = ""
+    """The evidence if the clause is broken (expected and seen), the reason if it does not apply."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The verdicts of all clauses on one optimizer.
+
+    Example:
+        >>> clause = Clause(5, "p.grad stays as it was", lambda subject: None)
+        >>> print(Report("Mine", (Finding(clause, Verdict.BROKEN, "expected a gradient, saw None"),)))
+        Mine: 0 clauses kept, 1 broken, 0 not applicable
+        5  p.grad stays as it was  broken  expected a gradient, saw None
+    """
+
+    name: str
+    findings: tuple[Finding, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Parameters that the optimizer refused, with its errors; the suite went on without them."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether no clause is broken."""
+        return not self.broken
+
+    @property
+    def kept(self) -> list[Finding]:
+        """Findings of clauses that the optimizer keeps."""
+        return [finding for finding in self.findings if finding.verdict is Verdict.KEPT]
+
+    @property
+    def broken(self) -> list[Finding]:
+        """Findings of clauses that the optimizer breaks."""
+        return [finding for finding in self.findings if finding.verdict is Verdict.BROKEN]
+
+    @property
+    def not_applicable(self) -> list[Finding]:
+        """Findings of clauses that do not apply to the optimizer."""
+        return [finding for finding in self.findings if finding.verdict is Verdict.NOT_APPLICABLE]
+
+    @property
+    def summary(self) -> str:
+        """The optimizer's name and the number of clauses for each verdict, in one line."""
+        counts = f"{len(self.kept)} clauses kept, {len(self.broken)} broken, {len(self.not_applicable)} not applicable"
+        return f"{self.name}: {counts}"
+
+    @property
+    def omissions(self) -> list[str]:
+        """A line for each parameter that the optimizer refused."""
+        return [f"not given: a parameter of {shape}, refused: {why}" for shape, why in self.refused.items()]
+
+    def __str__(self) -> str:
+        rows = [(str(f.clause.number), f.clause.title, f.verdict.value, f.why) for f in self.findings]
+        number, title, verdict = (max((len(row[i]) for row in rows), default=0) for i in range(3))
+        table = [f"{n:>{number}}  {t:<{title}}  {v:<{verdict}}  {why}".rstrip() for n, t, v, why in rows]
+        return "\n".join([self.summary, *self.omissions, *table])

@@ -16,10 +16,7 @@ from steepest.testing.subject import Subject
 
 @clause(1, "parameters come as tensors, an iterator, groups or (name, tensor) pairs")
 def parameter_forms(subject: Subject) -> None:
-    """An optimizer takes every form of parameters that ``torch.optim.Optimizer`` takes, and trains the same with each.
-
-    ``model.parameters()`` is an iterator that can be read once; ``model.named_parameters()`` yields pairs.
-    """
+    """An optimizer takes every form of parameters that ``torch.optim.Optimizer`` does, and trains the same with all."""
     expected = subject.start()
     expect(isinstance(expected.optimizer, torch.optim.Optimizer), "a torch.optim.Optimizer", type(expected.optimizer))
     expected.steps(range(2))
@@ -39,10 +36,7 @@ def parameter_forms(subject: Subject) -> None:
 
 @clause(1, "names of parameters survive, also in state_dict")
 def names_survive(subject: Subject) -> None:
-    """After ``model.named_parameters()``, ``param_names`` are in the groups and in saved states.
-
-    Checkpoints are matched by name across changes of a model; without names, only the order is left.
-    """
+    """Groups and saved states have the ``param_names``: without names, a checkpoint is matched by order only."""
     params = subject.params()
     optimizer = subject.over(params, list(params.items())).optimizer
     for where, groups in (("", optimizer.param_groups), (" of state_dict", optimizer.state_dict()["param_groups"])):
@@ -74,11 +68,10 @@ def empty_parameters(subject: Subject) -> None:
 @clause(1, "parameters may lie in memory in any order")
 def strided_parameters(subject: Subject) -> None:
     """A transposed parameter trains as a contiguous one: tied, fused and channels-last weights are such views."""
-    expected = subject.start(names=subject.one)
-    (name,) = subject.one
+    expected = subject.start(names=[subject.first])
     start = expected.weights()
-    strided = nn.Parameter(expected.params[name].detach().mT.contiguous().mT)
-    run = subject.over({name: strided}, [strided])
+    strided = nn.Parameter(expected.params[subject.first].detach().mT.contiguous().mT)
+    run = subject.over({subject.first: strided}, [strided])
     for each in (expected, run):
         each.steps(range(3))
     expect_close(run.weights(), expected.weights(), start, "the same training for a weight that is stored transposed")
@@ -101,15 +94,10 @@ def replaced_parameters(subject: Subject) -> None:
     run.optimizer.load_state_dict(run.optimizer.state_dict())
 
 
-@clause(1, "add_param_group after construction fills in every default")
+@clause(1, "add_param_group after construction fills in every default", several=True)
 def added_group(subject: Subject) -> None:
-    """A group that is added later, with nothing but parameters, gets every option, and trains.
-
-    Fine-tuning recipes unfreeze layers that way, in the middle of training.
-    """
-    subject.needs_two()
-    params = subject.params()
-    late = list(params)[-1]
+    """A group of parameters that is added in training, as when layers are unfrozen, gets every option, and trains."""
+    params, late = subject.params(), subject.others[-1]
     run = subject.over(params, [p for name, p in params.items() if name != late])
     run.step(0, missing=[late])
     run.optimizer.add_param_group({"params": [params[late]]})
@@ -118,27 +106,21 @@ def added_group(subject: Subject) -> None:
     run.expect_training(range(2, 5), "old and added parameters to train")
 
 
-@clause(1, "a group's own options hold for it alone")
+@clause(1, "a group's own options hold for it alone", several=True)
 def own_options(subject: Subject) -> None:
     """A group with ``lr=0`` stays while the others train: layer-wise rates and frozen phases depend on that."""
-    subject.needs_two()
-    params = subject.params()
-    (still,) = subject.one
-    moving = [name for name in params if name != still]
-    groups: list[dict[str, Any]] = [{"params": [params[still]], "lr": 0.0}, {"params": [params[n] for n in moving]}]
-    run = subject.over(params, groups)
+    params, still, moving = subject.params(), subject.first, subject.others
+    run = subject.over(params, [{"params": [params[still]], "lr": 0.0}, {"params": [params[n] for n in moving]}])
     before, others = run.weights(still), run.weights(*moving)
     run.steps(range(3))
     expect_same(run.weights(still), before, "no change in the group whose lr is 0")
     expect_moved(run.weights(*moving), others, "the other group to train")
 
 
-@clause(1, "frozen parameters stay, and train once they thaw")
+@clause(1, "frozen parameters stay, and train once they thaw", several=True)
 def frozen_parameters(subject: Subject) -> None:
     """A parameter with ``requires_grad=False`` may be in a group: it stays, and trains from its first gradient on."""
-    subject.needs_two()
-    params = subject.params()
-    (cold,) = subject.one
+    params, cold = subject.params(), subject.first
     params[cold].requires_grad_(False)
     run = subject.over(params, list(params.values()))
     before = run.weights(cold)
@@ -152,21 +134,18 @@ def frozen_parameters(subject: Subject) -> None:
 @clause(10, "a bad learning rate raises ValueError at construction")
 def bad_lr(subject: Subject) -> None:
     """A negative or NaN learning rate is a mistake, which is cheapest to find before training starts."""
-    _expect_refusal(subject, lr=-1.0)
-    _expect_refusal(subject, lr=math.nan)
+    for lr in (-1.0, math.nan):
+        _expect_refusal(subject, lr=lr)
 
 
-@clause(10, "decay coefficients out of range raise ValueError at construction")
+@clause(10, "decay coefficients out of range raise ValueError at construction", needs=("betas", "momentum"))
 def bad_betas(subject: Subject) -> None:
     """``betas`` outside [0, 1) divide by zero in the bias correction, or grow without bound."""
-    present = subject.needs_any("betas", "momentum")
-    if "betas" in present:
-        rest = tuple(subject.defaults["betas"])[1:]
-        _expect_refusal(subject, betas=(-0.1, *rest))
-        _expect_refusal(subject, betas=(1.0, *rest))
-        if rest:
-            _expect_refusal(subject, betas=(*subject.defaults["betas"][:-1], 1.5))
-    if "momentum" in present:
+    if "betas" in subject.defaults:
+        betas = tuple(subject.defaults["betas"])
+        for bad in ((-0.1, *betas[1:]), (1.0, *betas[1:]), (*betas[:-1], 1.5)):
+            _expect_refusal(subject, betas=bad)
+    if "momentum" in subject.defaults:
         _expect_refusal(subject, momentum=-0.1)
 
 
@@ -206,7 +185,7 @@ def _expect_refusal(subject: Subject, **bad: Any) -> None:
     """Expect a ValueError that contains the option or its value."""
     ((option, value),) = bad.items()
     try:
-        subject.start(names=subject.one, **bad)
+        subject.start(names=[subject.first], **bad)
     except ValueError as error:
         numbers = [str(number) for number in (value if isinstance(value, tuple) else (value,))]
         named = any(word in str(error) for word in [option.removesuffix("s"), *numbers])
@@ -222,7 +201,7 @@ def _expect_training_or_error(
 ) -> None:
     """Expect gradients of some kind to move the weight to finite values, or an error to name the kind."""
     try:
-        run = subject.start(dtype, names=subject.one)
+        run = subject.start(dtype, names=[subject.first])
         before = run.weights()
         for k in range(3):
             run.set_gradients(k)

@@ -1,4 +1,4 @@
-"""Chapters 3, 4, 5, 9 and 15: what a step does, what it leaves unchanged, and which hooks it calls."""
+"""Chapters 3, 5, 9, 14 and 15: what a step does, what it leaves unchanged, which hooks it calls, and compiling it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steepest.testing.clause import clause
-from steepest.testing.evidence import (
-    Snapshot,
-    expect,
-    expect_close,
-    expect_finite,
-    expect_moved,
-    expect_same,
-    snapshot,
-)
-from steepest.testing.subject import Subject, gradient
+from steepest.testing.evidence import Snapshot, expect, expect_close, expect_finite, expect_moved, expect_same, snapshot
+from steepest.testing.subject import Run, Subject, gradient
+
+PRODUCTS: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+"""The modules that hold the precision of matrix products."""
 
 
 @clause(3, "a closure runs with gradients enabled, and its loss is returned")
@@ -46,69 +42,9 @@ def closure(subject: Subject) -> None:
     expect_moved(run.weights(), before, "a step with the closure's gradients")
 
 
-@clause(4, "a parameter without a gradient is skipped")
-def missing_gradient(subject: Subject) -> None:
-    """A parameter whose ``grad`` is None stays as it is, without decay too: it had no part in the loss."""
-    subject.needs_two()
-    (absent,) = subject.one
-    run = subject.start()
-    others = [name for name in run.params if name != absent]
-    before, start = run.weights(absent), run.weights(*others)
-    for k in range(3):
-        run.step(k, missing=[absent])
-    expect_same(run.weights(absent), before, "no change without a gradient")
-    expect_moved(run.weights(*others), start, "the others to train")
-
-
-@clause(4, "a step without any gradient does nothing")
-def no_gradients(subject: Subject) -> None:
-    """A step in which no parameter has a gradient changes nothing and raises nothing, first or later."""
-    run = subject.start()
-    run.step(0, missing=list(run.params))
-    expect_same(run.weights(), snapshot(subject.params()), "no change in a first step without gradients")
-    run.step(1)
-    before = run.everything()
-    run.step(2, missing=list(run.params))
-    expect_same(run.everything(), before, "no change in a step without gradients")
-
-
-@clause(4, "a gradient that is missing on some steps leaves weights and state alone")
-def missing_leaves_state(subject: Subject) -> None:
-    """While its gradient is missing, a parameter's weights, state and step count stay bit for bit.
-
-    Experts without tokens, and heads of other tasks, have no gradient in many steps.
-    """
-    subject.needs_two()
-    (absent,) = subject.one
-    run = subject.start()
-    run.step(0)
-    before = run.of(absent)
-    run.step(1, missing=[absent])
-    run.step(2, missing=[absent])
-    expect_same(run.of(absent), before, "weights and state to stay while the gradient is missing")
-
-
-@clause(4, "a gradient that is missing on some steps leaves the clock alone")
-def missing_leaves_clock(subject: Subject) -> None:
-    """Steps without a parameter's gradient do not count for it: its bias correction counts its own updates."""
-    subject.needs_two()
-    (absent,) = subject.one
-    gaps, expected = subject.start(), subject.start()
-    start = gaps.weights()
-    for k in range(6):
-        gaps.step(k, missing=[absent] if k in (0, 2, 3) else [])
-    for k in (1, 4, 5):
-        expected.step(k)
-    promise = "the same training as without the steps that were missed"
-    expect_close(gaps.weights(absent), expected.weights(absent), start, promise)
-
-
 @clause(5, "gradients stay as they were")
 def gradients_unchanged(subject: Subject) -> None:
-    """``step()`` reads ``p.grad`` and neither changes nor clears it.
-
-    Loggers read gradients after the step; gradient accumulation and ``step()`` called twice rely on them.
-    """
+    """``step()`` neither changes nor clears ``p.grad``: loggers, accumulation and a second ``step()`` rely on it."""
     run = subject.start()
     run.set_gradients(0)
     before = {name: p.grad for name, p in run.params.items()}
@@ -121,10 +57,7 @@ def gradients_unchanged(subject: Subject) -> None:
 
 @clause(5, "global random states are not consumed")
 def random_state(subject: Subject) -> None:
-    """Construction and steps draw no numbers from torch's, NumPy's and Python's global generators.
-
-    Otherwise a change of optimizer changes dropout and data order, and runs can't be compared.
-    """
+    """Construction and steps draw nothing from torch's, NumPy's and Python's generators, as data and dropout do."""
     before = _random_states()
     run = subject.start()
     for k in range(3):
@@ -147,15 +80,13 @@ def global_settings(subject: Subject) -> None:
     expect(not changed, "untouched settings", ", ".join(changed))
 
 
-@clause(9, "a step with zero gradients and lr 0 changes no parameter")
+@clause(9, "a step with zero gradients and lr 0 changes no parameter", needs=("lr",))
 def idle_step(subject: Subject) -> None:
     """``torch.distributed.checkpoint`` takes such a step to create state, and expects no other effect."""
-    subject.needs("lr")
     run = subject.start()
     before = run.weights()
     run.set("lr", 0.0)
-    run.set_gradients(0, scale=0.0)
-    run.act()
+    run.step(0, scale=0.0)
     expect_same(run.weights(), before, "no change in a step with zero gradients and lr 0")
 
 
@@ -164,10 +95,37 @@ def zero_gradients(subject: Subject) -> None:
     """Normalizations must not compute 0/0: numbers stay finite after zero gradients, and training goes on."""
     run = subject.start()
     for k in range(3):
-        run.set_gradients(k, scale=0.0)
-        run.act()
+        run.step(k, scale=0.0)
     expect_finite(run.everything(), "finite numbers after zero gradients")
     run.expect_training(range(3, 6), "training after zero gradients")
+
+
+@clause(14, "torch.compile(optimizer.step), without recompiling when lr changes", needs=("lr",), slow=True)
+def compiled_step(subject: Subject) -> None:
+    """The step can be compiled, trains as without, and does not recompile when a tensor learning rate changes."""
+    graphs = 0  # how often tracing has begun
+
+    def backend(module: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    torch.compiler.reset()
+    eager, run = (subject.start(names=[subject.first], lr=torch.tensor(subject.lr)) for _ in range(2))
+    start = run.weights()
+    optimizer: Any = SimpleNamespace(step=torch.compile(run.optimizer.step, backend=backend))
+    compiled = Run(run.params, optimizer, by_closure=False)
+    counts = []
+    for k in range(10):
+        for each in (run, eager):
+            each.set("lr", subject.lr / (1 + max(k - 5, 0)))
+        compiled.step(k)
+        eager.step(k)
+        counts.append(graphs)
+    torch.compiler.reset()
+    expect(counts[-1] > 0, "something to be compiled", "no graph")
+    expect(counts[-1] == counts[5], "no new graph when lr changes", f"graphs so far, step by step: {counts}")
+    expect_close(run.weights(), eager.weights(), start, "the same training compiled as uncompiled")
 
 
 @clause(15, "step hooks fire once a step, before and after it")
@@ -224,22 +182,17 @@ def _random_states() -> dict[str, Tensor]:
 @contextmanager
 def _known_precision() -> Iterator[None]:
     """Start with matrix products in full float32, whatever an earlier construction of the optimizer has set."""
-    saved = [backend.fp32_precision for backend in _products()]
+    saved = [backend.fp32_precision for backend in PRODUCTS]
     torch.set_float32_matmul_precision("highest")
     yield
-    for backend, precision in zip(_products(), saved, strict=True):
+    for backend, precision in zip(PRODUCTS, saved, strict=True):
         backend.fp32_precision = precision
-
-
-def _products() -> Any:
-    """Return the modules that hold the precision of matrix products."""
-    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 def _settings() -> dict[str, object]:
     """Return settings of torch that a step might change."""
     return {
-        "precision of products": [backend.fp32_precision for backend in _products()],
+        "precision of products": [backend.fp32_precision for backend in PRODUCTS],
         "default dtype": torch.get_default_dtype(),
         "gradient mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),

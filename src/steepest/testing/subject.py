@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steepest.testing.clause import NotApplicable
+from steepest.testing.clause import Clause, NotApplicable
 from steepest.testing.evidence import Snapshot, expect_moved, one_line, snapshot
 
 Factory = Callable[..., torch.optim.Optimizer]
@@ -28,9 +28,6 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "bias": (4,),
     "gain": (),
 }
-
-BEFORE, AFTER = 4, 4
-"""Numbers of steps before a run is interrupted, and after it is resumed."""
 
 
 class Run:
@@ -55,9 +52,11 @@ class Run:
         """Call ``optimizer.step()`` with the gradients as they are, with a closure if it requires one."""
         self.optimizer.step(lambda: torch.zeros(())) if self.by_closure else self.optimizer.step()  # type: ignore
 
-    def step(self, k: int, missing: Collection[str] = (), poison: Mapping[str, float] | None = None) -> None:
+    def step(
+        self, k: int, missing: Collection[str] = (), poison: Mapping[str, float] | None = None, scale: float = 1.0
+    ) -> None:
         """Take step ``k``. ``poison`` maps parameters to a bad number that one entry of their gradient gets."""
-        self.set_gradients(k, missing)
+        self.set_gradients(k, missing, scale)
         for name, value in (poison or {}).items():
             grad = self.params[name].grad
             assert grad is not None
@@ -88,18 +87,14 @@ class Run:
         """Return a copy of the parameters of these names, by default of all."""
         return snapshot({name: p for name, p in self.params.items() if name in names or not names})
 
-    def of(self, *names: str) -> Snapshot:
-        """Return a copy of weights and state of some parameters."""
-        state = self.optimizer.state
-        return snapshot({n: {"weight": self.params[n], "state": state.get(self.params[n], {})} for n in names})
+    def state(self, *names: str) -> Snapshot:
+        """Return a copy of the state of these parameters, by default of all, by the optimizer's own names."""
+        chosen = {name: p for name, p in self.params.items() if name in names or not names}
+        return snapshot({name: self.optimizer.state[p] for name, p in chosen.items() if p in self.optimizer.state})
 
-    def state(self) -> Snapshot:
-        """Return a copy of the optimizer's state, by parameter and by the optimizer's own names."""
-        return snapshot({name: self.optimizer.state[p] for name, p in self.params.items() if p in self.optimizer.state})
-
-    def everything(self) -> Snapshot:
-        """Return a copy of weights and state."""
-        return snapshot({"weight of": self.weights(), "state of": self.state()})
+    def everything(self, *names: str) -> Snapshot:
+        """Return a copy of the weights and state of these parameters, by default of all."""
+        return snapshot({"weight of": self.weights(*names), "state of": self.state(*names)})
 
 
 class Subject:
@@ -120,10 +115,18 @@ class Subject:
         self.dtype = dtype
         self.device = torch.device(device)
         self.refused: dict[str, str] = {}
-        self._straight: dict[torch.dtype, tuple[Snapshot, Snapshot]] = {}
-        self.shapes = {name: shape for name, shape in SHAPES.items() if self._takes(name, shape)}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in SHAPES.items():
+            p = self._parameter(name, shape, dtype)
+            try:
+                Run({name: p}, factory([p]), self.by_closure).step(0)
+                self.shapes[name] = shape
+            except Exception as error:
+                self.refused[f"shape {list(shape)}"] = one_line(error)
         if not self.shapes:
             raise ValueError(f"no parameter could be optimized: {next(iter(self.refused.values()))}")
+        self.first, *self.others = self.shapes
+        """Names of the parameters; clauses that need no more than one take the first."""
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
@@ -144,11 +147,6 @@ class Subject:
         """The default learning rate."""
         return float(self.defaults["lr"])
 
-    @property
-    def one(self) -> list[str]:
-        """The name of one parameter, for clauses that need no more."""
-        return [next(iter(self.shapes))]
-
     def params(self, dtype: torch.dtype | None = None, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Return fresh parameters, the same each time."""
         chosen = self.shapes if names is None else names
@@ -163,41 +161,12 @@ class Subject:
         """Return a run before its first step, whose optimizer was given the parameters as ``given``."""
         return Run(params, self.factory(given, **overrides), self.by_closure)
 
-    def straight(self, dtype: torch.dtype) -> tuple[Snapshot, Snapshot]:
-        """Return weights and state after `BEFORE` steps and after `AFTER` more, to compare resumed runs with."""
-        if dtype not in self._straight:
-            run = self.start(dtype)
-            run.steps(range(BEFORE))
-            middle = run.everything()
-            run.steps(range(BEFORE, BEFORE + AFTER))
-            self._straight[dtype] = middle, run.everything()
-        return self._straight[dtype]
-
-    def needs(self, option: str) -> None:
-        """Raise `NotApplicable` unless the optimizer has this option."""
-        if option not in self.defaults:
-            raise NotApplicable(f"has no {option}")
-
-    def needs_any(self, *options: str) -> list[str]:
-        """Return those of two options that the optimizer has, or raise `NotApplicable` if it has neither."""
-        present = [option for option in options if option in self.defaults]
-        if not present:
-            raise NotApplicable(f"has neither {' nor '.join(options)}")
-        return present
-
-    def needs_two(self) -> None:
-        """Raise `NotApplicable` unless the optimizer takes several parameters."""
-        if len(self.shapes) < 2:
+    def require(self, clause: Clause) -> None:
+        """Raise `NotApplicable` unless the optimizer has what the clause needs."""
+        if clause.needs and not any(option in self.defaults for option in clause.needs):
+            raise NotApplicable(f"has {'neither' if len(clause.needs) > 1 else 'no'} {' nor '.join(clause.needs)}")
+        if clause.several and not self.others:
             raise NotApplicable("takes a single parameter only")
-
-    def _takes(self, name: str, shape: tuple[int, ...]) -> bool:
-        p = self._parameter(name, shape, self.dtype)
-        try:
-            Run({name: p}, self.factory([p]), self.by_closure).step(0)
-        except Exception as error:
-            self.refused[f"shape {list(shape)}"] = one_line(error)
-            return False
-        return True
 
     def _parameter(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
         return nn.Parameter(_random(0, name, shape).to(self.device, dtype))

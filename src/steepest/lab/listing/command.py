@@ -24,7 +24,7 @@ from steepest.lab.shared.files import import_file
 from steepest.optimizers import NAMES, group_options
 from steepest.optimizers.torch_optim import PAPERS, TORCH
 from steepest.recipes import RECIPES
-from steepest.rule import Rule
+from steepest.rule import Elementwise, Rule
 from steepest.rule.work import PRODUCT, work
 from steepest.rules import RULES
 from steepest.stack.storage import laid_out
@@ -129,13 +129,29 @@ def build_model(path: Path) -> nn.Module:
 def ours() -> list[Line]:
     """Return the optimizers of this library; those with a class come first."""
     named = {entry.rule for entry in NAMES.values()}
-    names = [*NAMES, *(name for name in RULES if name not in named and name not in TORCH)]
-    return [_our_line(name) for name in names]
+    lines = []
+    for name in (*NAMES, *(name for name in RULES if name not in named and name not in TORCH)):
+        rule = _rule(name)
+        paper = NAMES[name].paper if name in NAMES else rule.paper
+        takes = "matrices" if isinstance(rule, Rule) else "any shape"
+        lines.append(
+            Line(name, paper, takes, bytes_per_entry(name, 64, 64), bytes_per_entry(name, 64, 256), cost(name))
+        )
+    return lines
 
 
 def torchs() -> list[Line]:
     """Return the optimizers of torch.optim. A name that one of ours has, too, begins with "torch."."""
-    return [_torch_line(name) for name in sorted(TORCH)]
+    lines = []
+    for key, optimizer in sorted(TORCH.items()):
+        name, paper = f"torch.{key}" if key in NAMES else key, PAPERS.get(key, "")
+        if key in UNUSUAL:
+            lines.append(Line(name, paper, UNUSUAL[key], None, None, None))
+            continue
+        takes, steps = ("matrices", None) if key == "muon" else ("any shape", Cost(0.0, ""))
+        square, wide = (_bytes_left_by_a_step(optimizer, m, n) / (m * n) for m, n in ((64, 64), (64, 256)))
+        lines.append(Line(name, paper, takes, square, wide, steps))
+    return lines
 
 
 def bytes_per_entry(name: str, m: int, n: int) -> float:
@@ -144,8 +160,7 @@ def bytes_per_entry(name: str, m: int, n: int) -> float:
     >>> bytes_per_entry("soap", 64, 64), bytes_per_entry("muon", 64, 256)
     (24.0, 4.0)
     """
-    options = group_options(name, {})
-    rule = RULES[options["rule"]].from_group(option_defaults(options["rule"]) | options)
+    rule = _rule(name)
     if isinstance(rule, Rule):
         state = dict(laid_out(rule, torch.empty(1, m, n, device="meta")))
     else:
@@ -160,8 +175,7 @@ def cost(name: str) -> Cost:
     >>> cost("lion"), cost("moso")
     (Cost(products=0.0, decompositions=''), Cost(products=6.0, decompositions='qr 1.3'))
     """
-    options = group_options(name, {})
-    rule = RULES[options["rule"]].from_group(option_defaults(options["rule"]) | options)
+    rule = _rule(name)
     if not isinstance(rule, Rule):
         return Cost(0.0, "")
     kinds: defaultdict[str, float] = defaultdict(float)
@@ -171,22 +185,10 @@ def cost(name: str) -> Cost:
     return Cost(products, ", ".join(f"{kind} {units:.2g}" for kind, units in kinds.items()))
 
 
-def _our_line(name: str) -> Line:
+def _rule(name: str) -> Rule | Elementwise:
+    """Return the rule of one of our optimizers at default options."""
     options = group_options(name, {})
-    rule = RULES[options["rule"]]
-    paper = NAMES[name].paper if name in NAMES else rule.paper
-    applies = "matrices" if issubclass(rule, Rule) else "any shape"
-    return Line(name, paper, applies, bytes_per_entry(name, 64, 64), bytes_per_entry(name, 64, 256), cost(name))
-
-
-def _torch_line(key: str) -> Line:
-    name, paper = f"torch.{key}" if key in NAMES else key, PAPERS.get(key, "")
-    if key in UNUSUAL:
-        return Line(name, paper, UNUSUAL[key], None, None, None)
-    square, wide = (_bytes_left_by_a_step(TORCH[key], m, n) / (m * n) for m, n in ((64, 64), (64, 256)))
-    if key == "muon":
-        return Line(name, paper, "matrices", square, wide, None)
-    return Line(name, paper, "any shape", square, wide, Cost(0.0, ""))
+    return RULES[options["rule"]].from_group(option_defaults(options["rule"]) | options)
 
 
 def _bytes_left_by_a_step(optimizer: type[Optimizer], m: int, n: int) -> int:

@@ -17,25 +17,24 @@ COLOURS = dict(zip(PATHS, ("#f0842c", "#d6478f", "#2f7de1", "#12a48b"), strict=T
 def page(study: Study, command: str) -> str:
     """Return the report as HTML."""
     setup = study.setup
-    steps = f"{setup.steps}, spike at {setup.spike_at + 1}"
-    facts = {"command": command, "“high”": text.tf32(study), **versions(), "machine": machine()}
+    facts = {"command": command, "“high”": setup.tf32, **versions(), "machine": machine()}
+    facts |= {"steps": f"{setup.steps}, spike at {setup.spike_at + 1}", "seed": f"{setup.seed}", "device": setup.device}
     return render(
         "spike/report.html",
         setup=setup,
-        tf32=text.tf32(study),
         headline=text.headline(study),
         colours={", ".join(path): colour for path, colour in COLOURS.items()},
         charts={
-            "absolute": angles(study, "absolute", "isotropic", "leading"),
-            "relative": angles(study, "relative", "isotropic", "leading"),
-            "absolute_to_truth": angles(study, "absolute", "directional", "to_truth"),
-            "relative_to_truth": angles(study, "relative", "directional", "to_truth"),
+            "absolute": angles(study, "absolute", "isotropic", "leading_deg"),
+            "relative": angles(study, "relative", "isotropic", "leading_deg"),
+            "absolute_to_truth": angles(study, "absolute", "directional", "to_truth_deg"),
+            "relative_to_truth": angles(study, "relative", "directional", "to_truth_deg"),
         },
         angles={gradients: text.angles(study, gradients) for gradients in GRADIENTS},
         products=text.products(study),
         floors=text.floors(study),
         last=OFFSETS[-1],
-        facts=facts | {"steps": steps, "seed": str(setup.seed), "device": setup.device},
+        facts=facts,
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 from unittest import mock
 
 import torch
@@ -70,9 +70,6 @@ class LiteralKLSoap(AdamInBasis[Factors]):
         )
 
 
-RULES[LiteralKLSoap.name] = LiteralKLSoap
-
-
 @dataclass(frozen=True)
 class Setup:
     """Sizes and times of the study. Steps count from 0."""
@@ -91,6 +88,11 @@ class Setup:
         """Whether TF32 is emulated on this device."""
         return not has_tf32(self.device)
 
+    @property
+    def tf32(self) -> str:
+        """Phrase that says how TF32 was computed."""
+        return "TF32 emulated" if self.emulated else "real TF32"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -108,21 +110,16 @@ class Case:
         return 0.0 if self.guard == "absolute" else self.floor
 
 
-@dataclass(frozen=True)
-class Path:
-    """The covariance, its basis and the updates along one run, on the CPU."""
+class Path(NamedTuple):
+    """The covariance, its basis and the updates along one run, on the CPU, after each of T steps."""
 
-    Q: Tensor
-    """``[T, m, m]``: eigenbasis of L."""
-    L: Tensor
-    """``[T, m, m]``: covariance of the rows."""
-    lost: Tensor
-    """``[T, 2]``: how many Rayleigh quotients of L and of R lie at or below the floor for the next step. With the
-    absolute eps each of these becomes a weight of 1/eps."""
-    smallest: Tensor
-    """``[T, 2]``: the smallest Rayleigh quotient of L and of R, relative to the largest."""
-    update_rms: Tensor
-    """``[T]``: root mean square of the update, in learning rates."""
+    Q: Tensor  # [T, m, m], eigenbasis of L
+    L: Tensor  # [T, m, m], covariance of the rows
+    lost: (
+        Tensor  # [T, 2], Rayleigh quotients of L and R at or below the floor; each weighs 1/eps under the absolute eps
+    )
+    smallest: Tensor  # [T, 2], the smallest Rayleigh quotient of L and of R, relative to the largest
+    update_rms: Tensor  # [T], root mean square of the update, in learning rates
 
 
 def draw(gradients: str, setup: Setup) -> tuple[Tensor, Tensor | None]:
@@ -144,55 +141,29 @@ def draw(gradients: str, setup: Setup) -> tuple[Tensor, Tensor | None]:
 
 def follow(case: Case, precision: str, setup: Setup) -> Path:
     """Run one case at one precision, and return its path."""
-    device = torch.device(setup.device)
     G, _ = draw(case.gradients, setup)
-    W = torch.zeros(setup.shape, device=device, requires_grad=True)
-    optimizer = Optimizer(
-        [W],
-        LiteralKLSoap.name,
-        lr=1.0,
-        betas=(0.9, 0.95),
-        shampoo_beta=0.95,
-        weight_decay=0.0,
-        precondition_frequency=1,
-        solver="eigh" if case.solver == "REKLS" else "auto",
-        kl_floor=case.kl_floor,
-        fp32_matmul_prec=precision,
-    )
+    W = torch.zeros(setup.shape, device=setup.device, requires_grad=True)
+    options = {"lr": 1.0, "betas": (0.9, 0.95), "shampoo_beta": 0.95, "weight_decay": 0.0, "precondition_frequency": 1}
+    options |= {"solver": "eigh" if case.solver == "REKLS" else "auto", "kl_floor": case.kl_floor}
     limit = torch.linalg.matrix_norm(G[0]).item() if case.guard == "clipped" else float("inf")
-    m = setup.shape[0]
-    path = Path(
-        Q=torch.empty(setup.steps, m, m),
-        L=torch.empty(setup.steps, m, m),
-        lost=torch.empty(setup.steps, 2, dtype=torch.int64),
-        smallest=torch.empty(setup.steps, 2),
-        update_rms=torch.empty(setup.steps),
-    )
-    with tf32_emulated() if setup.emulated else nullcontext():
-        for i in range(setup.steps):
-            W.grad = G[i].to(device)
-            torch.nn.utils.clip_grad_norm_([W], limit)
-            before = W.detach().clone()
-            optimizer.step()
-            state = optimizer.state[W]
-            path.Q[i], path.L[i] = state["Q_L"], state["L"]
-            path.update_rms[i] = (W.detach() - before).square().mean().sqrt()
-            for k, side in enumerate("LR"):
+    steps = []
+    with mock.patch.dict(RULES, {LiteralKLSoap.name: LiteralKLSoap}):
+        optimizer = Optimizer([W], LiteralKLSoap.name, fp32_matmul_prec=precision, **options)
+        with tf32_emulated() if setup.emulated else nullcontext():
+            for gradient in G:
+                W.grad = gradient.to(setup.device, copy=True)
+                torch.nn.utils.clip_grad_norm_([W], limit)
+                before = W.detach().clone()
+                optimizer.step()
+                state = optimizer.state[W]
                 with fp32_matmul_precision(precision):
-                    quotients = conjugate(state[side], state[f"Q_{side}"], diag=True)
-                path.lost[i, k] = lost(quotients, case.kl_floor)
-                path.smallest[i, k] = quotients.min() / quotients.max()
-    return path
-
-
-def lost(quotients: Tensor, kl_floor: float) -> Tensor:
-    """Return how many of the quotients lie at or below the floor.
-
-    >>> quotients = torch.tensor([1.0, 1e-5, -1e-9])
-    >>> lost(quotients, 0.0).item(), lost(quotients, 1e-4).item()
-    (1, 2)
-    """
-    return (quotients <= (kl_floor * quotients.max() if kl_floor else EPS)).sum()
+                    sides = [conjugate(state[side], state[f"Q_{side}"], diag=True) for side in "LR"]
+                lost = [(x <= (case.kl_floor * x.max() if case.kl_floor else EPS)).sum() for x in sides]
+                smallest = [x.min() / x.max() for x in sides]
+                rms = (W.detach() - before).square().mean().sqrt()
+                found = state["Q_L"], state["L"], torch.stack(lost), torch.stack(smallest), rms
+                steps.append([x.to("cpu", copy=True) for x in found])
+    return Path(*map(torch.stack, zip(*steps, strict=True)))
 
 
 @contextmanager
@@ -212,28 +183,18 @@ def quotients_at(precision: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Trace:
-    """The numbers of one path, one per step; angles are in degrees."""
+    """The numbers of one path, one per step: principal angles in degrees, and what is known of the covariances."""
 
-    top1: list[float]
-    """Angle of the top eigenvector to the one before the spike."""
-    leading: list[float]
-    """Largest principal angle of the leading eigenvectors to those before the spike."""
-    to_first: list[float]
-    """Largest principal angle of the leading eigenvectors to the first gradient's leading left singular vectors."""
-    to_truth: list[float]
-    """Largest principal angle to the leading eigenvectors of the gradients' true covariance; empty if it has none."""
-    top_eigenvalue: list[float]
-    """The largest eigenvalue of L."""
-    ratio: list[float]
-    """The largest eigenvalue of L, divided by the second."""
-    lost_left: list[int]
-    """Rayleigh quotients of L at or below the floor."""
-    lost_right: list[int]
-    """Rayleigh quotients of R at or below the floor."""
-    smallest_right: list[float]
-    """The smallest Rayleigh quotient of R, relative to the largest."""
-    update_rms: list[float]
-    """Root mean square of the update, in learning rates."""
+    top1_deg: list[float]  # of the top eigenvector to the one before the spike
+    leading_deg: list[float]  # largest of the leading eigenvectors to those before the spike
+    to_first_gradient_deg: list[float]  # largest of them to the first gradient's leading left singular vectors
+    to_truth_deg: list[float]  # largest of them to the true covariance's; empty if that has none
+    quotients_lost_left: list[int]  # Rayleigh quotients of L at or below the floor
+    quotients_lost_right: list[int]  # those of R
+    smallest_quotient_right: list[float]  # the smallest Rayleigh quotient of R, relative to the largest
+    update_rms: list[float]  # root mean square of the update, in learning rates
+    top_eigenvalue: list[float]  # the largest eigenvalue of L
+    eigenvalue_1_to_2: list[float]  # the largest eigenvalue of L, divided by the second
 
 
 @dataclass(frozen=True)
@@ -241,8 +202,7 @@ class Pair:
     """One case at both precisions."""
 
     traces: dict[str, Trace]
-    apart: list[float]
-    """``‖L(high) - L(highest)‖ / ‖L(highest)‖`` after each step."""
+    apart: list[float]  # ‖L(high) - L(highest)‖ / ‖L(highest)‖ after each step
 
 
 @dataclass(frozen=True)
@@ -312,16 +272,16 @@ def trace(path: Path, case: Case, setup: Setup) -> Trace:
     first = torch.linalg.svd(G[0]).U[:, : setup.top]
     eigenvalues = torch.linalg.eigvalsh(path.L.double())  # [T, m], ascending
     return Trace(
-        top1=largest_angle(path.Q[..., :1], before[:, :1]).tolist(),
-        leading=largest_angle(leading, before[:, : setup.top]).tolist(),
-        to_first=largest_angle(leading, first).tolist(),
-        to_truth=[] if truth is None else largest_angle(leading, truth).tolist(),
-        top_eigenvalue=eigenvalues[:, -1].tolist(),
-        ratio=(eigenvalues[:, -1] / eigenvalues[:, -2]).tolist(),
-        lost_left=path.lost[:, 0].tolist(),
-        lost_right=path.lost[:, 1].tolist(),
-        smallest_right=path.smallest[:, 1].tolist(),
+        top1_deg=largest_angle(path.Q[..., :1], before[:, :1]).tolist(),
+        leading_deg=largest_angle(leading, before[:, : setup.top]).tolist(),
+        to_first_gradient_deg=largest_angle(leading, first).tolist(),
+        to_truth_deg=[] if truth is None else largest_angle(leading, truth).tolist(),
+        quotients_lost_left=path.lost[:, 0].tolist(),
+        quotients_lost_right=path.lost[:, 1].tolist(),
+        smallest_quotient_right=path.smallest[:, 1].tolist(),
         update_rms=path.update_rms.tolist(),
+        top_eigenvalue=eigenvalues[:, -1].tolist(),
+        eigenvalue_1_to_2=(eigenvalues[:, -1] / eigenvalues[:, -2]).tolist(),
     )
 
 

@@ -12,33 +12,10 @@ from typing import Any
 from steepest.lab.shared.table import Table
 from steepest.lab.spike.study import ALL_BUT_QUOTIENTS, GUARDS, OFFSETS, ONLY_QUOTIENTS, PRECISIONS, Study, Trace
 
-KEYS = {
-    "top1": "top1_deg",
-    "leading": "leading_deg",
-    "to_first": "to_first_gradient_deg",
-    "to_truth": "to_truth_deg",
-    "lost_left": "quotients_lost_left",
-    "lost_right": "quotients_lost_right",
-    "smallest_right": "smallest_quotient_right",
-    "update_rms": "update_rms",
-    "ratio": "eigenvalue_1_to_2",
-}
-"""Names of a trace's series in JSON."""
-
-
-def tf32(study: Study) -> str:
-    """Say how TF32 was computed.
-
-    >>> from steepest.lab.spike.study import Setup
-    >>> tf32(Study(Setup()))
-    'TF32 emulated'
-    """
-    return "TF32 emulated" if study.setup.emulated else "real TF32"
-
 
 def headline(study: Study) -> tuple[str, str]:
     """Return the study in one sentence, and a further one."""
-    high, highest = (study.after(study.trace("REKLS", "absolute", p).leading, 2) for p in PRECISIONS)
+    high, highest = (study.after(study.trace("REKLS", "absolute", p).leading_deg, 2) for p in PRECISIONS)
     claim = (
         f"One step after the spike, the eigenbasis has turned by {angle(high)}° at “high” precision, "
         f"and by {angle(highest)}° at “highest”."
@@ -90,7 +67,7 @@ def as_json(study: Study) -> dict[str, Any]:
         return {f"{n:+d}": float(f"{value:.4g}") for n, value in found.items()}
 
     def values(trace: Trace) -> dict[str, Any]:
-        return {key: around(series) if (series := getattr(trace, name)) else None for name, key in KEYS.items()}
+        return {name: around(series) if series else None for name, series in vars(trace).items()}
 
     return {
         "headline": " ".join(headline(study)),
@@ -113,7 +90,7 @@ def as_json(study: Study) -> dict[str, Any]:
 
 def both(study: Study, trace: Trace, offset: int) -> str:
     """Return the angle of the top eigenvector and that of the leading ones."""
-    return f"{angle(study.after(trace.top1, offset))} / {angle(study.after(trace.leading, offset))}"
+    return f"{angle(study.after(trace.top1_deg, offset))} / {angle(study.after(trace.leading_deg, offset))}"
 
 
 def angle(degrees: float) -> str:
