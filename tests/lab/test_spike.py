@@ -16,7 +16,7 @@ from steepest import functional
 from steepest.cli import app
 from steepest.lab.shared.device import one_thread
 from steepest.lab.spike import command as spike_session
-from steepest.lab.spike.report import page
+from steepest.lab.spike.command import page
 from steepest.lab.spike.study import (
     ALL_BUT_QUOTIENTS,
     EPS,
@@ -264,7 +264,7 @@ def test_the_page_says_it_all_and_loads_nothing(found):
         "How far is the basis from the truth?",
         "Which product makes the difference?",
         "How large must a floor be?",
-        "TF32 emulated",
+        "emulated TF32",
         "steepest spike --out <here>",
         *headline(found),
     ):

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 
 import torch
 
-from steepest.testing import construction, gradients, saving, settings, stepping  # noqa: F401, for their clauses
+from steepest.testing import construction, gradients, saving, stepping  # noqa: F401, for their clauses
 from steepest.testing.clause import REGISTERED, Broken, Clause, Finding, NotApplicable, Report, Verdict
 from steepest.testing.evidence import one_line
 from steepest.testing.subject import Factory, Subject

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from steepest.testing.clause import Broken, NotApplicable, clause
 from steepest.testing.evidence import Snapshot, expect, expect_same, leaves, one_line, snapshot
@@ -55,13 +56,13 @@ def resume_bfloat16(subject: Subject) -> None:
 @clause(7, "resume from copy.deepcopy")
 def resume_deepcopy(subject: Subject) -> None:
     """A deep copy trains independently: hosts copy optimizers for evaluation, averaging and dry runs."""
-    _resumes(subject, by_deepcopy)
+    _resumes(subject, functools.partial(by_copy, duplicate=copy.deepcopy))
 
 
 @clause(7, "resume from pickle")
 def resume_pickle(subject: Subject) -> None:
     """A pickled optimizer, with its parameters, trains on: launchers send optimizers to other processes."""
-    _resumes(subject, by_pickle)
+    _resumes(subject, functools.partial(by_copy, duplicate=lambda optimizer: pickle.loads(pickle.dumps(optimizer))))
 
 
 @clause(7, "resume from before the first step")
@@ -163,7 +164,8 @@ def float32_state(subject: Subject) -> None:
     run = subject.start(torch.bfloat16)
     run.steps(range(2))
     for where, each in (("", run), (" after loading", by_file(subject, run))):
-        tensors = {path: x for path, x in each.state().items() if isinstance(x, Tensor) and x.is_floating_point()}
+        state = {path: x for path, x in each.everything().items() if path.startswith("state of")}
+        tensors = {path: x for path, x in state.items() if isinstance(x, Tensor) and x.is_floating_point()}
         if not tensors:
             raise NotApplicable("keeps no state")
         coarse = [f"{path} in {str(x.dtype)[6:]}" for path, x in tensors.items() if x.dtype.itemsize < 4]
@@ -186,14 +188,11 @@ def by_file(subject: Subject, run: Run) -> Run:
     return _carry(run.params, subject.start(run.dtype), through_file(run.optimizer.state_dict()))
 
 
-def by_deepcopy(subject: Subject, run: Run) -> Run:
-    """Transfer a run by a deep copy of the optimizer, which contains copies of its parameters."""
-    return _regrouped(run, copy.deepcopy(run.optimizer))
-
-
-def by_pickle(subject: Subject, run: Run) -> Run:
-    """Transfer a run by pickling the optimizer, which contains its parameters."""
-    return _regrouped(run, pickle.loads(pickle.dumps(run.optimizer)))
+def by_copy(subject: Subject, run: Run, duplicate: Callable[[Optimizer], Optimizer]) -> Run:
+    """Transfer a run by a copy of the optimizer, which contains copies of its parameters."""
+    optimizer = duplicate(run.optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return Run(dict(zip(run.params, params, strict=True)), optimizer, run.by_closure)
 
 
 def by_name_reversed(subject: Subject, run: Run) -> Run:
@@ -212,19 +211,15 @@ def by_distributed(subject: Subject, run: Run, flatten: bool) -> Run:
     import torch.distributed.checkpoint.state_dict as dcp
 
     options = dcp.StateDictOptions(flatten_optimizer_state_dict=flatten)
-    saved = through_file(dcp.get_optimizer_state_dict(_Model(run.params), run.optimizer, options=options))
+    saved = through_file(dcp.get_optimizer_state_dict(_model(run.params), run.optimizer, options=options))
     new = _carry(run.params, subject.start(run.dtype))
-    dcp.set_optimizer_state_dict(_Model(new.params), new.optimizer, saved, options=options)
+    dcp.set_optimizer_state_dict(_model(new.params), new.optimizer, saved, options=options)
     return new
 
 
-class _Model(nn.Module):
-    """A model of the given parameters, with names without dots."""
-
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, p in params.items():
-            self.register_parameter(name.replace(".", "_"), p)  # type: ignore[arg-type]
+def _model(params: Mapping[str, Tensor]) -> nn.Module:
+    """Return a model of the given parameters, with names without dots."""
+    return nn.ParameterDict({name.replace(".", "_"): p for name, p in params.items()})
 
 
 def _carry(weights: Mapping[str, Tensor], run: Run, saved: Any = None) -> Run:
@@ -235,11 +230,6 @@ def _carry(weights: Mapping[str, Tensor], run: Run, saved: Any = None) -> Run:
     if saved is not None:
         run.optimizer.load_state_dict(saved)
     return run
-
-
-def _regrouped(run: Run, optimizer: torch.optim.Optimizer) -> Run:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return Run(dict(zip(run.params, params, strict=True)), optimizer, run.by_closure)
 
 
 # Expectations.

@@ -34,9 +34,7 @@ class Run:
     """Some parameters, their optimizer, and steps with gradients that depend on step and name only."""
 
     def __init__(self, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, by_closure: bool) -> None:
-        self.params = dict(params)
-        self.optimizer = optimizer
-        self.by_closure = by_closure
+        self.params, self.optimizer, self.by_closure = dict(params), optimizer, by_closure
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,44 +83,29 @@ class Run:
 
     def weights(self, *names: str) -> Snapshot:
         """Return a copy of the parameters of these names, by default of all."""
-        return snapshot({name: p for name, p in self.params.items() if name in names or not names})
-
-    def state(self, *names: str) -> Snapshot:
-        """Return a copy of the state of these parameters, by default of all, by the optimizer's own names."""
-        chosen = {name: p for name, p in self.params.items() if name in names or not names}
-        return snapshot({name: self.optimizer.state[p] for name, p in chosen.items() if p in self.optimizer.state})
+        return snapshot({name: self.params[name] for name in names or self.params})
 
     def everything(self, *names: str) -> Snapshot:
         """Return a copy of the weights and state of these parameters, by default of all."""
-        return snapshot({"weight of": self.weights(*names), "state of": self.state(*names)})
+        state = {name: self.optimizer.state.get(self.params[name], {}) for name in names or self.params}
+        return snapshot({"weight of": self.weights(*names), "state of": state})
 
 
 class Subject:
-    """An optimizer under test.
-
-    Example:
-        >>> subject = Subject(torch.optim.SGD)
-        >>> run = subject.start(lr=0.1)
-        >>> run.step(0)
-        >>> sorted(run.weights()) == sorted(subject.shapes)
-        True
-    """
+    """An optimizer under test, and what it takes: the parameters that it accepts, and its options."""
 
     def __init__(
         self, factory: Factory, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
-        self.factory = factory
-        self.dtype = dtype
-        self.device = torch.device(device)
+        self.factory, self.dtype, self.device = factory, dtype, torch.device(device)
         self.refused: dict[str, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes = SHAPES
         for name, shape in SHAPES.items():
-            p = self._parameter(name, shape, dtype)
             try:
-                Run({name: p}, factory([p]), self.by_closure).step(0)
-                self.shapes[name] = shape
+                self.start(names=[name]).step(0)
             except Exception as error:
                 self.refused[f"shape {list(shape)}"] = one_line(error)
+                self.shapes = {other: shape for other, shape in self.shapes.items() if other != name}
         if not self.shapes:
             raise ValueError(f"no parameter could be optimized: {next(iter(self.refused.values()))}")
         self.first, *self.others = self.shapes
@@ -137,8 +120,7 @@ class Subject:
     @cached_property
     def by_closure(self) -> bool:
         """Whether ``step`` requires a closure."""
-        name, shape = next(iter(SHAPES.items()))
-        step = self.factory([self._parameter(name, shape, self.dtype)]).step
+        step = self.factory(list(self.params(names=["first.weight"]).values())).step
         closure = inspect.signature(step).parameters.get("closure")
         return closure is not None and closure.default is inspect.Parameter.empty
 
@@ -149,8 +131,8 @@ class Subject:
 
     def params(self, dtype: torch.dtype | None = None, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Return fresh parameters, the same each time."""
-        chosen = self.shapes if names is None else names
-        return {name: self._parameter(name, self.shapes[name], dtype or self.dtype) for name in chosen}
+        drawn = {name: _random(0, name, SHAPES[name]) for name in (self.shapes if names is None else names)}
+        return {name: nn.Parameter(p.to(self.device, dtype or self.dtype)) for name, p in drawn.items()}
 
     def start(self, dtype: torch.dtype | None = None, names: Collection[str] | None = None, **overrides: Any) -> Run:
         """Return a run before its first step, whose optimizer was given a list of tensors."""
@@ -167,9 +149,6 @@ class Subject:
             raise NotApplicable(f"has {'neither' if len(clause.needs) > 1 else 'no'} {' nor '.join(clause.needs)}")
         if clause.several and not self.others:
             raise NotApplicable("takes a single parameter only")
-
-    def _parameter(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-        return nn.Parameter(_random(0, name, shape).to(self.device, dtype))
 
 
 def gradient(k: int, name: str, p: Tensor) -> Tensor:

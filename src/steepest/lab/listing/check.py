@@ -33,14 +33,7 @@ LOOKS = {Verdict.KEPT: "green", Verdict.BROKEN: "bold red", Verdict.NOT_APPLICAB
 def run(
     spec: str, options: Mapping[str, Any], console: Console, dtype: str, device: str, slow: bool, as_json: bool
 ) -> bool:
-    """Check an optimizer, print the verdicts, and return whether every clause is kept.
-
-    Args:
-        spec: ``module:Class``, or the name of one of our optimizers.
-        options: the optimizer's options.
-        console: where to print.
-        dtype, device, slow: see `steepest.testing.check_optimizer`; the dtype is one of `DTYPES`.
-        as_json: whether to print JSON instead of a table.
+    """Check an optimizer by name or ``module:Class``, print the verdicts, and return whether every clause is kept.
 
     Raises:
         BadInput: if there is no such optimizer, or it can't be built with these options.

@@ -7,8 +7,8 @@ optimizer of torch.optim leaves; work is what `steepest.rule.work` counts.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich import box
@@ -41,29 +41,21 @@ FOOTNOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a step does beside passes over the entries."""
-
-    products: float
-    """Matrix products, in units of one of `SIDE` × `SIDE` matrices."""
-    decompositions: str
-    """FLOPs of each kind of decomposition in the same units, such as "qr 0.53"."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """An optimizer in the list."""
+class Line(NamedTuple):
+    """An optimizer in the list; None where a figure is not fixed."""
 
     name: str
     paper: str
     takes: str
     """The parameters that it takes."""
     square: float | None
-    """State in bytes per entry of a square matrix; None where that is not fixed."""
+    """State in bytes per entry of a square matrix."""
     wide: float | None
     """State in bytes per entry of a matrix with four times as many columns as rows."""
-    cost: Cost | None
+    products: float | None
+    """Matrix products in a step, in units of one of `SIDE` × `SIDE` matrices."""
+    decompositions: str
+    """FLOPs of each kind of decomposition in the same units, such as "qr 0.53"."""
 
 
 def print_optimizers(console: Console) -> None:
@@ -71,9 +63,8 @@ def print_optimizers(console: Console) -> None:
     for title, lines in (("steepest", ours()), ("torch.optim", torchs())):
         shown = _table(title, ("m=n", "n=4m", "products"), ("and", "takes", "paper"))
         for line in lines:
-            work = ("", "") if line.cost is None else (_short(line.cost.products), line.cost.decompositions)
-            paper = line.paper.replace("https://", "")
-            shown.add_row(line.name, _short(line.square), _short(line.wide), *work, line.takes, paper)
+            figures = map(_short, (line.square, line.wide, line.products))
+            shown.add_row(line.name, *figures, line.decompositions, line.takes, line.paper.replace("https://", ""))
         console.print(shown)
     console.print(FOOTNOTE, style="dim", highlight=False)
     console.print()
@@ -132,11 +123,9 @@ def ours() -> list[Line]:
     lines = []
     for name in (*NAMES, *(name for name in RULES if name not in named and name not in TORCH)):
         rule = _rule(name)
-        paper = NAMES[name].paper if name in NAMES else rule.paper
-        takes = "matrices" if isinstance(rule, Rule) else "any shape"
-        lines.append(
-            Line(name, paper, takes, bytes_per_entry(name, 64, 64), bytes_per_entry(name, 64, 256), cost(name))
-        )
+        paper, takes = NAMES[name].paper if name in NAMES else rule.paper, _takes(isinstance(rule, Rule))
+        square, wide = (bytes_per_entry(name, 64, n) for n in (64, 256))
+        lines.append(Line(name, paper, takes, square, wide, *cost(name)))
     return lines
 
 
@@ -144,13 +133,12 @@ def torchs() -> list[Line]:
     """Return the optimizers of torch.optim. A name that one of ours has, too, begins with "torch."."""
     lines = []
     for key, optimizer in sorted(TORCH.items()):
-        name, paper = f"torch.{key}" if key in NAMES else key, PAPERS.get(key, "")
+        name, paper, matrices = f"torch.{key}" if key in NAMES else key, PAPERS.get(key, ""), key == "muon"
         if key in UNUSUAL:
-            lines.append(Line(name, paper, UNUSUAL[key], None, None, None))
+            lines.append(Line(name, paper, UNUSUAL[key], None, None, None, ""))
             continue
-        takes, steps = ("matrices", None) if key == "muon" else ("any shape", Cost(0.0, ""))
-        square, wide = (_bytes_left_by_a_step(optimizer, m, n) / (m * n) for m, n in ((64, 64), (64, 256)))
-        lines.append(Line(name, paper, takes, square, wide, steps))
+        square, wide = (_bytes_left_by_a_step(optimizer, 64, n) / (64 * n) for n in (64, 256))
+        lines.append(Line(name, paper, _takes(matrices), square, wide, None if matrices else 0.0, ""))
     return lines
 
 
@@ -169,20 +157,23 @@ def bytes_per_entry(name: str, m: int, n: int) -> float:
     return sum(tensor.nbytes for tensor in state.values()) / (m * n)
 
 
-def cost(name: str) -> Cost:
-    """The work of an average step of one of ours at default options.
+def cost(name: str) -> tuple[float, str]:
+    """Return what an average step of one of ours does beside passes over the entries: `Line`'s last two figures.
 
     >>> cost("lion"), cost("moso")
-    (Cost(products=0.0, decompositions=''), Cost(products=6.0, decompositions='qr 1.3'))
+    ((0.0, ''), (6.0, 'qr 1.3'))
     """
     rule = _rule(name)
     if not isinstance(rule, Rule):
-        return Cost(0.0, "")
+        return 0.0, ""
     kinds: defaultdict[str, float] = defaultdict(float)
     for part, flops in work(rule, SIDE, SIDE).parts.items():
         kinds[part.kind] += flops / (2 * SIDE**3)
-    products = kinds.pop(PRODUCT, 0.0)
-    return Cost(products, ", ".join(f"{kind} {units:.2g}" for kind, units in kinds.items()))
+    return kinds.pop(PRODUCT, 0.0), ", ".join(f"{kind} {units:.2g}" for kind, units in kinds.items())
+
+
+def _takes(matrices: bool) -> str:
+    return "matrices" if matrices else "any shape"
 
 
 def _rule(name: str) -> Rule | Elementwise:

@@ -84,14 +84,9 @@ class Setup:
     device: str = "cpu"
 
     @property
-    def emulated(self) -> bool:
-        """Whether TF32 is emulated on this device."""
-        return not has_tf32(self.device)
-
-    @property
     def tf32(self) -> str:
-        """Phrase that says how TF32 was computed."""
-        return "TF32 emulated" if self.emulated else "real TF32"
+        """How TF32 is computed on this device: emulated or real."""
+        return "real" if has_tf32(self.device) else "emulated"
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ class Path(NamedTuple):
     Q: Tensor  # [T, m, m], eigenbasis of L
     L: Tensor  # [T, m, m], covariance of the rows
     lost: (
-        Tensor  # [T, 2], Rayleigh quotients of L and R at or below the floor; each weighs 1/eps under the absolute eps
+        Tensor  # [T, 2], Rayleigh quotients of L and of R at or below the floor; with the absolute eps they weigh 1/eps
     )
     smallest: Tensor  # [T, 2], the smallest Rayleigh quotient of L and of R, relative to the largest
     update_rms: Tensor  # [T], root mean square of the update, in learning rates
@@ -149,7 +144,7 @@ def follow(case: Case, precision: str, setup: Setup) -> Path:
     steps = []
     with mock.patch.dict(RULES, {LiteralKLSoap.name: LiteralKLSoap}):
         optimizer = Optimizer([W], LiteralKLSoap.name, fp32_matmul_prec=precision, **options)
-        with tf32_emulated() if setup.emulated else nullcontext():
+        with tf32_emulated() if setup.tf32 == "emulated" else nullcontext():
             for gradient in G:
                 W.grad = gradient.to(setup.device, copy=True)
                 torch.nn.utils.clip_grad_norm_([W], limit)

@@ -12,6 +12,8 @@ from typing import Any
 from steepest.lab.shared.table import Table
 from steepest.lab.spike.study import ALL_BUT_QUOTIENTS, GUARDS, OFFSETS, ONLY_QUOTIENTS, PRECISIONS, Study, Trace
 
+BEFORE = [-n for n in OFFSETS[::-1]]
+
 
 def headline(study: Study) -> tuple[str, str]:
     """Return the study in one sentence, and a further one."""
@@ -26,21 +28,15 @@ def headline(study: Study) -> tuple[str, str]:
     )
 
 
-def angles(
-    study: Study,
-    gradients: str = "isotropic",
-    before: Sequence[int] = OFFSETS[::-1],
-    after: Sequence[int] = OFFSETS,
-) -> Table:
+def angles(study: Study, gradients: str = "isotropic", offsets: Sequence[int] = (*BEFORE, *OFFSETS)) -> Table:
     """Return the angles of the top eigenvector and of the leading ones to those before the spike."""
-    head = ["guard", "solver", "precision", *(f"N = {n}\nbefore" for n in before), *(f"N = {n}\nafter" for n in after)]
     rows = [
-        [GUARDS[case.guard], case.solver, precision, *(both(study, trace, n) for n in (*(-n for n in before), *after))]
+        [GUARDS[case.guard], case.solver, precision, *(both(study, trace, n) for n in offsets)]
         for case, pair in study.pairs.items()
         for precision, trace in pair.traces.items()
         if case.gradients == gradients
     ]
-    return Table(head, rows, labels=3)
+    return Table(["guard", "solver", "precision", *columns(offsets)], rows, labels=3)
 
 
 def products(study: Study) -> Table:
@@ -51,7 +47,7 @@ def products(study: Study) -> Table:
         for solver, traces in study.quotients.items()
         for precisions, trace in traces.items()
     ]
-    return Table(["only in TF32", "solver", *(f"N = {n}\nafter" for n in OFFSETS)], sorted(rows), labels=2)
+    return Table(["only in TF32", "solver", *columns(OFFSETS)], sorted(rows), labels=2)
 
 
 def floors(study: Study) -> Table:
@@ -63,7 +59,7 @@ def as_json(study: Study) -> dict[str, Any]:
     """Return all series of all paths around the spike, and the tables, as plain values."""
 
     def around(series: Sequence[float]) -> dict[str, float]:
-        found = {n: study.after(series, n) for n in (*(-n for n in OFFSETS[::-1]), 0, *OFFSETS, 20)}
+        found = {n: study.after(series, n) for n in (*BEFORE, 0, *OFFSETS, 20)}
         return {f"{n:+d}": float(f"{value:.4g}") for n, value in found.items()}
 
     def values(trace: Trace) -> dict[str, Any]:
@@ -71,7 +67,7 @@ def as_json(study: Study) -> dict[str, Any]:
 
     return {
         "headline": " ".join(headline(study)),
-        "setup": vars(study.setup) | {"tf32": "emulated" if study.setup.emulated else "real"},
+        "setup": vars(study.setup) | {"tf32": study.setup.tf32},
         "cases": [
             {
                 "gradients": case.gradients,
@@ -86,6 +82,11 @@ def as_json(study: Study) -> dict[str, Any]:
         "products": products(study).records(),
         "apart_by_floor": {f"{floor:g}": float(f"{x:.3g}") for floor, x in study.floors.items()},
     }
+
+
+def columns(offsets: Sequence[int]) -> list[str]:
+    """Return the titles of columns of angles."""
+    return [f"N = {abs(n)}\n{'before' if n < 0 else 'after'}" for n in offsets]
 
 
 def both(study: Study, trace: Trace, offset: int) -> str:
