@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from steepest.testing.clause import Broken, NotApplicable, clause
 from steepest.testing.evidence import expect, expect_close, expect_moved, expect_same, one_line
-from steepest.testing.subject import Subject
+from steepest.testing.subject import Form, Subject
 
 
 @clause(1, "parameters come as tensors, an iterator, groups or (name, tensor) pairs")
@@ -20,35 +20,33 @@ def parameter_forms(subject: Subject) -> None:
     expected = subject.start()
     expect(isinstance(expected.optimizer, torch.optim.Optimizer), "a torch.optim.Optimizer", type(expected.optimizer))
     expected.steps(range(2))
-    forms: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    forms: dict[str, Form] = {
         "an iterator": lambda params: iter(params.values()),
         "a group": lambda params: [{"params": list(params.values())}],
         "a group with an iterator": lambda params: [{"params": iter(params.values())}],
         "named pairs": lambda params: list(params.items()),
         "a group of named pairs": lambda params: [{"params": list(params.items())}],
     }
-    for form, spell in forms.items():
-        params = subject.params()
-        run = subject.over(params, spell(params))
+    for name, form in forms.items():
+        run = subject.start(form=form)
         run.steps(range(2))
-        expect_same(run.weights(), expected.weights(), f"the same training when given {form}")
+        expect_same(run.weights(), expected.weights(), f"the same training when given {name}")
 
 
 @clause(1, "names of parameters survive, also in state_dict")
 def names_survive(subject: Subject) -> None:
     """Groups and saved states have the ``param_names``: without names, a checkpoint is matched by order only."""
-    params = subject.params()
-    optimizer = subject.over(params, list(params.items())).optimizer
+    run = subject.start(form=lambda params: list(params.items()))
+    optimizer, names = run.optimizer, list(run.params)
     for where, groups in (("", optimizer.param_groups), (" of state_dict", optimizer.state_dict()["param_groups"])):
         seen = [name for group in groups for name in group.get("param_names", ["no param_names"])]
-        expect(seen == list(params), f"param_names in the groups{where}: {list(params)}", seen)
+        expect(seen == names, f"param_names in the groups{where}: {names}", seen)
 
 
 @clause(1, "groups may be empty")
 def empty_group(subject: Subject) -> None:
     """A group without parameters is skipped: decay splits leave empty groups in models without biases."""
-    params = subject.params()
-    run = subject.over(params, [{"params": []}, {"params": list(params.values())}])
+    run = subject.start(form=lambda params: [{"params": []}, {"params": list(params.values())}])
     run.expect_training(range(3), "training beside an empty group")
     run.optimizer.load_state_dict(run.optimizer.state_dict())
 
@@ -97,10 +95,10 @@ def replaced_parameters(subject: Subject) -> None:
 @clause(1, "add_param_group after construction fills in every default", several=True)
 def added_group(subject: Subject) -> None:
     """A group of parameters that is added in training, as when layers are unfrozen, gets every option, and trains."""
-    params, late = subject.params(), subject.others[-1]
-    run = subject.over(params, [p for name, p in params.items() if name != late])
+    late = subject.others[-1]
+    run = subject.start(form=lambda params: [p for name, p in params.items() if name != late])
     run.step(0, missing=[late])
-    run.optimizer.add_param_group({"params": [params[late]]})
+    run.optimizer.add_param_group({"params": [run.params[late]]})
     absent = sorted(subject.defaults.keys() - run.optimizer.param_groups[1].keys())
     expect(not absent, "the added group to have every option", f"no {', '.join(absent)}")
     run.expect_training(range(2, 5), "old and added parameters to train")
@@ -109,8 +107,8 @@ def added_group(subject: Subject) -> None:
 @clause(1, "a group's own options hold for it alone", several=True)
 def own_options(subject: Subject) -> None:
     """A group with ``lr=0`` stays while the others train: layer-wise rates and frozen phases depend on that."""
-    params, still, moving = subject.params(), subject.first, subject.others
-    run = subject.over(params, [{"params": [params[still]], "lr": 0.0}, {"params": [params[n] for n in moving]}])
+    still, moving = subject.first, subject.others
+    run = subject.start(form=lambda p: [{"params": [p[still]], "lr": 0.0}, {"params": [p[n] for n in moving]}])
     before, others = run.weights(still), run.weights(*moving)
     run.steps(range(3))
     expect_same(run.weights(still), before, "no change in the group whose lr is 0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import lr_scheduler
 
 from steepest.testing.clause import clause
 from steepest.testing.evidence import Snapshot, expect, expect_close, expect_finite, expect_moved, expect_same, snapshot
@@ -19,8 +20,8 @@ from steepest.testing.subject import Run, Subject, gradient
 PRODUCTS: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 """The modules that hold the precision of matrix products."""
 
-Build = Callable[[Optimizer, float], Any]
-"""A function that returns a scheduler of an optimizer with this learning rate."""
+Build = Callable[..., Any]
+"""``build(optimizer, lr)`` returns a scheduler; with ``cycle=True`` it cycles the momentum, if it can."""
 
 SCHEDULERS: dict[str, Build] = {
     "LambdaLR": lambda o, lr: lr_scheduler.LambdaLR(o, lambda k: 0.5**k),
@@ -38,16 +39,10 @@ SCHEDULERS: dict[str, Build] = {
         o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.5)], [1]
     ),
     "ReduceLROnPlateau": lambda o, lr: lr_scheduler.ReduceLROnPlateau(o, patience=0),
-    "OneCycleLR": lambda o, lr: lr_scheduler.OneCycleLR(o, max_lr=lr, total_steps=5, cycle_momentum=False),
-    "CyclicLR": lambda o, lr: lr_scheduler.CyclicLR(o, lr / 2, lr, step_size_up=2, cycle_momentum=False),
+    "OneCycleLR": lambda o, lr, cycle=False: lr_scheduler.OneCycleLR(o, lr, total_steps=5, cycle_momentum=cycle),
+    "CyclicLR": lambda o, lr, cycle=False: lr_scheduler.CyclicLR(o, lr / 2, lr, 2, cycle_momentum=cycle),
 }
 """All schedulers of torch.optim.lr_scheduler, with settings for a few steps."""
-
-CYCLES: dict[str, Build] = {
-    "OneCycleLR": lambda o, lr: lr_scheduler.OneCycleLR(o, max_lr=lr, total_steps=5),
-    "CyclicLR": lambda o, lr: lr_scheduler.CyclicLR(o, lr / 2, lr, step_size_up=2),
-}
-"""The schedulers that cycle the momentum, unless they are told not to."""
 
 
 @clause(2, "the learning rate is re-read at every step", needs=("lr",))
@@ -94,9 +89,9 @@ def schedulers(subject: Subject) -> None:
 @clause(2, "OneCycleLR and CyclicLR cycle the momentum", needs=("betas", "momentum"))
 def cycled_momentum(subject: Subject) -> None:
     """Both schedulers move ``betas`` or ``momentum`` against the learning rate, and refuse optimizers with neither."""
-    for name, build in CYCLES.items():
-        read = lambda group: group["betas"][0] if "betas" in group else group["momentum"]  # noqa: E731
-        _follows(subject, name, build, "the momentum", read)
+    for name in ("OneCycleLR", "CyclicLR"):
+        build = functools.partial(SCHEDULERS[name], cycle=True)
+        _follows(subject, name, build, "the momentum", lambda g: g["betas"][0] if "betas" in g else g["momentum"])
 
 
 @clause(3, "a closure runs with gradients enabled, and its loss is returned")

@@ -20,6 +20,8 @@ from steepest.testing.evidence import Snapshot, expect_moved, one_line, snapshot
 
 Factory = Callable[..., torch.optim.Optimizer]
 """``factory(params, **overrides)`` returns an optimizer for ``params``, with some of its options overridden."""
+Form = Callable[[dict[str, Tensor]], Any]
+"""A function that gives parameters the form in which an optimizer gets them, as an iterator or as groups."""
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "first.weight": (4, 3),
@@ -35,11 +37,7 @@ class Run:
 
     def __init__(self, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, by_closure: bool) -> None:
         self.params, self.optimizer, self.by_closure = dict(params), optimizer, by_closure
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The parameters' dtype."""
-        return next(iter(self.params.values())).dtype
+        self.dtype = next(iter(self.params.values())).dtype
 
     def set_gradients(self, k: int, missing: Collection[str] = (), scale: float = 1.0) -> None:
         """Give every parameter the gradient of step ``k``, and None to those whose gradient is missing."""
@@ -129,15 +127,17 @@ class Subject:
         """The default learning rate."""
         return float(self.defaults["lr"])
 
-    def params(self, dtype: torch.dtype | None = None, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Return fresh parameters, the same each time."""
-        drawn = {name: _random(0, name, SHAPES[name]) for name in (self.shapes if names is None else names)}
+    def params(self, dtype: torch.dtype | None = None, names: Collection[str] = ()) -> dict[str, Tensor]:
+        """Return fresh parameters, the same each time: those of these names, by default all."""
+        drawn = {name: _random(0, name, SHAPES[name]) for name in names or self.shapes}
         return {name: nn.Parameter(p.to(self.device, dtype or self.dtype)) for name, p in drawn.items()}
 
-    def start(self, dtype: torch.dtype | None = None, names: Collection[str] | None = None, **overrides: Any) -> Run:
-        """Return a run before its first step, whose optimizer was given a list of tensors."""
+    def start(
+        self, dtype: torch.dtype | None = None, names: Collection[str] = (), form: Form | None = None, **overrides: Any
+    ) -> Run:
+        """Return a run before its first step, whose optimizer was given a list of tensors, or another form of them."""
         params = self.params(dtype, names)
-        return self.over(params, list(params.values()), **overrides)
+        return self.over(params, form(params) if form else list(params.values()), **overrides)
 
     def over(self, params: Mapping[str, Tensor], given: Any, **overrides: Any) -> Run:
         """Return a run before its first step, whose optimizer was given the parameters as ``given``."""

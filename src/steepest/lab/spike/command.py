@@ -80,7 +80,7 @@ def curves(study: Study, guard: str, gradients: str, series: str) -> go.Figure:
     start = max(study.setup.spike_at - 20, 0)
     for path, colour in COLOURS.items():
         solver, precision = path
-        values: list[float] = getattr(study.trace(solver, guard, precision, gradients), series)
+        values = study.trace(solver, guard, precision, gradients)[series]
         points = [(i + 1.0, value) for i, value in enumerate(values)][start:]
         dash = "solid" if precision == "high" else "dash"  # where two curves coincide, both are visible
         curve(figure, ", ".join(path), colour, points, dash=dash, width=2.2 if solver == "REKLS" else 3.2)

@@ -176,24 +176,11 @@ def quotients_at(precision: str) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Trace:
-    """The numbers of one path, one per step: principal angles in degrees, and what is known of the covariances."""
-
-    top1_deg: list[float]  # of the top eigenvector to the one before the spike
-    leading_deg: list[float]  # largest of the leading eigenvectors to those before the spike
-    to_first_gradient_deg: list[float]  # largest of them to the first gradient's leading left singular vectors
-    to_truth_deg: list[float]  # largest of them to the true covariance's; empty if that has none
-    quotients_lost_left: list[int]  # Rayleigh quotients of L at or below the floor
-    quotients_lost_right: list[int]  # those of R
-    smallest_quotient_right: list[float]  # the smallest Rayleigh quotient of R, relative to the largest
-    update_rms: list[float]  # root mean square of the update, in learning rates
-    top_eigenvalue: list[float]  # the largest eigenvalue of L
-    eigenvalue_1_to_2: list[float]  # the largest eigenvalue of L, divided by the second
+Trace = dict[str, list[float]]
+"""The series of one path by name, each with a number per step: what `trace` returns."""
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """One case at both precisions."""
 
     traces: dict[str, Trace]
@@ -206,8 +193,8 @@ class Study:
 
     setup: Setup
     pairs: dict[Case, Pair] = field(default_factory=dict)
-    quotients: dict[str, dict[tuple[str, str], Trace]] = field(default_factory=dict)
-    """By solver: only the quotients in TF32, and everything but the quotients, with the absolute eps."""
+    quotients: dict[tuple[str, tuple[str, str]], Trace] = field(default_factory=dict)
+    """By solver and precisions: only the quotients in TF32, and everything but the quotients, with the absolute eps."""
     floors: dict[float, float] = field(default_factory=dict)
     """By relative floor: how far REKLS' L differs between the precisions at the last of the offsets."""
 
@@ -231,24 +218,18 @@ def study(setup: Setup, progress: Callable[[str], None] = lambda case: None) -> 
     for case in (Case(solver, guard, gradients) for gradients in GRADIENTS for guard in GUARDS for solver in SOLVERS):
         progress(f"{case.gradients}, {GUARDS[case.guard]}, {case.solver}")
         found.pairs[case] = compare(case, setup)
-    short = cut(setup)
+    short = replace(setup, steps=setup.spike_at + OFFSETS[-1])  # as many as the tables show
     for solver in SOLVERS:
         progress(f"which product, {solver}")
-        found.quotients[solver] = {}
-        for rest, quotients in (ONLY_QUOTIENTS, ALL_BUT_QUOTIENTS):
-            case = Case(solver, "absolute")
-            with quotients_at(quotients):
-                found.quotients[solver][rest, quotients] = trace(follow(case, rest, short), case, short)
+        case = Case(solver, "absolute")
+        for precisions in (ONLY_QUOTIENTS, ALL_BUT_QUOTIENTS):
+            with quotients_at(precisions[1]):
+                found.quotients[solver, precisions] = trace(follow(case, precisions[0], short), case, short)
     for floor in FLOORS:
         progress(f"floor {floor:g}")
         pair = compare(Case("REKLS", "relative", floor=floor), short)
         found.floors[floor] = found.after(pair.apart, OFFSETS[-1])
     return found
-
-
-def cut(setup: Setup) -> Setup:
-    """Return the setup with only as many steps as the tables show."""
-    return replace(setup, steps=setup.spike_at + OFFSETS[-1])
 
 
 def compare(case: Case, setup: Setup) -> Pair:
@@ -260,24 +241,25 @@ def compare(case: Case, setup: Setup) -> Pair:
 
 
 def trace(path: Path, case: Case, setup: Setup) -> Trace:
-    """Return the numbers of a path."""
+    """Return the numbers of a path: angles in degrees, and what is known of the covariances."""
     G, truth = draw(case.gradients, setup)
     before = path.Q[setup.spike_at - 1]  # [m, m]
     leading = path.Q[..., : setup.top]  # [T, m, top]
     first = torch.linalg.svd(G[0]).U[:, : setup.top]
     eigenvalues = torch.linalg.eigvalsh(path.L.double())  # [T, m], ascending
-    return Trace(
-        top1_deg=largest_angle(path.Q[..., :1], before[:, :1]).tolist(),
-        leading_deg=largest_angle(leading, before[:, : setup.top]).tolist(),
-        to_first_gradient_deg=largest_angle(leading, first).tolist(),
-        to_truth_deg=[] if truth is None else largest_angle(leading, truth).tolist(),
-        quotients_lost_left=path.lost[:, 0].tolist(),
-        quotients_lost_right=path.lost[:, 1].tolist(),
-        smallest_quotient_right=path.smallest[:, 1].tolist(),
-        update_rms=path.update_rms.tolist(),
-        top_eigenvalue=eigenvalues[:, -1].tolist(),
-        eigenvalue_1_to_2=(eigenvalues[:, -1] / eigenvalues[:, -2]).tolist(),
-    )
+    series = {
+        "top1_deg": largest_angle(path.Q[..., :1], before[:, :1]),  # of the top eigenvector to the one before the spike
+        "leading_deg": largest_angle(leading, before[:, : setup.top]),  # of the leading ones to those before the spike
+        "to_first_gradient_deg": largest_angle(leading, first),  # to the first gradient's left singular vectors
+        "to_truth_deg": torch.empty(0) if truth is None else largest_angle(leading, truth),
+        "quotients_lost_left": path.lost[:, 0],  # Rayleigh quotients of L at or below the floor
+        "quotients_lost_right": path.lost[:, 1],  # those of R
+        "smallest_quotient_right": path.smallest[:, 1],  # the smallest Rayleigh quotient of R, relative to the largest
+        "update_rms": path.update_rms,  # root mean square of the update, in learning rates
+        "top_eigenvalue": eigenvalues[:, -1],  # the largest eigenvalue of L
+        "eigenvalue_1_to_2": eigenvalues[:, -1] / eigenvalues[:, -2],
+    }
+    return {name: values.tolist() for name, values in series.items()}
 
 
 def largest_angle(P: Tensor, Q: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ BEFORE = [-n for n in OFFSETS[::-1]]
 
 def headline(study: Study) -> tuple[str, str]:
     """Return the study in one sentence, and a further one."""
-    high, highest = (study.after(study.trace("REKLS", "absolute", p).leading_deg, 2) for p in PRECISIONS)
+    high, highest = (study.after(study.trace("REKLS", "absolute", p)["leading_deg"], 2) for p in PRECISIONS)
     claim = (
         f"One step after the spike, the eigenbasis has turned by {angle(high)}° at “high” precision, "
         f"and by {angle(highest)}° at “highest”."
@@ -44,8 +44,7 @@ def products(study: Study) -> Table:
     names = {ONLY_QUOTIENTS: "Rayleigh quotients", ALL_BUT_QUOTIENTS: "everything else"}
     rows = [
         [names[precisions], solver, *(both(study, trace, n) for n in OFFSETS)]
-        for solver, traces in study.quotients.items()
-        for precisions, trace in traces.items()
+        for (solver, precisions), trace in study.quotients.items()
     ]
     return Table(["only in TF32", "solver", *columns(OFFSETS)], sorted(rows), labels=2)
 
@@ -63,7 +62,7 @@ def as_json(study: Study) -> dict[str, Any]:
         return {f"{n:+d}": float(f"{value:.4g}") for n, value in found.items()}
 
     def values(trace: Trace) -> dict[str, Any]:
-        return {name: around(series) if series else None for name, series in vars(trace).items()}
+        return {name: around(series) if series else None for name, series in trace.items()}
 
     return {
         "headline": " ".join(headline(study)),
@@ -91,7 +90,7 @@ def columns(offsets: Sequence[int]) -> list[str]:
 
 def both(study: Study, trace: Trace, offset: int) -> str:
     """Return the angle of the top eigenvector and that of the leading ones."""
-    return f"{angle(study.after(trace.top1_deg, offset))} / {angle(study.after(trace.leading_deg, offset))}"
+    return f"{angle(study.after(trace['top1_deg'], offset))} / {angle(study.after(trace['leading_deg'], offset))}"
 
 
 def angle(degrees: float) -> str:
