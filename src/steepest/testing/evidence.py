@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steepest.testing.clause import Broken
-
 Snapshot = dict[str, Any]
 """The leaves of nested containers by path."""
 
 
-def expect(condition: bool, expected: str, seen: object) -> None:
-    """Raise `Broken` unless ``condition``.
+class Broken(AssertionError):
+    """The clause is broken; the message is the evidence."""
 
-    >>> expect(False, "lr is re-read", "the same step at half the rate")
-    Traceback (most recent call last):
-    steepest.testing.clause.Broken: expected lr is re-read; saw the same step at half the rate
-    """
+
+class NotApplicable(Exception):
+    """The clause does not apply to this optimizer; the message is the reason."""
+
+
+def expect(condition: bool, expected: str, seen: object) -> None:
+    """Raise `Broken` unless ``condition``, with the evidence: what was expected, and what was seen."""
     if not condition:
         raise Broken(f"expected {expected}; saw {seen}")
 

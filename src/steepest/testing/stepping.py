@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import ExponentialLR, LinearLR
 
-from steepest.testing.clause import clause
 from steepest.testing.evidence import Snapshot, expect, expect_close, expect_finite, expect_moved, expect_same, snapshot
-from steepest.testing.subject import Run, Subject, gradient
+from steepest.testing.subject import Run, Subject, clause, gradient
 
 PRODUCTS: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 """The modules that hold the precision of matrix products."""
@@ -29,15 +29,13 @@ SCHEDULERS: dict[str, Build] = {
     "StepLR": lambda o, lr: lr_scheduler.StepLR(o, 1),
     "MultiStepLR": lambda o, lr: lr_scheduler.MultiStepLR(o, [2]),
     "ConstantLR": lambda o, lr: lr_scheduler.ConstantLR(o, total_iters=2),
-    "LinearLR": lambda o, lr: lr_scheduler.LinearLR(o),
-    "ExponentialLR": lambda o, lr: lr_scheduler.ExponentialLR(o, 0.5),
+    "LinearLR": lambda o, lr: LinearLR(o),
+    "ExponentialLR": lambda o, lr: ExponentialLR(o, 0.5),
     "PolynomialLR": lambda o, lr: lr_scheduler.PolynomialLR(o, 4),
     "CosineAnnealingLR": lambda o, lr: lr_scheduler.CosineAnnealingLR(o, 4),
     "CosineAnnealingWarmRestarts": lambda o, lr: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
-    "ChainedScheduler": lambda o, lr: lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(o, 0.5)], o),
-    "SequentialLR": lambda o, lr: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.5)], [1]
-    ),
+    "ChainedScheduler": lambda o, lr: lr_scheduler.ChainedScheduler([ExponentialLR(o, 0.5)], o),
+    "SequentialLR": lambda o, lr: lr_scheduler.SequentialLR(o, [LinearLR(o), ExponentialLR(o, 0.5)], [1]),
     "ReduceLROnPlateau": lambda o, lr: lr_scheduler.ReduceLROnPlateau(o, patience=0),
     "OneCycleLR": lambda o, lr, cycle=False: lr_scheduler.OneCycleLR(o, lr, total_steps=5, cycle_momentum=cycle),
     "CyclicLR": lambda o, lr, cycle=False: lr_scheduler.CyclicLR(o, lr / 2, lr, 2, cycle_momentum=cycle),
@@ -83,7 +81,7 @@ def schedulers(subject: Subject) -> None:
     """Each of torch's learning rate schedulers takes the optimizer, and sets the rate of its next step."""
     for name, build in SCHEDULERS.items():
         metrics = [1.0] if name == "ReduceLROnPlateau" else []
-        _follows(subject, name, build, "the rate", lambda group: float(group["lr"]), *metrics)
+        _follows(subject, name, build, lambda group: float(group["lr"]), *metrics)
 
 
 @clause(2, "OneCycleLR and CyclicLR cycle the momentum", needs=("betas", "momentum"))
@@ -91,7 +89,7 @@ def cycled_momentum(subject: Subject) -> None:
     """Both schedulers move ``betas`` or ``momentum`` against the learning rate, and refuse optimizers with neither."""
     for name in ("OneCycleLR", "CyclicLR"):
         build = functools.partial(SCHEDULERS[name], cycle=True)
-        _follows(subject, name, build, "the momentum", lambda g: g["betas"][0] if "betas" in g else g["momentum"])
+        _follows(subject, name, build, lambda g: g["betas"][0] if "betas" in g else g["momentum"])
 
 
 @clause(3, "a closure runs with gradients enabled, and its loss is returned")
@@ -267,17 +265,15 @@ def _settings() -> dict[str, object]:
     }
 
 
-def _follows(
-    subject: Subject, name: str, build: Build, what: str, read: Callable[[dict[str, Any]], float], *metrics: float
-) -> None:
-    """Expect a scheduler to change what is read from a group, and the weights to move."""
+def _follows(subject: Subject, name: str, build: Build, read: Callable[[Any], float], *metrics: float) -> None:
+    """Expect a scheduler to change the option that is read from a group, and the weights to move."""
     run = subject.start(names=[subject.first])
     start, scheduler, seen = run.weights(), build(run.optimizer, subject.lr), set()
     for k in range(4):
         run.step(k)
         scheduler.step(*metrics)
         seen.add(read(run.optimizer.param_groups[0]))
-    expect(len(seen) > 1, f"{name} to change {what}", f"{seen} all the time")
+    expect(len(seen) > 1, f"{name} to change its option", f"{seen} all the time")
     expect_moved(run.weights(), start, f"training under {name}")
 
 

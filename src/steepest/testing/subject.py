@@ -1,4 +1,4 @@
-"""The optimizer under test, the parameters that it gets, and training runs in which nothing is left to chance.
+"""The optimizer under test, its training runs, in which nothing is left to chance, and the clauses that it meets.
 
 Gradients come from a random generator that is seeded by step and parameter, not from a model. The gradient of one
 parameter never depends on another, so that two runs can be compared parameter by parameter, bit for bit.
@@ -9,15 +9,16 @@ from __future__ import annotations
 import inspect
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steepest.testing.clause import Clause, NotApplicable
-from steepest.testing.evidence import Snapshot, expect_moved, one_line, snapshot
+from steepest.testing.evidence import NotApplicable, Snapshot, expect_moved, one_line, snapshot
 
+Check = Callable[["Subject"], None]
 Factory = Callable[..., torch.optim.Optimizer]
 """``factory(params, **overrides)`` returns an optimizer for ``params``, with some of its options overridden."""
 Form = Callable[[dict[str, Tensor]], Any]
@@ -149,6 +150,47 @@ class Subject:
             raise NotApplicable(f"has {'neither' if len(clause.needs) > 1 else 'no'} {' nor '.join(clause.needs)}")
         if clause.several and not self.others:
             raise NotApplicable("takes a single parameter only")
+
+
+@dataclass(frozen=True)
+class Clause:
+    """A promise, and the function that tests it, which returns or raises `Broken` or `NotApplicable`."""
+
+    number: int
+    """The chapter of the contract."""
+    title: str
+    """The promise in a few words."""
+    check: Check
+    needs: tuple[str, ...] = ()
+    """Options of which an optimizer must have one for the clause to apply."""
+    several: bool = False
+    """Whether the clause applies only to optimizers that take several parameters."""
+    slow: bool = False
+    """Whether the clause is checked only on request."""
+
+    @property
+    def name(self) -> str:
+        """The name of the function."""
+        return self.check.__name__
+
+    @property
+    def promise(self) -> str:
+        """The docstring of the function: the promise, and its reason."""
+        return inspect.cleandoc(self.check.__doc__ or "")
+
+
+REGISTERED: dict[str, Clause] = {}
+"""Clauses by name; `steepest.testing.CLAUSES` has them in the contract's order."""
+
+
+def clause(number: int, title: str, **conditions: Any) -> Callable[[Check], Check]:
+    """Register the function below as a clause of chapter ``number``; the conditions are fields of `Clause`."""
+
+    def register(check: Check) -> Check:
+        REGISTERED[check.__name__] = Clause(number, title, check, **conditions)
+        return check
+
+    return register
 
 
 def gradient(k: int, name: str, p: Tensor) -> Tensor:

@@ -49,7 +49,10 @@ def run(
     package = spec.partition(":")[0].partition(".")[0] if ":" in spec else "steepest"
     found = versions(package, "torch")
     if as_json:
-        console.print_json(json.dumps({"optimizer": spec, "versions": found, **plain(report)}))
+        counts = {name: len(getattr(report, name)) for name in ("kept", "broken", "not_applicable")}
+        clauses = {f.clause.name: {"verdict": f.verdict.value, "why": f.why} for f in report.findings}
+        told = {"optimizer": spec, "versions": found, **counts, "refused": report.refused, "clauses": clauses}
+        console.print_json(json.dumps(told))
         return report.ok
     console.print(f"[bold]{spec}[/]  [dim]{', '.join(map(' '.join, found.items()))}[/]", highlight=False)
     console.print(table(report))
@@ -113,17 +116,6 @@ def table(report: Report) -> Table:
         verdict = Text(finding.verdict.value, style=LOOKS[finding.verdict])
         shown.add_row(str(finding.clause.number), words, verdict)
     return shown
-
-
-def plain(report: Report) -> dict[str, Any]:
-    """Return the report as JSON has it: verdict and evidence, clause by clause."""
-    return {
-        "kept": len(report.kept),
-        "broken": len(report.broken),
-        "not_applicable": len(report.not_applicable),
-        "refused": dict(report.refused),
-        "clauses": {f.clause.name: {"verdict": f.verdict.value, "why": f.why} for f in report.findings},
-    }
 
 
 def versions(*packages: str) -> dict[str, str]:

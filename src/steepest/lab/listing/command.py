@@ -29,8 +29,7 @@ from steepest.rule.work import PRODUCT, work
 from steepest.rules import RULES
 from steepest.stack.storage import laid_out
 
-SIDE = 256
-"""Work is counted on matrices of so many rows and columns."""
+SIDE = 256  # rows and columns of the matrices on which work is counted
 UNUSUAL = {"lbfgs": "any shape, by a closure", "sparseadam": "sparse gradients"}
 """The input of those optimizers that a step like the others' can't measure."""
 FOOTNOTE = (
@@ -46,16 +45,11 @@ class Line(NamedTuple):
 
     name: str
     paper: str
-    takes: str
-    """The parameters that it takes."""
-    square: float | None
-    """State in bytes per entry of a square matrix."""
-    wide: float | None
-    """State in bytes per entry of a matrix with four times as many columns as rows."""
-    products: float | None
-    """Matrix products in a step, in units of one of `SIDE` × `SIDE` matrices."""
-    decompositions: str
-    """FLOPs of each kind of decomposition in the same units, such as "qr 0.53"."""
+    takes: str  # the parameters that it takes
+    square: float | None  # state in bytes per entry of a square matrix
+    wide: float | None  # state in bytes per entry of a matrix with four times as many columns as rows
+    products: float | None  # matrix products in a step, in units of one of SIDE × SIDE matrices
+    decompositions: str  # FLOPs of each kind of decomposition in the same units, such as "qr 0.53"
 
 
 def print_optimizers(console: Console) -> None:
@@ -123,7 +117,10 @@ def ours() -> list[Line]:
     lines = []
     for name in (*NAMES, *(name for name in RULES if name not in named and name not in TORCH)):
         rule = _rule(name)
-        paper, takes = NAMES[name].paper if name in NAMES else rule.paper, _takes(isinstance(rule, Rule))
+        paper, takes = (
+            NAMES[name].paper if name in NAMES else rule.paper,
+            "matrices" if isinstance(rule, Rule) else "any shape",
+        )
         square, wide = (bytes_per_entry(name, 64, n) for n in (64, 256))
         lines.append(Line(name, paper, takes, square, wide, *cost(name)))
     return lines
@@ -133,12 +130,13 @@ def torchs() -> list[Line]:
     """Return the optimizers of torch.optim. A name that one of ours has, too, begins with "torch."."""
     lines = []
     for key, optimizer in sorted(TORCH.items()):
-        name, paper, matrices = f"torch.{key}" if key in NAMES else key, PAPERS.get(key, ""), key == "muon"
+        name, paper = f"torch.{key}" if key in NAMES else key, PAPERS.get(key, "")
         if key in UNUSUAL:
             lines.append(Line(name, paper, UNUSUAL[key], None, None, None, ""))
             continue
         square, wide = (_bytes_left_by_a_step(optimizer, 64, n) / (64 * n) for n in (64, 256))
-        lines.append(Line(name, paper, _takes(matrices), square, wide, None if matrices else 0.0, ""))
+        takes, products = ("matrices", None) if key == "muon" else ("any shape", 0.0)
+        lines.append(Line(name, paper, takes, square, wide, products, ""))
     return lines
 
 
@@ -170,10 +168,6 @@ def cost(name: str) -> tuple[float, str]:
     for part, flops in work(rule, SIDE, SIDE).parts.items():
         kinds[part.kind] += flops / (2 * SIDE**3)
     return kinds.pop(PRODUCT, 0.0), ", ".join(f"{kind} {units:.2g}" for kind, units in kinds.items())
-
-
-def _takes(matrices: bool) -> str:
-    return "matrices" if matrices else "any shape"
 
 
 def _rule(name: str) -> Rule | Elementwise:

@@ -30,8 +30,7 @@ from steepest.rules.kl_soap import KLSoap
 from steepest.rules.parts.factors import Factors
 from steepest.rules.soap import AdamInBasis
 
-SOLVERS = ("SOAP-KL", "REKLS")
-"""One orthogonal iteration a step, and a full eigendecomposition."""
+SOLVERS = ("SOAP-KL", "REKLS")  # one orthogonal iteration a step, and a full eigendecomposition
 GUARDS = {"absolute": "absolute eps", "relative": "relative floor", "clipped": "floor, clipped"}
 """Lower bounds on what the whitening divides by; "clipped" also clips gradients to the norm of the first."""
 GRADIENTS = ("isotropic", "directional")
@@ -44,8 +43,7 @@ STRONG = (15.0, 10.0)
 PRECISIONS = ("high", "highest")
 OFFSETS = (1, 2, 5, 10)
 """Steps before and after the last basis without the spike, at which angles are listed; 1 after, the spike is in."""
-FLOORS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
-"""Relative floors, to see how large a floor must be."""
+FLOORS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # relative floors, to see how large a floor must be
 ONLY_QUOTIENTS, ALL_BUT_QUOTIENTS = ("highest", "high"), ("high", "highest")
 """Precisions of KL-Shampoo's Rayleigh quotients (second) and of everything else (first)."""
 
@@ -163,10 +161,7 @@ def follow(case: Case, precision: str, setup: Setup) -> Path:
 
 @contextmanager
 def quotients_at(precision: str) -> Iterator[None]:
-    """Compute the Rayleigh quotients in KL-Shampoo's update of the covariances at a precision of their own.
-
-    They come from one product, K Q. The precision of everything else is unchanged.
-    """
+    """Compute the Rayleigh quotients in KL-Shampoo's update, which come from one product, at their own precision."""
 
     def at(a: Tensor, p: Tensor, diag: bool = False) -> Tensor:
         with fp32_matmul_precision(precision):

@@ -57,12 +57,9 @@ def floors(study: Study) -> Table:
 def as_json(study: Study) -> dict[str, Any]:
     """Return all series of all paths around the spike, and the tables, as plain values."""
 
-    def around(series: Sequence[float]) -> dict[str, float]:
-        found = {n: study.after(series, n) for n in (*BEFORE, 0, *OFFSETS, 20)}
-        return {f"{n:+d}": float(f"{value:.4g}") for n, value in found.items()}
-
-    def values(trace: Trace) -> dict[str, Any]:
-        return {name: around(series) if series else None for name, series in trace.items()}
+    def around(series: Sequence[float]) -> dict[str, float] | None:
+        offsets = (*BEFORE, 0, *OFFSETS, 20)
+        return {f"{n:+d}": float(f"{study.after(series, n):.4g}") for n in offsets} if series else None
 
     return {
         "headline": " ".join(headline(study)),
@@ -74,7 +71,7 @@ def as_json(study: Study) -> dict[str, Any]:
                 "solver": case.solver,
                 "kl_floor": case.kl_floor,
                 "apart": around(pair.apart),
-                **{precision: values(trace) for precision, trace in pair.traces.items()},
+                **{p: {name: around(series) for name, series in trace.items()} for p, trace in pair.traces.items()},
             }
             for case, pair in study.pairs.items()
         ],
