@@ -93,7 +93,7 @@ def check(
         from steepest.lab.listing import check as command
 
         options = ({} if lr is None else {"lr": lr}) | command.parse_options(option or [])
-        kept = command.run(command.Request(optimizer, options, dtype, device, slow, as_json), Console())
+        kept = command.run(optimizer, options, Console(), dtype, device, slow, as_json)
         raise typer.Exit(0 if kept else 1)
 
 
@@ -156,7 +156,7 @@ def spike(
     with _errors_in_one_line():
         from steepest.lab.spike import command
 
-        command.run(command.Request(device, seed, out, _typed()), Console())
+        command.run(device, seed, out, _typed(), Console())
 
 
 @app.command(epilog="Example: steepest bench --optimizers 'soap-f10, soap-f10(stagger=True), muon' --steps 20")

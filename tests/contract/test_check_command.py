@@ -51,7 +51,7 @@ def test_a_file_at_hand(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         (["torch.optim:AdamV"], "module 'torch.optim' has no attribute 'AdamV'"),
         (["torch.optimal:AdamW"], "No module named 'torch.optimal'"),
         (["torch:float32"], "torch:float32: is no class, but dtype"),
-        (["soap"], "missing 1 required positional argument: 'lr'"),
+        (["soap", "--lr", "-1"], "lr=-1"),
         (["soap", "--lr", "0.1", "--option", "betas"], 'option "betas": write it as'),
         (["soap", "--lr", "0.1", "--dtype", "float8"], "dtype 'float8': there are float32, bfloat16, float64"),
     ],

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from steepest.cli import app
-from steepest.lab.listing.command import Cost, build_model, bytes_per_entry, cost, ours, torchs
+from steepest.lab.listing.command import build_model, bytes_per_entry, cost, ours, torchs
 from steepest.lab.shared.errors import BadInput
 from steepest.optimizers import NAMES
 from steepest.optimizers.torch_optim import TORCH
@@ -45,10 +45,10 @@ def test_work_is_what_the_formulas_say() -> None:
 
     SOAP takes 12 s³ and at a refresh 12 s³ and two QR decompositions of 8/3 s³, Muon 30 s³.
     """
-    assert cost("soap") == Cost(pytest.approx((12 + (2 * 2 + 8) / 5) / 2), "qr 0.53")
-    assert cost("muon") == Cost(30 / 2, "")
-    assert cost("moso") == Cost((10 + 2) / 2, "qr 1.3")
-    assert cost("rekls").decompositions == "eigh 9"
+    assert cost("soap") == (pytest.approx((12 + (2 * 2 + 8) / 5) / 2), "qr 0.53")
+    assert cost("muon") == (30 / 2, "")
+    assert cost("moso") == ((10 + 2) / 2, "qr 1.3")
+    assert cost("rekls")[1] == "eigh 9"
 
 
 def test_everything_that_has_a_name_is_listed() -> None:

@@ -22,24 +22,92 @@ The suite needs torch only, and uses nothing of `steepest` but itself.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 
-from steepest.testing import construction, hazards, precision, saving, settings, stepping
-from steepest.testing.clause import CLAUSES, Broken, Clause, NotApplicable
-from steepest.testing.evidence import one_line
-from steepest.testing.report import Finding, Report, Verdict
-from steepest.testing.subject import Factory, Subject
+from steepest.testing import construction, gradients, saving, stepping  # noqa: F401, for their clauses
+from steepest.testing.evidence import Broken, NotApplicable, one_line
+from steepest.testing.subject import REGISTERED, Clause, Factory, Subject
 
 __all__ = ["CLAUSES", "Clause", "Finding", "Report", "Verdict", "check_clause", "check_optimizer"]
 
-MODULES = (construction, settings, stepping, saving, hazards, precision)
+CLAUSES = dict(sorted(REGISTERED.items(), key=lambda named: named[1].number))
+"""Every clause by name, in the contract's order."""
 
-_in_order = sorted(CLAUSES.values(), key=lambda clause: clause.number)
-CLAUSES.clear()
-CLAUSES.update({clause.name: clause for clause in _in_order})
+
+class Verdict(Enum):
+    """The outcome of a clause."""
+
+    KEPT = "kept"
+    BROKEN = "broken"
+    NOT_APPLICABLE = "n/a"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The verdict on one clause."""
+
+    clause: Clause
+    verdict: Verdict
+    why: str = ""
+    """The evidence if the clause is broken (expected and seen), the reason if it does not apply."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The verdicts of all clauses on one optimizer.
+
+    Example:
+        >>> clause = Clause(5, "p.grad stays as it was", lambda subject: None)
+        >>> print(Report("Mine", (Finding(clause, Verdict.BROKEN, "expected a gradient, saw None"),)))
+        Mine: 0 clauses kept, 1 broken, 0 not applicable
+        5  p.grad stays as it was  broken  expected a gradient, saw None
+    """
+
+    name: str
+    findings: tuple[Finding, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Parameters that the optimizer refused, with its errors; the suite went on without them."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether no clause is broken."""
+        return not self.broken
+
+    @property
+    def kept(self) -> list[Finding]:
+        """Findings of clauses that the optimizer keeps."""
+        return [finding for finding in self.findings if finding.verdict is Verdict.KEPT]
+
+    @property
+    def broken(self) -> list[Finding]:
+        """Findings of clauses that the optimizer breaks."""
+        return [finding for finding in self.findings if finding.verdict is Verdict.BROKEN]
+
+    @property
+    def not_applicable(self) -> list[Finding]:
+        """Findings of clauses that do not apply to the optimizer."""
+        return [finding for finding in self.findings if finding.verdict is Verdict.NOT_APPLICABLE]
+
+    @property
+    def summary(self) -> str:
+        """The optimizer's name and the number of clauses for each verdict, in one line."""
+        counts = f"{len(self.kept)} clauses kept, {len(self.broken)} broken, {len(self.not_applicable)} not applicable"
+        return f"{self.name}: {counts}"
+
+    @property
+    def omissions(self) -> list[str]:
+        """A line for each parameter that the optimizer refused."""
+        return [f"not given: a parameter of {shape}, refused: {why}" for shape, why in self.refused.items()]
+
+    def __str__(self) -> str:
+        rows = [(str(f.clause.number), f.clause.title, f.verdict.value, f.why) for f in self.findings]
+        number, title, verdict = (max((len(row[i]) for row in rows), default=0) for i in range(3))
+        table = [f"{n:>{number}}  {t:<{title}}  {v:<{verdict}}  {why}".rstrip() for n, t, v, why in rows]
+        return "\n".join([self.summary, *self.omissions, *table])
 
 
 def check_optimizer(
@@ -79,7 +147,7 @@ def check_optimizer(
     if unknown:
         raise ValueError(f"only={unknown[0]!r}: no such clause; there are {', '.join(CLAUSES)}")
     chosen = [c for c in CLAUSES.values() if (c.name in only if only is not None else slow or not c.slow)]
-    with _undisturbed():
+    with warnings.catch_warnings(action="ignore"), torch.random.fork_rng():
         subject = Subject(factory, dtype, device)
         name = name or type(subject.start().optimizer).__name__
     return Report(name, tuple(check_clause(clause, subject) for clause in chosen), subject.refused)
@@ -92,7 +160,8 @@ def check_clause(clause: Clause, subject: Subject) -> Finding:
     <Verdict.KEPT: 'kept'>
     """
     try:
-        with _undisturbed():
+        with warnings.catch_warnings(action="ignore"), torch.random.fork_rng():
+            subject.require(clause)
             clause.check(subject)
     except NotApplicable as reason:
         return Finding(clause, Verdict.NOT_APPLICABLE, str(reason))
@@ -101,12 +170,3 @@ def check_clause(clause: Clause, subject: Subject) -> Finding:
     except Exception as error:
         return Finding(clause, Verdict.BROKEN, f"expected no error; saw {one_line(error)}")
     return Finding(clause, Verdict.KEPT)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignore warnings, and restore random states."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with torch.random.fork_rng():
-            yield

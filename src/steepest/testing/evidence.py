@@ -2,55 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steepest.testing.clause import Broken
-
 Snapshot = dict[str, Any]
-"""The leaves of nested containers by path, with tensors cloned."""
+"""The leaves of nested containers by path."""
+
+
+class Broken(AssertionError):
+    """The clause is broken; the message is the evidence."""
+
+
+class NotApplicable(Exception):
+    """The clause does not apply to this optimizer; the message is the reason."""
 
 
 def expect(condition: bool, expected: str, seen: object) -> None:
-    """Raise `Broken` unless ``condition``.
-
-    >>> expect(False, "lr is re-read", "the same step at half the rate")
-    Traceback (most recent call last):
-    steepest.testing.clause.Broken: expected lr is re-read; saw the same step at half the rate
-    """
+    """Raise `Broken` unless ``condition``, with the evidence: what was expected, and what was seen."""
     if not condition:
         raise Broken(f"expected {expected}; saw {seen}")
 
 
-def snapshot(tree: Any, path: str = "") -> Snapshot:
+def leaves(tree: Any, path: str = "") -> Snapshot:
     """Return the leaves of nested dicts, lists and tuples, by path.
 
-    >>> snapshot({"W": {"step": 3, "norms": [1.0, 2.0]}})
+    >>> leaves({"W": {"step": 3, "norms": [1.0, 2.0]}})
     {'W/step': 3, 'W/norms/0': 1.0, 'W/norms/1': 2.0}
     """
-    children: Iterable[tuple[Any, Any]]
-    if isinstance(tree, Mapping):
-        children = tree.items()
-    elif isinstance(tree, list | tuple):
-        children = enumerate(tree)
-    else:
-        return {path: tree.detach().clone() if isinstance(tree, Tensor) else tree}
-    leaves: Snapshot = {}
-    for key, child in children:
-        leaves |= snapshot(child, f"{path}/{key}" if path else str(key))
-    return leaves
+    if not isinstance(tree, Mapping | list | tuple):
+        return {path: tree}
+    children = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+    prefix = f"{path}/" if path else ""
+    return {at: leaf for key, child in children for at, leaf in leaves(child, f"{prefix}{key}").items()}
+
+
+def snapshot(tree: Any) -> Snapshot:
+    """Return a copy of the leaves of nested dicts, lists and tuples, by path."""
+    return {path: x.detach().clone() if isinstance(x, Tensor) else x for path, x in leaves(tree).items()}
 
 
 def expect_same(seen: Snapshot, expected: Snapshot, promise: str) -> None:
     """Raise `Broken` unless two snapshots are the same, bit for bit."""
-    differences = [f"{path} missing" for path in expected if path not in seen]
-    differences += [f"{path} new" for path in seen if path not in expected]
-    for path in expected.keys() & seen.keys():
-        if how := difference(seen[path], expected[path]):
-            differences.append(f"{path}: {how}")
+    both = expected.keys() & seen.keys()
+    differences = [f"{path} missing" for path in expected.keys() - both]
+    differences += [f"{path} new" for path in seen.keys() - both]
+    differences += [f"{path}: {how}" for path in both if (how := difference(seen[path], expected[path]))]
     _report(promise, sorted(differences))
 
 
@@ -75,11 +74,8 @@ def expect_moved(seen: Snapshot, start: Snapshot, promise: str) -> None:
 
 def expect_finite(seen: Snapshot, promise: str) -> None:
     """Raise `Broken` if any number is NaN or infinite."""
-    differences = []
-    for path, x in seen.items():
-        if bad := int((~torch.isfinite(x)).sum()) if isinstance(x, Tensor) else 0:
-            differences.append(f"{path}: {bad} of {x.numel()} entries NaN or infinite")
-    _report(promise, differences)
+    bad = {path: (x.numel(), int((~x.isfinite()).sum())) for path, x in seen.items() if isinstance(x, Tensor)}
+    _report(promise, [f"{path}: {n} of {size} entries NaN or infinite" for path, (size, n) in bad.items() if n])
 
 
 def difference(seen: Any, expected: Any) -> str:
@@ -99,8 +95,7 @@ def difference(seen: Any, expected: Any) -> str:
     by_identity: Any = object.__eq__
     if type(seen).__eq__ is by_identity and type(seen) is type(expected):
         return ""  # objects that can't be compared, which clauses on plain state report
-    same = bool(seen == expected)
-    return "" if same else f"{_word(expected)} expected, {_word(seen)} seen"
+    return "" if seen == expected else f"{_word(expected)} expected, {_word(seen)} seen"
 
 
 def one_line(error: BaseException) -> str:
@@ -119,9 +114,9 @@ def _report(promise: str, differences: list[str]) -> None:
         raise Broken(f"expected {promise}; saw {differences[0]}{more}")
 
 
-def _kind(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
-
-
 def _word(x: Any) -> str:
     return _kind(x) if isinstance(x, Tensor) and x.numel() > 1 else repr(x)[:60]
+
+
+def _kind(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"

@@ -1,27 +1,95 @@
-"""Chapters 3, 4, 5, 9 and 15: what a step does, what it leaves unchanged, and which hooks it calls."""
+"""Chapters 2, 3, 5, 9, 14 and 15: what a step reads and leaves unchanged, schedulers, hooks and compiled steps."""
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import ExponentialLR, LinearLR
 
-from steepest.testing.clause import clause
-from steepest.testing.evidence import (
-    Snapshot,
-    expect,
-    expect_close,
-    expect_finite,
-    expect_moved,
-    expect_same,
-    snapshot,
-)
-from steepest.testing.subject import Subject, gradient
+from steepest.testing.evidence import Snapshot, expect, expect_close, expect_finite, expect_moved, expect_same, snapshot
+from steepest.testing.subject import Run, Subject, clause, gradient
+
+PRODUCTS: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+"""The modules that hold the precision of matrix products."""
+
+Build = Callable[..., Any]
+"""``build(optimizer, lr)`` returns a scheduler; with ``cycle=True`` it cycles the momentum, if it can."""
+
+SCHEDULERS: dict[str, Build] = {
+    "LambdaLR": lambda o, lr: lr_scheduler.LambdaLR(o, lambda k: 0.5**k),
+    "MultiplicativeLR": lambda o, lr: lr_scheduler.MultiplicativeLR(o, lambda k: 0.5),
+    "StepLR": lambda o, lr: lr_scheduler.StepLR(o, 1),
+    "MultiStepLR": lambda o, lr: lr_scheduler.MultiStepLR(o, [2]),
+    "ConstantLR": lambda o, lr: lr_scheduler.ConstantLR(o, total_iters=2),
+    "LinearLR": lambda o, lr: LinearLR(o),
+    "ExponentialLR": lambda o, lr: ExponentialLR(o, 0.5),
+    "PolynomialLR": lambda o, lr: lr_scheduler.PolynomialLR(o, 4),
+    "CosineAnnealingLR": lambda o, lr: lr_scheduler.CosineAnnealingLR(o, 4),
+    "CosineAnnealingWarmRestarts": lambda o, lr: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+    "ChainedScheduler": lambda o, lr: lr_scheduler.ChainedScheduler([ExponentialLR(o, 0.5)], o),
+    "SequentialLR": lambda o, lr: lr_scheduler.SequentialLR(o, [LinearLR(o), ExponentialLR(o, 0.5)], [1]),
+    "ReduceLROnPlateau": lambda o, lr: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "OneCycleLR": lambda o, lr, cycle=False: lr_scheduler.OneCycleLR(o, lr, total_steps=5, cycle_momentum=cycle),
+    "CyclicLR": lambda o, lr, cycle=False: lr_scheduler.CyclicLR(o, lr / 2, lr, 2, cycle_momentum=cycle),
+}
+"""All schedulers of torch.optim.lr_scheduler, with settings for a few steps."""
+
+
+@clause(2, "the learning rate is re-read at every step", needs=("lr",))
+def lr_reread(subject: Subject) -> None:
+    """A learning rate that a scheduler writes into ``group["lr"]`` holds from the next step on."""
+    _changes(subject, "lr", subject.lr / 2)
+
+
+@clause(2, "betas and momentum are re-read at every step", needs=("betas", "momentum"))
+def betas_reread(subject: Subject) -> None:
+    """Decays that OneCycleLR writes into ``group["betas"]`` or ``group["momentum"]`` hold from the next step on."""
+    if "betas" in subject.defaults:
+        _changes(subject, "betas", (0.5, *tuple(subject.defaults["betas"])[1:]))
+    if "momentum" in subject.defaults:
+        _changes(subject, "momentum", 0.5)
+
+
+@clause(2, "weight decay is re-read at every step", needs=("weight_decay",))
+def decay_reread(subject: Subject) -> None:
+    """A weight decay that a schedule writes into ``group["weight_decay"]`` holds from the next step on."""
+    _changes(subject, "weight_decay", 0.5 + (subject.defaults["weight_decay"] or 0.0))
+
+
+@clause(2, "the learning rate may be a tensor", needs=("lr",))
+def tensor_lr(subject: Subject) -> None:
+    """A tensor trains like the number in it, and is read again at every step: changing it costs no recompilation."""
+    expected, run = subject.start(), subject.start(lr=torch.tensor(subject.lr))
+    start = run.weights()
+    for each in (expected, run):
+        each.steps(range(2))
+        each.set("lr", subject.lr / 2)
+        each.steps(range(2, 4))
+    expect_close(run.weights(), expected.weights(), start, "a tensor lr to train like the number in it")
+
+
+@clause(2, "every scheduler of torch.optim runs", needs=("lr",))
+def schedulers(subject: Subject) -> None:
+    """Each of torch's learning rate schedulers takes the optimizer, and sets the rate of its next step."""
+    for name, build in SCHEDULERS.items():
+        metrics = [1.0] if name == "ReduceLROnPlateau" else []
+        _follows(subject, name, build, lambda group: float(group["lr"]), *metrics)
+
+
+@clause(2, "OneCycleLR and CyclicLR cycle the momentum", needs=("betas", "momentum"))
+def cycled_momentum(subject: Subject) -> None:
+    """Both schedulers move ``betas`` or ``momentum`` against the learning rate, and refuse optimizers with neither."""
+    for name in ("OneCycleLR", "CyclicLR"):
+        build = functools.partial(SCHEDULERS[name], cycle=True)
+        _follows(subject, name, build, lambda g: g["betas"][0] if "betas" in g else g["momentum"])
 
 
 @clause(3, "a closure runs with gradients enabled, and its loss is returned")
@@ -46,69 +114,9 @@ def closure(subject: Subject) -> None:
     expect_moved(run.weights(), before, "a step with the closure's gradients")
 
 
-@clause(4, "a parameter without a gradient is skipped")
-def missing_gradient(subject: Subject) -> None:
-    """A parameter whose ``grad`` is None stays as it is, without decay too: it had no part in the loss."""
-    subject.needs_two()
-    (absent,) = subject.one
-    run = subject.start()
-    others = [name for name in run.params if name != absent]
-    before, start = run.weights(absent), run.weights(*others)
-    for k in range(3):
-        run.step(k, missing=[absent])
-    expect_same(run.weights(absent), before, "no change without a gradient")
-    expect_moved(run.weights(*others), start, "the others to train")
-
-
-@clause(4, "a step without any gradient does nothing")
-def no_gradients(subject: Subject) -> None:
-    """A step in which no parameter has a gradient changes nothing and raises nothing, first or later."""
-    run = subject.start()
-    run.step(0, missing=list(run.params))
-    expect_same(run.weights(), snapshot(subject.params()), "no change in a first step without gradients")
-    run.step(1)
-    before = run.everything()
-    run.step(2, missing=list(run.params))
-    expect_same(run.everything(), before, "no change in a step without gradients")
-
-
-@clause(4, "a gradient that is missing on some steps leaves weights and state alone")
-def missing_leaves_state(subject: Subject) -> None:
-    """While its gradient is missing, a parameter's weights, state and step count stay bit for bit.
-
-    Experts without tokens, and heads of other tasks, have no gradient in many steps.
-    """
-    subject.needs_two()
-    (absent,) = subject.one
-    run = subject.start()
-    run.step(0)
-    before = run.of(absent)
-    run.step(1, missing=[absent])
-    run.step(2, missing=[absent])
-    expect_same(run.of(absent), before, "weights and state to stay while the gradient is missing")
-
-
-@clause(4, "a gradient that is missing on some steps leaves the clock alone")
-def missing_leaves_clock(subject: Subject) -> None:
-    """Steps without a parameter's gradient do not count for it: its bias correction counts its own updates."""
-    subject.needs_two()
-    (absent,) = subject.one
-    gaps, expected = subject.start(), subject.start()
-    start = gaps.weights()
-    for k in range(6):
-        gaps.step(k, missing=[absent] if k in (0, 2, 3) else [])
-    for k in (1, 4, 5):
-        expected.step(k)
-    promise = "the same training as without the steps that were missed"
-    expect_close(gaps.weights(absent), expected.weights(absent), start, promise)
-
-
 @clause(5, "gradients stay as they were")
 def gradients_unchanged(subject: Subject) -> None:
-    """``step()`` reads ``p.grad`` and neither changes nor clears it.
-
-    Loggers read gradients after the step; gradient accumulation and ``step()`` called twice rely on them.
-    """
+    """``step()`` neither changes nor clears ``p.grad``: loggers, accumulation and a second ``step()`` rely on it."""
     run = subject.start()
     run.set_gradients(0)
     before = {name: p.grad for name, p in run.params.items()}
@@ -121,10 +129,7 @@ def gradients_unchanged(subject: Subject) -> None:
 
 @clause(5, "global random states are not consumed")
 def random_state(subject: Subject) -> None:
-    """Construction and steps draw no numbers from torch's, NumPy's and Python's global generators.
-
-    Otherwise a change of optimizer changes dropout and data order, and runs can't be compared.
-    """
+    """Construction and steps draw nothing from torch's, NumPy's and Python's generators, as data and dropout do."""
     before = _random_states()
     run = subject.start()
     for k in range(3):
@@ -138,24 +143,24 @@ def random_state(subject: Subject) -> None:
 @clause(5, "global settings are left as they were")
 def global_settings(subject: Subject) -> None:
     """Precision of matrix products, default dtype, gradient mode and threads are the same after a few steps."""
-    with _known_precision():
-        before = _settings()
-        run = subject.start()
-        run.steps(range(3))
-        after = _settings()
+    saved = [backend.fp32_precision for backend in PRODUCTS]
+    torch.set_float32_matmul_precision("highest")  # an earlier construction of the optimizer may have changed it
+    before = _settings()
+    subject.start().steps(range(3))
+    after = _settings()
+    for backend, precision in zip(PRODUCTS, saved, strict=True):
+        backend.fp32_precision = precision
     changed = [f"{name} from {before[name]} to {now}" for name, now in after.items() if now != before[name]]
     expect(not changed, "untouched settings", ", ".join(changed))
 
 
-@clause(9, "a step with zero gradients and lr 0 changes no parameter")
+@clause(9, "a step with zero gradients and lr 0 changes no parameter", needs=("lr",))
 def idle_step(subject: Subject) -> None:
     """``torch.distributed.checkpoint`` takes such a step to create state, and expects no other effect."""
-    subject.needs("lr")
     run = subject.start()
     before = run.weights()
     run.set("lr", 0.0)
-    run.set_gradients(0, scale=0.0)
-    run.act()
+    run.step(0, scale=0.0)
     expect_same(run.weights(), before, "no change in a step with zero gradients and lr 0")
 
 
@@ -164,10 +169,37 @@ def zero_gradients(subject: Subject) -> None:
     """Normalizations must not compute 0/0: numbers stay finite after zero gradients, and training goes on."""
     run = subject.start()
     for k in range(3):
-        run.set_gradients(k, scale=0.0)
-        run.act()
+        run.step(k, scale=0.0)
     expect_finite(run.everything(), "finite numbers after zero gradients")
     run.expect_training(range(3, 6), "training after zero gradients")
+
+
+@clause(14, "torch.compile(optimizer.step), without recompiling when lr changes", needs=("lr",), slow=True)
+def compiled_step(subject: Subject) -> None:
+    """The step can be compiled, trains as without, and does not recompile when a tensor learning rate changes."""
+    graphs = 0  # how often tracing has begun
+
+    def backend(module: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    torch.compiler.reset()
+    eager, run = (subject.start(names=[subject.first], lr=torch.tensor(subject.lr)) for _ in range(2))
+    start = run.weights()
+    optimizer: Any = SimpleNamespace(step=torch.compile(run.optimizer.step, backend=backend))
+    compiled = Run(run.params, optimizer, by_closure=False)
+    counts = []
+    for k in range(10):
+        for each in (run, eager):
+            each.set("lr", subject.lr / (1 + max(k - 5, 0)))
+        compiled.step(k)
+        eager.step(k)
+        counts.append(graphs)
+    torch.compiler.reset()
+    expect(counts[-1] > 0, "something to be compiled", "no graph")
+    expect(counts[-1] == counts[5], "no new graph when lr changes", f"graphs so far, step by step: {counts}")
+    expect_close(run.weights(), eager.weights(), start, "the same training compiled as uncompiled")
 
 
 @clause(15, "step hooks fire once a step, before and after it")
@@ -198,14 +230,13 @@ def state_hooks(subject: Subject) -> None:
     run = subject.start()
     run.step(0)
     calls: list[str] = []
-    optimizer = run.optimizer
-    optimizer.register_state_dict_pre_hook(lambda *_: calls.append("state_dict before"))
-    optimizer.register_state_dict_post_hook(lambda *_: calls.append("state_dict after"))
-    optimizer.register_load_state_dict_pre_hook(lambda _, state: calls.append("load before") or state["wrapped"])  # type: ignore[func-returns-value]
-    optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("load after"))
-    state = optimizer.state_dict()
-    optimizer.load_state_dict({"wrapped": state})
-    expected = ["state_dict before", "state_dict after", "load before", "load after"]
+    for event in ("state_dict_pre", "state_dict_post", "load_state_dict_post"):
+        getattr(run.optimizer, f"register_{event}_hook")(lambda *_, event=event: calls.append(event))
+    run.optimizer.register_load_state_dict_pre_hook(
+        lambda _, state: calls.append("load_state_dict_pre") or state["wrapped"]  # type: ignore[func-returns-value]
+    )
+    run.optimizer.load_state_dict({"wrapped": run.optimizer.state_dict()})
+    expected = ["state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"]
     expect(calls == expected, f"calls in the order {expected}", calls)
 
 
@@ -221,25 +252,10 @@ def _random_states() -> dict[str, Tensor]:
     return states
 
 
-@contextmanager
-def _known_precision() -> Iterator[None]:
-    """Start with matrix products in full float32, whatever an earlier construction of the optimizer has set."""
-    saved = [backend.fp32_precision for backend in _products()]
-    torch.set_float32_matmul_precision("highest")
-    yield
-    for backend, precision in zip(_products(), saved, strict=True):
-        backend.fp32_precision = precision
-
-
-def _products() -> Any:
-    """Return the modules that hold the precision of matrix products."""
-    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-
-
 def _settings() -> dict[str, object]:
     """Return settings of torch that a step might change."""
     return {
-        "precision of products": [backend.fp32_precision for backend in _products()],
+        "precision of products": [backend.fp32_precision for backend in PRODUCTS],
         "default dtype": torch.get_default_dtype(),
         "gradient mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
@@ -247,3 +263,28 @@ def _settings() -> dict[str, object]:
         "cuDNN benchmark": torch.backends.cudnn.benchmark,
         "threads": torch.get_num_threads(),
     }
+
+
+def _follows(subject: Subject, name: str, build: Build, read: Callable[[Any], float], *metrics: float) -> None:
+    """Expect a scheduler to change the option that is read from a group, and the weights to move."""
+    run = subject.start(names=[subject.first])
+    start, scheduler, seen = run.weights(), build(run.optimizer, subject.lr), set()
+    for k in range(4):
+        run.step(k)
+        scheduler.step(*metrics)
+        seen.add(read(run.optimizer.param_groups[0]))
+    expect(len(seen) > 1, f"{name} to change its option", f"{seen} all the time")
+    expect_moved(run.weights(), start, f"training under {name}")
+
+
+def _changes(subject: Subject, option: str, value: Any) -> None:
+    """Expect a changed option to change the next two steps."""
+    unchanged, changed = (subject.start(names=[subject.first]) for _ in range(2))
+    for run in (unchanged, changed):
+        run.steps([0, 2])
+    changed.set(option, value)
+    for run in (unchanged, changed):
+        run.steps([3, 4])
+    promise = f"{option}={value} to change the steps after it was written into the group"
+    ((one,), (other,)) = (run.weights().values() for run in (unchanged, changed))
+    expect(not torch.equal(one, other), promise, "the same steps as without")

@@ -1,4 +1,4 @@
-"""The optimizer under test, the parameters that it gets, and training runs in which nothing is left to chance.
+"""The optimizer under test, its training runs, in which nothing is left to chance, and the clauses that it meets.
 
 Gradients come from a random generator that is seeded by step and parameter, not from a model. The gradient of one
 parameter never depends on another, so that two runs can be compared parameter by parameter, bit for bit.
@@ -9,17 +9,20 @@ from __future__ import annotations
 import inspect
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steepest.testing.clause import NotApplicable
-from steepest.testing.evidence import Snapshot, expect_moved, one_line, snapshot
+from steepest.testing.evidence import NotApplicable, Snapshot, expect_moved, one_line, snapshot
 
+Check = Callable[["Subject"], None]
 Factory = Callable[..., torch.optim.Optimizer]
 """``factory(params, **overrides)`` returns an optimizer for ``params``, with some of its options overridden."""
+Form = Callable[[dict[str, Tensor]], Any]
+"""A function that gives parameters the form in which an optimizer gets them, as an iterator or as groups."""
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "first.weight": (4, 3),
@@ -29,22 +32,13 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "gain": (),
 }
 
-BEFORE, AFTER = 4, 4
-"""Numbers of steps before a run is interrupted, and after it is resumed."""
-
 
 class Run:
     """Some parameters, their optimizer, and steps with gradients that depend on step and name only."""
 
     def __init__(self, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, by_closure: bool) -> None:
-        self.params = dict(params)
-        self.optimizer = optimizer
-        self.by_closure = by_closure
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The parameters' dtype."""
-        return next(iter(self.params.values())).dtype
+        self.params, self.optimizer, self.by_closure = dict(params), optimizer, by_closure
+        self.dtype = next(iter(self.params.values())).dtype
 
     def set_gradients(self, k: int, missing: Collection[str] = (), scale: float = 1.0) -> None:
         """Give every parameter the gradient of step ``k``, and None to those whose gradient is missing."""
@@ -55,9 +49,11 @@ class Run:
         """Call ``optimizer.step()`` with the gradients as they are, with a closure if it requires one."""
         self.optimizer.step(lambda: torch.zeros(())) if self.by_closure else self.optimizer.step()  # type: ignore
 
-    def step(self, k: int, missing: Collection[str] = (), poison: Mapping[str, float] | None = None) -> None:
+    def step(
+        self, k: int, missing: Collection[str] = (), poison: Mapping[str, float] | None = None, scale: float = 1.0
+    ) -> None:
         """Take step ``k``. ``poison`` maps parameters to a bad number that one entry of their gradient gets."""
-        self.set_gradients(k, missing)
+        self.set_gradients(k, missing, scale)
         for name, value in (poison or {}).items():
             grad = self.params[name].grad
             assert grad is not None
@@ -86,44 +82,33 @@ class Run:
 
     def weights(self, *names: str) -> Snapshot:
         """Return a copy of the parameters of these names, by default of all."""
-        return snapshot({name: p for name, p in self.params.items() if name in names or not names})
+        return snapshot({name: self.params[name] for name in names or self.params})
 
-    def of(self, *names: str) -> Snapshot:
-        """Return a copy of weights and state of some parameters."""
-        state = self.optimizer.state
-        return snapshot({n: {"weight": self.params[n], "state": state.get(self.params[n], {})} for n in names})
-
-    def state(self) -> Snapshot:
-        """Return a copy of the optimizer's state, by parameter and by the optimizer's own names."""
-        return snapshot({name: self.optimizer.state[p] for name, p in self.params.items() if p in self.optimizer.state})
-
-    def everything(self) -> Snapshot:
-        """Return a copy of weights and state."""
-        return snapshot({"weight of": self.weights(), "state of": self.state()})
+    def everything(self, *names: str) -> Snapshot:
+        """Return a copy of the weights and state of these parameters, by default of all."""
+        state = {name: self.optimizer.state.get(self.params[name], {}) for name in names or self.params}
+        return snapshot({"weight of": self.weights(*names), "state of": state})
 
 
 class Subject:
-    """An optimizer under test.
-
-    Example:
-        >>> subject = Subject(torch.optim.SGD)
-        >>> run = subject.start(lr=0.1)
-        >>> run.step(0)
-        >>> sorted(run.weights()) == sorted(subject.shapes)
-        True
-    """
+    """An optimizer under test, and what it takes: the parameters that it accepts, and its options."""
 
     def __init__(
         self, factory: Factory, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
-        self.factory = factory
-        self.dtype = dtype
-        self.device = torch.device(device)
+        self.factory, self.dtype, self.device = factory, dtype, torch.device(device)
         self.refused: dict[str, str] = {}
-        self._straight: dict[torch.dtype, tuple[Snapshot, Snapshot]] = {}
-        self.shapes = {name: shape for name, shape in SHAPES.items() if self._takes(name, shape)}
+        self.shapes = SHAPES
+        for name, shape in SHAPES.items():
+            try:
+                self.start(names=[name]).step(0)
+            except Exception as error:
+                self.refused[f"shape {list(shape)}"] = one_line(error)
+                self.shapes = {other: shape for other, shape in self.shapes.items() if other != name}
         if not self.shapes:
             raise ValueError(f"no parameter could be optimized: {next(iter(self.refused.values()))}")
+        self.first, *self.others = self.shapes
+        """Names of the parameters; clauses that need no more than one take the first."""
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
@@ -134,8 +119,7 @@ class Subject:
     @cached_property
     def by_closure(self) -> bool:
         """Whether ``step`` requires a closure."""
-        name, shape = next(iter(SHAPES.items()))
-        step = self.factory([self._parameter(name, shape, self.dtype)]).step
+        step = self.factory(list(self.params(names=["first.weight"]).values())).step
         closure = inspect.signature(step).parameters.get("closure")
         return closure is not None and closure.default is inspect.Parameter.empty
 
@@ -144,63 +128,69 @@ class Subject:
         """The default learning rate."""
         return float(self.defaults["lr"])
 
-    @property
-    def one(self) -> list[str]:
-        """The name of one parameter, for clauses that need no more."""
-        return [next(iter(self.shapes))]
+    def params(self, dtype: torch.dtype | None = None, names: Collection[str] = ()) -> dict[str, Tensor]:
+        """Return fresh parameters, the same each time: those of these names, by default all."""
+        drawn = {name: _random(0, name, SHAPES[name]) for name in names or self.shapes}
+        return {name: nn.Parameter(p.to(self.device, dtype or self.dtype)) for name, p in drawn.items()}
 
-    def params(self, dtype: torch.dtype | None = None, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Return fresh parameters, the same each time."""
-        chosen = self.shapes if names is None else names
-        return {name: self._parameter(name, self.shapes[name], dtype or self.dtype) for name in chosen}
-
-    def start(self, dtype: torch.dtype | None = None, names: Collection[str] | None = None, **overrides: Any) -> Run:
-        """Return a run before its first step, whose optimizer was given a list of tensors."""
+    def start(
+        self, dtype: torch.dtype | None = None, names: Collection[str] = (), form: Form | None = None, **overrides: Any
+    ) -> Run:
+        """Return a run before its first step, whose optimizer was given a list of tensors, or another form of them."""
         params = self.params(dtype, names)
-        return self.over(params, list(params.values()), **overrides)
+        return self.over(params, form(params) if form else list(params.values()), **overrides)
 
     def over(self, params: Mapping[str, Tensor], given: Any, **overrides: Any) -> Run:
         """Return a run before its first step, whose optimizer was given the parameters as ``given``."""
         return Run(params, self.factory(given, **overrides), self.by_closure)
 
-    def straight(self, dtype: torch.dtype) -> tuple[Snapshot, Snapshot]:
-        """Return weights and state after `BEFORE` steps and after `AFTER` more, to compare resumed runs with."""
-        if dtype not in self._straight:
-            run = self.start(dtype)
-            run.steps(range(BEFORE))
-            middle = run.everything()
-            run.steps(range(BEFORE, BEFORE + AFTER))
-            self._straight[dtype] = middle, run.everything()
-        return self._straight[dtype]
-
-    def needs(self, option: str) -> None:
-        """Raise `NotApplicable` unless the optimizer has this option."""
-        if option not in self.defaults:
-            raise NotApplicable(f"has no {option}")
-
-    def needs_any(self, *options: str) -> list[str]:
-        """Return those of two options that the optimizer has, or raise `NotApplicable` if it has neither."""
-        present = [option for option in options if option in self.defaults]
-        if not present:
-            raise NotApplicable(f"has neither {' nor '.join(options)}")
-        return present
-
-    def needs_two(self) -> None:
-        """Raise `NotApplicable` unless the optimizer takes several parameters."""
-        if len(self.shapes) < 2:
+    def require(self, clause: Clause) -> None:
+        """Raise `NotApplicable` unless the optimizer has what the clause needs."""
+        if clause.needs and not any(option in self.defaults for option in clause.needs):
+            raise NotApplicable(f"has {'neither' if len(clause.needs) > 1 else 'no'} {' nor '.join(clause.needs)}")
+        if clause.several and not self.others:
             raise NotApplicable("takes a single parameter only")
 
-    def _takes(self, name: str, shape: tuple[int, ...]) -> bool:
-        p = self._parameter(name, shape, self.dtype)
-        try:
-            Run({name: p}, self.factory([p]), self.by_closure).step(0)
-        except Exception as error:
-            self.refused[f"shape {list(shape)}"] = one_line(error)
-            return False
-        return True
 
-    def _parameter(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-        return nn.Parameter(_random(0, name, shape).to(self.device, dtype))
+@dataclass(frozen=True)
+class Clause:
+    """A promise, and the function that tests it, which returns or raises `Broken` or `NotApplicable`."""
+
+    number: int
+    """The chapter of the contract."""
+    title: str
+    """The promise in a few words."""
+    check: Check
+    needs: tuple[str, ...] = ()
+    """Options of which an optimizer must have one for the clause to apply."""
+    several: bool = False
+    """Whether the clause applies only to optimizers that take several parameters."""
+    slow: bool = False
+    """Whether the clause is checked only on request."""
+
+    @property
+    def name(self) -> str:
+        """The name of the function."""
+        return self.check.__name__
+
+    @property
+    def promise(self) -> str:
+        """The docstring of the function: the promise, and its reason."""
+        return inspect.cleandoc(self.check.__doc__ or "")
+
+
+REGISTERED: dict[str, Clause] = {}
+"""Clauses by name; `steepest.testing.CLAUSES` has them in the contract's order."""
+
+
+def clause(number: int, title: str, **conditions: Any) -> Callable[[Check], Check]:
+    """Register the function below as a clause of chapter ``number``; the conditions are fields of `Clause`."""
+
+    def register(check: Check) -> Check:
+        REGISTERED[check.__name__] = Clause(number, title, check, **conditions)
+        return check
+
+    return register
 
 
 def gradient(k: int, name: str, p: Tensor) -> Tensor:

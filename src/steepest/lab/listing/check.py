@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,43 +30,34 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 LOOKS = {Verdict.KEPT: "green", Verdict.BROKEN: "bold red", Verdict.NOT_APPLICABLE: "dim"}
 
 
-@dataclass(frozen=True)
-class Request:
-    """The options of the command line."""
-
-    spec: str
-    """``module:Class``, or the name of one of our optimizers."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str = "float32"
-    device: str = "cpu"
-    slow: bool = False
-    as_json: bool = False
-
-
-def run(request: Request, console: Console) -> bool:
-    """Check an optimizer, print the verdicts, and return whether every clause is kept.
+def run(
+    spec: str, options: Mapping[str, Any], console: Console, dtype: str, device: str, slow: bool, as_json: bool
+) -> bool:
+    """Check an optimizer by name or ``module:Class``, print the verdicts, and return whether every clause is kept.
 
     Raises:
         BadInput: if there is no such optimizer, or it can't be built with these options.
     """
-    if request.dtype not in DTYPES:
-        raise BadInput(f"dtype {request.dtype!r}: there are {', '.join(DTYPES)}")
-    factory = find(request.spec, request.options)
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype {dtype!r}: there are {', '.join(DTYPES)}")
+    factory = find(spec, options)
     try:
-        with console.status(f"checking {request.spec}"):
-            report = check_optimizer(
-                factory, name=request.spec, dtype=DTYPES[request.dtype], device=request.device, slow=request.slow
-            )
+        with console.status(f"checking {spec}"):
+            report = check_optimizer(factory, name=spec, dtype=DTYPES[dtype], device=device, slow=slow)
     except (RuntimeError, ValueError) as error:
-        raise BadInput(f"{request.spec}: {one_line(error)}") from error
-    if request.as_json:
-        console.print_json(json.dumps(plain(report, request.spec)))
+        raise BadInput(f"{spec}: {one_line(error)}") from error
+    package = spec.partition(":")[0].partition(".")[0] if ":" in spec else "steepest"
+    found = versions(package, "torch")
+    if as_json:
+        counts = {name: len(getattr(report, name)) for name in ("kept", "broken", "not_applicable")}
+        clauses = {f.clause.name: {"verdict": f.verdict.value, "why": f.why} for f in report.findings}
+        told = {"optimizer": spec, "versions": found, **counts, "refused": report.refused, "clauses": clauses}
+        console.print_json(json.dumps(told))
         return report.ok
-    found = ", ".join(f"{package} {version}" for package, version in _versions(request.spec).items())
-    console.print(f"[bold]{request.spec}[/]  [dim]{found}[/]", highlight=False)
+    console.print(f"[bold]{spec}[/]  [dim]{', '.join(map(' '.join, found.items()))}[/]", highlight=False)
     console.print(table(report))
-    for shape, why in (report.refused or {}).items():
-        console.print(f"not given: a parameter of {shape}, refused: {why}", style="dim", markup=False, highlight=False)
+    for line in report.omissions:
+        console.print(line, style="dim", markup=False, highlight=False)
     console.print(report.summary, style="bold", markup=False, highlight=False)
     return report.ok
 
@@ -128,20 +118,6 @@ def table(report: Report) -> Table:
     return shown
 
 
-def plain(report: Report, spec: str) -> dict[str, Any]:
-    """Return the report as JSON has it: verdict and evidence, clause by clause."""
-    findings = {f.clause.name: {"verdict": f.verdict.value, "why": f.why} for f in report.findings}
-    return {
-        "optimizer": spec,
-        "versions": _versions(spec),
-        "kept": len(report.kept),
-        "broken": len(report.broken),
-        "not_applicable": len(report.not_applicable),
-        "refused": dict(report.refused or {}),
-        "clauses": findings,
-    }
-
-
 def versions(*packages: str) -> dict[str, str]:
     """Return the version of each of these packages that is installed."""
     found = {}
@@ -149,8 +125,3 @@ def versions(*packages: str) -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def _versions(spec: str) -> dict[str, str]:
-    """Return the versions of an optimizer's package, if it is installed, and of torch."""
-    return versions(spec.partition(":")[0].partition(".")[0] if ":" in spec else "steepest", "torch")

@@ -7,8 +7,8 @@ optimizer of torch.optim leaves; work is what `steepest.rule.work` counts.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich import box
@@ -24,13 +24,12 @@ from steepest.lab.shared.files import import_file
 from steepest.optimizers import NAMES, group_options
 from steepest.optimizers.torch_optim import PAPERS, TORCH
 from steepest.recipes import RECIPES
-from steepest.rule import Rule
+from steepest.rule import Elementwise, Rule
 from steepest.rule.work import PRODUCT, work
 from steepest.rules import RULES
 from steepest.stack.storage import laid_out
 
-SIDE = 256
-"""Work is counted on matrices of so many rows and columns."""
+SIDE = 256  # rows and columns of the matrices on which work is counted
 UNUSUAL = {"lbfgs": "any shape, by a closure", "sparseadam": "sparse gradients"}
 """The input of those optimizers that a step like the others' can't measure."""
 FOOTNOTE = (
@@ -41,29 +40,16 @@ FOOTNOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a step does beside passes over the entries."""
-
-    products: float
-    """Matrix products, in units of one of `SIDE` × `SIDE` matrices."""
-    decompositions: str
-    """FLOPs of each kind of decomposition in the same units, such as "qr 0.53"."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """An optimizer in the list."""
+class Line(NamedTuple):
+    """An optimizer in the list; None where a figure is not fixed."""
 
     name: str
     paper: str
-    takes: str
-    """The parameters that it takes."""
-    square: float | None
-    """State in bytes per entry of a square matrix; None where that is not fixed."""
-    wide: float | None
-    """State in bytes per entry of a matrix with four times as many columns as rows."""
-    cost: Cost | None
+    takes: str  # the parameters that it takes
+    square: float | None  # state in bytes per entry of a square matrix
+    wide: float | None  # state in bytes per entry of a matrix with four times as many columns as rows
+    products: float | None  # matrix products in a step, in units of one of SIDE × SIDE matrices
+    decompositions: str  # FLOPs of each kind of decomposition in the same units, such as "qr 0.53"
 
 
 def print_optimizers(console: Console) -> None:
@@ -71,9 +57,8 @@ def print_optimizers(console: Console) -> None:
     for title, lines in (("steepest", ours()), ("torch.optim", torchs())):
         shown = _table(title, ("m=n", "n=4m", "products"), ("and", "takes", "paper"))
         for line in lines:
-            work = ("", "") if line.cost is None else (_short(line.cost.products), line.cost.decompositions)
-            paper = line.paper.replace("https://", "")
-            shown.add_row(line.name, _short(line.square), _short(line.wide), *work, line.takes, paper)
+            figures = map(_short, (line.square, line.wide, line.products))
+            shown.add_row(line.name, *figures, line.decompositions, line.takes, line.paper.replace("https://", ""))
         console.print(shown)
     console.print(FOOTNOTE, style="dim", highlight=False)
     console.print()
@@ -129,13 +114,30 @@ def build_model(path: Path) -> nn.Module:
 def ours() -> list[Line]:
     """Return the optimizers of this library; those with a class come first."""
     named = {entry.rule for entry in NAMES.values()}
-    names = [*NAMES, *(name for name in RULES if name not in named and name not in TORCH)]
-    return [_our_line(name) for name in names]
+    lines = []
+    for name in (*NAMES, *(name for name in RULES if name not in named and name not in TORCH)):
+        rule = _rule(name)
+        paper, takes = (
+            NAMES[name].paper if name in NAMES else rule.paper,
+            "matrices" if isinstance(rule, Rule) else "any shape",
+        )
+        square, wide = (bytes_per_entry(name, 64, n) for n in (64, 256))
+        lines.append(Line(name, paper, takes, square, wide, *cost(name)))
+    return lines
 
 
 def torchs() -> list[Line]:
     """Return the optimizers of torch.optim. A name that one of ours has, too, begins with "torch."."""
-    return [_torch_line(name) for name in sorted(TORCH)]
+    lines = []
+    for key, optimizer in sorted(TORCH.items()):
+        name, paper = f"torch.{key}" if key in NAMES else key, PAPERS.get(key, "")
+        if key in UNUSUAL:
+            lines.append(Line(name, paper, UNUSUAL[key], None, None, None, ""))
+            continue
+        square, wide = (_bytes_left_by_a_step(optimizer, 64, n) / (64 * n) for n in (64, 256))
+        takes, products = ("matrices", None) if key == "muon" else ("any shape", 0.0)
+        lines.append(Line(name, paper, takes, square, wide, products, ""))
+    return lines
 
 
 def bytes_per_entry(name: str, m: int, n: int) -> float:
@@ -144,8 +146,7 @@ def bytes_per_entry(name: str, m: int, n: int) -> float:
     >>> bytes_per_entry("soap", 64, 64), bytes_per_entry("muon", 64, 256)
     (24.0, 4.0)
     """
-    options = group_options(name, {})
-    rule = RULES[options["rule"]].from_group(option_defaults(options["rule"]) | options)
+    rule = _rule(name)
     if isinstance(rule, Rule):
         state = dict(laid_out(rule, torch.empty(1, m, n, device="meta")))
     else:
@@ -154,39 +155,25 @@ def bytes_per_entry(name: str, m: int, n: int) -> float:
     return sum(tensor.nbytes for tensor in state.values()) / (m * n)
 
 
-def cost(name: str) -> Cost:
-    """The work of an average step of one of ours at default options.
+def cost(name: str) -> tuple[float, str]:
+    """Return what an average step of one of ours does beside passes over the entries: `Line`'s last two figures.
 
     >>> cost("lion"), cost("moso")
-    (Cost(products=0.0, decompositions=''), Cost(products=6.0, decompositions='qr 1.3'))
+    ((0.0, ''), (6.0, 'qr 1.3'))
     """
-    options = group_options(name, {})
-    rule = RULES[options["rule"]].from_group(option_defaults(options["rule"]) | options)
+    rule = _rule(name)
     if not isinstance(rule, Rule):
-        return Cost(0.0, "")
+        return 0.0, ""
     kinds: defaultdict[str, float] = defaultdict(float)
     for part, flops in work(rule, SIDE, SIDE).parts.items():
         kinds[part.kind] += flops / (2 * SIDE**3)
-    products = kinds.pop(PRODUCT, 0.0)
-    return Cost(products, ", ".join(f"{kind} {units:.2g}" for kind, units in kinds.items()))
+    return kinds.pop(PRODUCT, 0.0), ", ".join(f"{kind} {units:.2g}" for kind, units in kinds.items())
 
 
-def _our_line(name: str) -> Line:
+def _rule(name: str) -> Rule | Elementwise:
+    """Return the rule of one of our optimizers at default options."""
     options = group_options(name, {})
-    rule = RULES[options["rule"]]
-    paper = NAMES[name].paper if name in NAMES else rule.paper
-    applies = "matrices" if issubclass(rule, Rule) else "any shape"
-    return Line(name, paper, applies, bytes_per_entry(name, 64, 64), bytes_per_entry(name, 64, 256), cost(name))
-
-
-def _torch_line(key: str) -> Line:
-    name, paper = f"torch.{key}" if key in NAMES else key, PAPERS.get(key, "")
-    if key in UNUSUAL:
-        return Line(name, paper, UNUSUAL[key], None, None, None)
-    square, wide = (_bytes_left_by_a_step(TORCH[key], m, n) / (m * n) for m, n in ((64, 64), (64, 256)))
-    if key == "muon":
-        return Line(name, paper, "matrices", square, wide, None)
-    return Line(name, paper, "any shape", square, wide, Cost(0.0, ""))
+    return RULES[options["rule"]].from_group(option_defaults(options["rule"]) | options)
 
 
 def _bytes_left_by_a_step(optimizer: type[Optimizer], m: int, n: int) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 from unittest import mock
 
 import torch
@@ -30,8 +30,7 @@ from steepest.rules.kl_soap import KLSoap
 from steepest.rules.parts.factors import Factors
 from steepest.rules.soap import AdamInBasis
 
-SOLVERS = ("SOAP-KL", "REKLS")
-"""One orthogonal iteration a step, and a full eigendecomposition."""
+SOLVERS = ("SOAP-KL", "REKLS")  # one orthogonal iteration a step, and a full eigendecomposition
 GUARDS = {"absolute": "absolute eps", "relative": "relative floor", "clipped": "floor, clipped"}
 """Lower bounds on what the whitening divides by; "clipped" also clips gradients to the norm of the first."""
 GRADIENTS = ("isotropic", "directional")
@@ -44,8 +43,7 @@ STRONG = (15.0, 10.0)
 PRECISIONS = ("high", "highest")
 OFFSETS = (1, 2, 5, 10)
 """Steps before and after the last basis without the spike, at which angles are listed; 1 after, the spike is in."""
-FLOORS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
-"""Relative floors, to see how large a floor must be."""
+FLOORS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # relative floors, to see how large a floor must be
 ONLY_QUOTIENTS, ALL_BUT_QUOTIENTS = ("highest", "high"), ("high", "highest")
 """Precisions of KL-Shampoo's Rayleigh quotients (second) and of everything else (first)."""
 
@@ -70,9 +68,6 @@ class LiteralKLSoap(AdamInBasis[Factors]):
         )
 
 
-RULES[LiteralKLSoap.name] = LiteralKLSoap
-
-
 @dataclass(frozen=True)
 class Setup:
     """Sizes and times of the study. Steps count from 0."""
@@ -87,9 +82,9 @@ class Setup:
     device: str = "cpu"
 
     @property
-    def emulated(self) -> bool:
-        """Whether TF32 is emulated on this device."""
-        return not has_tf32(self.device)
+    def tf32(self) -> str:
+        """How TF32 is computed on this device: emulated or real."""
+        return "real" if has_tf32(self.device) else "emulated"
 
 
 @dataclass(frozen=True)
@@ -108,21 +103,16 @@ class Case:
         return 0.0 if self.guard == "absolute" else self.floor
 
 
-@dataclass(frozen=True)
-class Path:
-    """The covariance, its basis and the updates along one run, on the CPU."""
+class Path(NamedTuple):
+    """The covariance, its basis and the updates along one run, on the CPU, after each of T steps."""
 
-    Q: Tensor
-    """``[T, m, m]``: eigenbasis of L."""
-    L: Tensor
-    """``[T, m, m]``: covariance of the rows."""
-    lost: Tensor
-    """``[T, 2]``: how many Rayleigh quotients of L and of R lie at or below the floor for the next step. With the
-    absolute eps each of these becomes a weight of 1/eps."""
-    smallest: Tensor
-    """``[T, 2]``: the smallest Rayleigh quotient of L and of R, relative to the largest."""
-    update_rms: Tensor
-    """``[T]``: root mean square of the update, in learning rates."""
+    Q: Tensor  # [T, m, m], eigenbasis of L
+    L: Tensor  # [T, m, m], covariance of the rows
+    lost: (
+        Tensor  # [T, 2], Rayleigh quotients of L and of R at or below the floor; with the absolute eps they weigh 1/eps
+    )
+    smallest: Tensor  # [T, 2], the smallest Rayleigh quotient of L and of R, relative to the largest
+    update_rms: Tensor  # [T], root mean square of the update, in learning rates
 
 
 def draw(gradients: str, setup: Setup) -> tuple[Tensor, Tensor | None]:
@@ -144,63 +134,34 @@ def draw(gradients: str, setup: Setup) -> tuple[Tensor, Tensor | None]:
 
 def follow(case: Case, precision: str, setup: Setup) -> Path:
     """Run one case at one precision, and return its path."""
-    device = torch.device(setup.device)
     G, _ = draw(case.gradients, setup)
-    W = torch.zeros(setup.shape, device=device, requires_grad=True)
-    optimizer = Optimizer(
-        [W],
-        LiteralKLSoap.name,
-        lr=1.0,
-        betas=(0.9, 0.95),
-        shampoo_beta=0.95,
-        weight_decay=0.0,
-        precondition_frequency=1,
-        solver="eigh" if case.solver == "REKLS" else "auto",
-        kl_floor=case.kl_floor,
-        fp32_matmul_prec=precision,
-    )
+    W = torch.zeros(setup.shape, device=setup.device, requires_grad=True)
+    options = {"lr": 1.0, "betas": (0.9, 0.95), "shampoo_beta": 0.95, "weight_decay": 0.0, "precondition_frequency": 1}
+    options |= {"solver": "eigh" if case.solver == "REKLS" else "auto", "kl_floor": case.kl_floor}
     limit = torch.linalg.matrix_norm(G[0]).item() if case.guard == "clipped" else float("inf")
-    m = setup.shape[0]
-    path = Path(
-        Q=torch.empty(setup.steps, m, m),
-        L=torch.empty(setup.steps, m, m),
-        lost=torch.empty(setup.steps, 2, dtype=torch.int64),
-        smallest=torch.empty(setup.steps, 2),
-        update_rms=torch.empty(setup.steps),
-    )
-    with tf32_emulated() if setup.emulated else nullcontext():
-        for i in range(setup.steps):
-            W.grad = G[i].to(device)
-            torch.nn.utils.clip_grad_norm_([W], limit)
-            before = W.detach().clone()
-            optimizer.step()
-            state = optimizer.state[W]
-            path.Q[i], path.L[i] = state["Q_L"], state["L"]
-            path.update_rms[i] = (W.detach() - before).square().mean().sqrt()
-            for k, side in enumerate("LR"):
+    steps = []
+    with mock.patch.dict(RULES, {LiteralKLSoap.name: LiteralKLSoap}):
+        optimizer = Optimizer([W], LiteralKLSoap.name, fp32_matmul_prec=precision, **options)
+        with tf32_emulated() if setup.tf32 == "emulated" else nullcontext():
+            for gradient in G:
+                W.grad = gradient.to(setup.device, copy=True)
+                torch.nn.utils.clip_grad_norm_([W], limit)
+                before = W.detach().clone()
+                optimizer.step()
+                state = optimizer.state[W]
                 with fp32_matmul_precision(precision):
-                    quotients = conjugate(state[side], state[f"Q_{side}"], diag=True)
-                path.lost[i, k] = lost(quotients, case.kl_floor)
-                path.smallest[i, k] = quotients.min() / quotients.max()
-    return path
-
-
-def lost(quotients: Tensor, kl_floor: float) -> Tensor:
-    """Return how many of the quotients lie at or below the floor.
-
-    >>> quotients = torch.tensor([1.0, 1e-5, -1e-9])
-    >>> lost(quotients, 0.0).item(), lost(quotients, 1e-4).item()
-    (1, 2)
-    """
-    return (quotients <= (kl_floor * quotients.max() if kl_floor else EPS)).sum()
+                    sides = [conjugate(state[side], state[f"Q_{side}"], diag=True) for side in "LR"]
+                lost = [(x <= (case.kl_floor * x.max() if case.kl_floor else EPS)).sum() for x in sides]
+                smallest = [x.min() / x.max() for x in sides]
+                rms = (W.detach() - before).square().mean().sqrt()
+                found = state["Q_L"], state["L"], torch.stack(lost), torch.stack(smallest), rms
+                steps.append([x.to("cpu", copy=True) for x in found])
+    return Path(*map(torch.stack, zip(*steps, strict=True)))
 
 
 @contextmanager
 def quotients_at(precision: str) -> Iterator[None]:
-    """Compute the Rayleigh quotients in KL-Shampoo's update of the covariances at a precision of their own.
-
-    They come from one product, K Q. The precision of everything else is unchanged.
-    """
+    """Compute the Rayleigh quotients in KL-Shampoo's update, which come from one product, at their own precision."""
 
     def at(a: Tensor, p: Tensor, diag: bool = False) -> Tensor:
         with fp32_matmul_precision(precision):
@@ -210,39 +171,15 @@ def quotients_at(precision: str) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Trace:
-    """The numbers of one path, one per step; angles are in degrees."""
-
-    top1: list[float]
-    """Angle of the top eigenvector to the one before the spike."""
-    leading: list[float]
-    """Largest principal angle of the leading eigenvectors to those before the spike."""
-    to_first: list[float]
-    """Largest principal angle of the leading eigenvectors to the first gradient's leading left singular vectors."""
-    to_truth: list[float]
-    """Largest principal angle to the leading eigenvectors of the gradients' true covariance; empty if it has none."""
-    top_eigenvalue: list[float]
-    """The largest eigenvalue of L."""
-    ratio: list[float]
-    """The largest eigenvalue of L, divided by the second."""
-    lost_left: list[int]
-    """Rayleigh quotients of L at or below the floor."""
-    lost_right: list[int]
-    """Rayleigh quotients of R at or below the floor."""
-    smallest_right: list[float]
-    """The smallest Rayleigh quotient of R, relative to the largest."""
-    update_rms: list[float]
-    """Root mean square of the update, in learning rates."""
+Trace = dict[str, list[float]]
+"""The series of one path by name, each with a number per step: what `trace` returns."""
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """One case at both precisions."""
 
     traces: dict[str, Trace]
-    apart: list[float]
-    """``‖L(high) - L(highest)‖ / ‖L(highest)‖`` after each step."""
+    apart: list[float]  # ‖L(high) - L(highest)‖ / ‖L(highest)‖ after each step
 
 
 @dataclass(frozen=True)
@@ -251,8 +188,8 @@ class Study:
 
     setup: Setup
     pairs: dict[Case, Pair] = field(default_factory=dict)
-    quotients: dict[str, dict[tuple[str, str], Trace]] = field(default_factory=dict)
-    """By solver: only the quotients in TF32, and everything but the quotients, with the absolute eps."""
+    quotients: dict[tuple[str, tuple[str, str]], Trace] = field(default_factory=dict)
+    """By solver and precisions: only the quotients in TF32, and everything but the quotients, with the absolute eps."""
     floors: dict[float, float] = field(default_factory=dict)
     """By relative floor: how far REKLS' L differs between the precisions at the last of the offsets."""
 
@@ -276,24 +213,18 @@ def study(setup: Setup, progress: Callable[[str], None] = lambda case: None) -> 
     for case in (Case(solver, guard, gradients) for gradients in GRADIENTS for guard in GUARDS for solver in SOLVERS):
         progress(f"{case.gradients}, {GUARDS[case.guard]}, {case.solver}")
         found.pairs[case] = compare(case, setup)
-    short = cut(setup)
+    short = replace(setup, steps=setup.spike_at + OFFSETS[-1])  # as many as the tables show
     for solver in SOLVERS:
         progress(f"which product, {solver}")
-        found.quotients[solver] = {}
-        for rest, quotients in (ONLY_QUOTIENTS, ALL_BUT_QUOTIENTS):
-            case = Case(solver, "absolute")
-            with quotients_at(quotients):
-                found.quotients[solver][rest, quotients] = trace(follow(case, rest, short), case, short)
+        case = Case(solver, "absolute")
+        for precisions in (ONLY_QUOTIENTS, ALL_BUT_QUOTIENTS):
+            with quotients_at(precisions[1]):
+                found.quotients[solver, precisions] = trace(follow(case, precisions[0], short), case, short)
     for floor in FLOORS:
         progress(f"floor {floor:g}")
         pair = compare(Case("REKLS", "relative", floor=floor), short)
         found.floors[floor] = found.after(pair.apart, OFFSETS[-1])
     return found
-
-
-def cut(setup: Setup) -> Setup:
-    """Return the setup with only as many steps as the tables show."""
-    return replace(setup, steps=setup.spike_at + OFFSETS[-1])
 
 
 def compare(case: Case, setup: Setup) -> Pair:
@@ -305,24 +236,25 @@ def compare(case: Case, setup: Setup) -> Pair:
 
 
 def trace(path: Path, case: Case, setup: Setup) -> Trace:
-    """Return the numbers of a path."""
+    """Return the numbers of a path: angles in degrees, and what is known of the covariances."""
     G, truth = draw(case.gradients, setup)
     before = path.Q[setup.spike_at - 1]  # [m, m]
     leading = path.Q[..., : setup.top]  # [T, m, top]
     first = torch.linalg.svd(G[0]).U[:, : setup.top]
     eigenvalues = torch.linalg.eigvalsh(path.L.double())  # [T, m], ascending
-    return Trace(
-        top1=largest_angle(path.Q[..., :1], before[:, :1]).tolist(),
-        leading=largest_angle(leading, before[:, : setup.top]).tolist(),
-        to_first=largest_angle(leading, first).tolist(),
-        to_truth=[] if truth is None else largest_angle(leading, truth).tolist(),
-        top_eigenvalue=eigenvalues[:, -1].tolist(),
-        ratio=(eigenvalues[:, -1] / eigenvalues[:, -2]).tolist(),
-        lost_left=path.lost[:, 0].tolist(),
-        lost_right=path.lost[:, 1].tolist(),
-        smallest_right=path.smallest[:, 1].tolist(),
-        update_rms=path.update_rms.tolist(),
-    )
+    series = {
+        "top1_deg": largest_angle(path.Q[..., :1], before[:, :1]),  # of the top eigenvector to the one before the spike
+        "leading_deg": largest_angle(leading, before[:, : setup.top]),  # of the leading ones to those before the spike
+        "to_first_gradient_deg": largest_angle(leading, first),  # to the first gradient's left singular vectors
+        "to_truth_deg": torch.empty(0) if truth is None else largest_angle(leading, truth),
+        "quotients_lost_left": path.lost[:, 0],  # Rayleigh quotients of L at or below the floor
+        "quotients_lost_right": path.lost[:, 1],  # those of R
+        "smallest_quotient_right": path.smallest[:, 1],  # the smallest Rayleigh quotient of R, relative to the largest
+        "update_rms": path.update_rms,  # root mean square of the update, in learning rates
+        "top_eigenvalue": eigenvalues[:, -1],  # the largest eigenvalue of L
+        "eigenvalue_1_to_2": eigenvalues[:, -1] / eigenvalues[:, -2],
+    }
+    return {name: values.tolist() for name, values in series.items()}
 
 
 def largest_angle(P: Tensor, Q: Tensor) -> Tensor:

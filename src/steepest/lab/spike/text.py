@@ -12,33 +12,12 @@ from typing import Any
 from steepest.lab.shared.table import Table
 from steepest.lab.spike.study import ALL_BUT_QUOTIENTS, GUARDS, OFFSETS, ONLY_QUOTIENTS, PRECISIONS, Study, Trace
 
-KEYS = {
-    "top1": "top1_deg",
-    "leading": "leading_deg",
-    "to_first": "to_first_gradient_deg",
-    "to_truth": "to_truth_deg",
-    "lost_left": "quotients_lost_left",
-    "lost_right": "quotients_lost_right",
-    "smallest_right": "smallest_quotient_right",
-    "update_rms": "update_rms",
-    "ratio": "eigenvalue_1_to_2",
-}
-"""Names of a trace's series in JSON."""
-
-
-def tf32(study: Study) -> str:
-    """Say how TF32 was computed.
-
-    >>> from steepest.lab.spike.study import Setup
-    >>> tf32(Study(Setup()))
-    'TF32 emulated'
-    """
-    return "TF32 emulated" if study.setup.emulated else "real TF32"
+BEFORE = [-n for n in OFFSETS[::-1]]
 
 
 def headline(study: Study) -> tuple[str, str]:
     """Return the study in one sentence, and a further one."""
-    high, highest = (study.after(study.trace("REKLS", "absolute", p).leading, 2) for p in PRECISIONS)
+    high, highest = (study.after(study.trace("REKLS", "absolute", p)["leading_deg"], 2) for p in PRECISIONS)
     claim = (
         f"One step after the spike, the eigenbasis has turned by {angle(high)}° at “high” precision, "
         f"and by {angle(highest)}° at “highest”."
@@ -49,21 +28,15 @@ def headline(study: Study) -> tuple[str, str]:
     )
 
 
-def angles(
-    study: Study,
-    gradients: str = "isotropic",
-    before: Sequence[int] = OFFSETS[::-1],
-    after: Sequence[int] = OFFSETS,
-) -> Table:
+def angles(study: Study, gradients: str = "isotropic", offsets: Sequence[int] = (*BEFORE, *OFFSETS)) -> Table:
     """Return the angles of the top eigenvector and of the leading ones to those before the spike."""
-    head = ["guard", "solver", "precision", *(f"N = {n}\nbefore" for n in before), *(f"N = {n}\nafter" for n in after)]
     rows = [
-        [GUARDS[case.guard], case.solver, precision, *(both(study, trace, n) for n in (*(-n for n in before), *after))]
+        [GUARDS[case.guard], case.solver, precision, *(both(study, trace, n) for n in offsets)]
         for case, pair in study.pairs.items()
         for precision, trace in pair.traces.items()
         if case.gradients == gradients
     ]
-    return Table(head, rows, labels=3)
+    return Table(["guard", "solver", "precision", *columns(offsets)], rows, labels=3)
 
 
 def products(study: Study) -> Table:
@@ -71,10 +44,9 @@ def products(study: Study) -> Table:
     names: dict[tuple[str, str], str] = {ONLY_QUOTIENTS: "Rayleigh quotients", ALL_BUT_QUOTIENTS: "everything else"}
     rows = [
         [names[precisions], solver, *(both(study, trace, n) for n in OFFSETS)]
-        for solver, traces in study.quotients.items()
-        for precisions, trace in traces.items()
+        for (solver, precisions), trace in study.quotients.items()
     ]
-    return Table(["only in TF32", "solver", *(f"N = {n}\nafter" for n in OFFSETS)], sorted(rows), labels=2)
+    return Table(["only in TF32", "solver", *columns(OFFSETS)], sorted(rows), labels=2)
 
 
 def floors(study: Study) -> Table:
@@ -85,16 +57,13 @@ def floors(study: Study) -> Table:
 def as_json(study: Study) -> dict[str, Any]:
     """Return all series of all paths around the spike, and the tables, as plain values."""
 
-    def around(series: Sequence[float]) -> dict[str, float]:
-        found = {n: study.after(series, n) for n in (*(-n for n in OFFSETS[::-1]), 0, *OFFSETS, 20)}
-        return {f"{n:+d}": float(f"{value:.4g}") for n, value in found.items()}
-
-    def values(trace: Trace) -> dict[str, Any]:
-        return {key: around(series) if (series := getattr(trace, name)) else None for name, key in KEYS.items()}
+    def around(series: Sequence[float]) -> dict[str, float] | None:
+        offsets = (*BEFORE, 0, *OFFSETS, 20)
+        return {f"{n:+d}": float(f"{study.after(series, n):.4g}") for n in offsets} if series else None
 
     return {
         "headline": " ".join(headline(study)),
-        "setup": vars(study.setup) | {"tf32": "emulated" if study.setup.emulated else "real"},
+        "setup": vars(study.setup) | {"tf32": study.setup.tf32},
         "cases": [
             {
                 "gradients": case.gradients,
@@ -102,7 +71,7 @@ def as_json(study: Study) -> dict[str, Any]:
                 "solver": case.solver,
                 "kl_floor": case.kl_floor,
                 "apart": around(pair.apart),
-                **{precision: values(trace) for precision, trace in pair.traces.items()},
+                **{p: {name: around(series) for name, series in trace.items()} for p, trace in pair.traces.items()},
             }
             for case, pair in study.pairs.items()
         ],
@@ -111,9 +80,14 @@ def as_json(study: Study) -> dict[str, Any]:
     }
 
 
+def columns(offsets: Sequence[int]) -> list[str]:
+    """Return the titles of columns of angles."""
+    return [f"N = {abs(n)}\n{'before' if n < 0 else 'after'}" for n in offsets]
+
+
 def both(study: Study, trace: Trace, offset: int) -> str:
     """Return the angle of the top eigenvector and that of the leading ones."""
-    return f"{angle(study.after(trace.top1, offset))} / {angle(study.after(trace.leading, offset))}"
+    return f"{angle(study.after(trace['top1_deg'], offset))} / {angle(study.after(trace['leading_deg'], offset))}"
 
 
 def angle(degrees: float) -> str:
