@@ -1,1 +1,1 @@
-"""Dense linear algebra on batches ``[..., m, n]``; no optimizer in sight."""
+"""Dense linear algebra on batches ``[..., m, n]`` that knows no optimizer."""

@@ -36,7 +36,7 @@ FOOTNOTE = (
     "m=n, n=4m: bytes of state per entry of a float32 matrix m × n. products: what one step multiplies, for a matrix "
     f"of {SIDE}×{SIDE}, in units of one product of two such matrices; FLOPs of decompositions come beside them, in the "
     "same units, those of triangular solves as cholesky. On the average, at default options. Through "
-    "steepest.for_model, what is no hidden matrix goes to AdamW: 8 bytes per entry."
+    "steepest.for_model, other parameters go to AdamW: 8 bytes per entry."
 )
 
 

@@ -29,7 +29,7 @@ def adam(
     momentum_floor: bool = False,
     noise_floor: float = 0.0,
 ) -> Tensor:
-    """Feed ``exp_avg`` and ``exp_avg_sq`` with ``g [B, m, n]``, in place, and return Adam's direction ``[B, m, n]``.
+    """Take ``g [B, m, n]`` into ``exp_avg`` and ``exp_avg_sq``, in place, and return Adam's direction ``[B, m, n]``.
 
     With m̂ and v̂ the two moments after bias correction, the direction is ``m̂ / (sqrt(v̂) + eps)`` (Kingma and Ba,
     arXiv:1412.6980, Algorithm 1).
