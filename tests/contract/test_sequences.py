@@ -281,7 +281,7 @@ OPTIONS = st.fixed_dictionaries(
         "adam_warmup_steps": st.integers(0, 2),
         "basis_timing": st.sampled_from(["before", "after"]),
         "use_kl_shampoo": st.booleans(),
-        "refresh": st.sampled_from(["auto", "qr", "eigh"]),
+        "solver": st.sampled_from(["auto", "qr", "eigh"]),
         "noise_floor": st.sampled_from(["auto", 0.0]),
         "momentum_floor": st.booleans(),
         "correct_bias": st.booleans(),

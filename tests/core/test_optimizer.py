@@ -123,7 +123,8 @@ BAD = [
     ({"basis_timing": "during"}, "basis_timing='during'"),
     ({"noise_floor": "high"}, "noise_floor='high'"),
     ({"kl_floor": 1.0}, "kl_floor=1.0"),
-    ({"refresh": "svd"}, "refresh='svd'"),
+    ({"solver": "svd"}, "solver='svd'"),
+    ({"refresh": "qr"}, "refresh='qr': the option is called solver"),
     ({"form": "inverse_root"}, "form: .*InverseRootSOAP"),
     ({"max_precond_dim": -1}, "max_precond_dim=-1"),
     ({"nonfinite": "ignore"}, "nonfinite='ignore': must be one of 'skip', 'raise'"),
@@ -295,7 +296,7 @@ def test_other_spellings_mean_the_same():
 
 def test_a_group_may_use_other_spellings_and_inherits_all_the_same():
     params = [torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(2)]
-    groups = [{"params": params[:1], "use_kl_shampoo": True}, {"params": params[1:], "refresh": "eigh"}]
+    groups = [{"params": params[:1], "use_kl_shampoo": True}, {"params": params[1:], "use_eigh": True}]
     kl, eigh = steepest.SOAP(groups, lr=0.1, betas=(0.8, 0.9)).param_groups
     assert (kl["rule"], kl["betas"], kl["kl_floor"]) == ("kl_soap", (0.8, 0.9), 1e-4)
     assert (eigh["rule"], eigh["betas"], eigh["solver"]) == ("soap", (0.8, 0.9), "eigh")

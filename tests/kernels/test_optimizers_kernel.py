@@ -57,7 +57,7 @@ def test_the_contract_is_kept(device, name):
 @NAMES
 @pytest.mark.parametrize("mode", ["auto", "always"])
 def test_steps_are_those_on_a_cpu(device, name, mode):
-    options = OPTIMIZERS[name] | ({"refresh": "first_order"} if OPTIMIZERS[name]["rule"] == "soap" else {})
+    options = OPTIMIZERS[name] | ({"solver": "first_order"} if OPTIMIZERS[name]["rule"] == "soap" else {})
     here, there = Training(options, device), Training(options, torch.device("cpu"))
     start = [p.detach().clone() for p in there.params]
     for number in range(1, PERIOD + 3):

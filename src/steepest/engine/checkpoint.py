@@ -94,7 +94,7 @@ def read_options(number: int, group: Mapping[str, Any]) -> dict[str, Any]:
             f"{FORMAT}: upgrade steepest"
         )
     if written < 2:
-        options = resolve(options)
+        options = resolve({{"refresh": "solver"}.get(name, name): value for name, value in options.items()})
         if options.get("rule") in ("soap", "shampoo"):
             options.pop("kl_floor", None)
     return copy.deepcopy(options)

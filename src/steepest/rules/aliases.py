@@ -1,4 +1,4 @@
-"""Other spellings of options: other libraries' names, switches for several options, and names of earlier versions."""
+"""Other spellings of options: other libraries' names, and switches for several options at once."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
     ==========================  =======================================================================
     ``use_kl_shampoo=True``     rule "kl_soap" or "kl_shampoo"
     ``use_eigh=True``           ``solver="eigh"``
-    ``refresh="qr"``            ``solver="qr"``, as the option was once called
     ``preconditioner_decay=b``  ``shampoo_beta=b``
     ``guards=False``            ``noise_floor=0``, ``momentum_floor=False``, and for KL ``kl_floor=0``
     ``noise_floor="auto"``      its default
     ==========================  =======================================================================
 
     Raises:
-        ValueError: for two options that contradict each other; it names both.
+        ValueError: for two options that contradict each other; it names both. And for ``refresh``, which was the name
+            of ``solver``.
 
     >>> resolve({"rule": "soap", "use_kl_shampoo": True, "use_eigh": True})
     {'rule': 'kl_soap', 'solver': 'eigh'}
@@ -45,7 +45,7 @@ def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
         return options
 
     if "refresh" in options:
-        _set(options, "refresh", options.pop("refresh"), "solver")
+        raise ValueError(f"refresh={options['refresh']!r}: the option is called solver")
     if "use_kl_shampoo" in options:
         kl = _flag(options, "use_kl_shampoo")
         if kl:
