@@ -31,7 +31,6 @@ MARKED: dict[str, Sequence[str]] = {
     "gather": ["steepest.stack.stack:Stack.fill"],
     "factors": [
         f"{PARTS}.factors:Factors.accumulate",
-        f"{PARTS}.kl_factors:KLFactors.accumulate",
         f"{PARTS}.kl_factors:KLFactors.accumulate_whitened",
         "steepest.rules.kl_shampoo:KLShampoo.update_factors",
     ],

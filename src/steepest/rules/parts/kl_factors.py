@@ -35,7 +35,7 @@ class KLFactors(Factors):
         >>> G = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])
         >>> state = KLFactors.marked({"exp_avg_sq": torch.zeros_like(G)} | Factors.init(G, max_precond_dim=2))
         >>> factors = KLFactors(state)
-        >>> factors.accumulate(G, beta=0.0)
+        >>> factors.accumulate(factors.project(G), beta=0.0)
         >>> factors.refresh(slice(None), solver="eigh")
         >>> state["L"].round(decimals=4)
         tensor([[[9., 0.],
@@ -62,12 +62,8 @@ class KLFactors(Factors):
         K, Q = self.state[side], self.state[f"Q_{side}"]
         return Q @ K @ Q.mT
 
-    def accumulate(self, G: Tensor, beta: float | Tensor) -> None:
-        """Take in the projected gradient P: ``L ← β L + (1-β) P Pᵀ``, ``R ← β R + (1-β) Pᵀ P``."""
-        Factors(self.state).accumulate(self.project(G), beta)
-
     def accumulate_whitened(self, G: Tensor, beta: float | Tensor, eps: float, relative_floor: float) -> None:
-        """Take in P whitened: ``L ← β L + (1-β) P diag(1/λ_R) Pᵀ / n`` with λ_R the diagonal of R, and R likewise.
+        """Take in the projected gradient P: ``L ← β L + (1-β) P diag(1/λ_R) Pᵀ / n`` with λ_R = diag(R), R likewise.
 
         See `steepest.linalg.whitening.whitening_weights` for the two floors under λ.
         """
