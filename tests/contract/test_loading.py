@@ -59,7 +59,9 @@ def continued(name: str, saved: dict[str, Any]) -> dict[str, Tensor]:
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(saved["middle"][name])
+    options = [set(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved["optimizer"])
+    assert [set(group) for group in optimizer.param_groups] == options, "options that no longer exist"
     MAKE["train"](params, optimizer, range(MAKE["BEFORE"], MAKE["BEFORE"] + MAKE["AFTER"]))
     return {name: p.detach() for name, p in params.items()}
 

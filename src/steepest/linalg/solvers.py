@@ -21,7 +21,8 @@ from steepest.linalg.attempts import at_hand, attempt, each, succeeded
 from steepest.linalg.eigenbasis import conjugate, eigenvectors
 from steepest.linalg.precision import fp32_matmul_precision
 
-Solver = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+Follow = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""The signature of a solver: ``(K, Q, iterations)`` to ``(Q, order)``."""
 
 ALIGNED, CONFLICT = 16, 512
 """On a CPU, columns are kept apart by a multiple of the first number of entries, and by none of the second; see
@@ -238,7 +239,7 @@ def full(K: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
     return by_columns(eigenvectors(K)), order
 
 
-SOLVERS: dict[str, Solver] = {"qr": ordered_iteration, "cholesky": cholesky, "first_order": first_order, "eigh": full}
+SOLVERS: dict[str, Follow] = {"qr": ordered_iteration, "cholesky": cholesky, "first_order": first_order, "eigh": full}
 
 
 @_disable_dynamo
