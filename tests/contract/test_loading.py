@@ -173,7 +173,7 @@ def test_a_refused_state_thaws_nothing(damage: str) -> None:
     refuses(optimizer, params, saved, {"shape": "c: 'L'", "missing": "b: .*no 'Q_R'", "options": "eps=-1.0"}[damage])
     assert params["b"] not in optimizer.state
     assert len(optimizer._stacks) == 1
-    assert len(optimizer._frozen) == 1
+    assert len(optimizer._roster.frozen) == 1
 
 
 Tamper = Callable[[dict[str, Any]], Any]

@@ -258,7 +258,8 @@ class Trainee:
             torch.testing.assert_close(
                 p.detach(), expected, rtol=1e-6, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
             )
-            steps = [x.view(-1) for key, x in self.optimizer.state[p].items() if key.startswith("step")]
+            entries = sorted(self.optimizer.state[p].items())
+            steps = [x.view(-1) for key, x in entries if key.startswith("step")]
             assert torch.cat(steps).tolist() == [matrix.clock for matrix in self.reference.matrices[name]]
 
 

@@ -70,7 +70,7 @@ def test_stacking_changes_nothing():
     together = [torch.nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate(shapes)]
     groups = [{"params": together[:3]}, {"params": together[3:], "merge_dims": False}]
     opt = steepest.SOAP(groups, lr=1e-2, precondition_frequency=2)
-    assert [stack.size for stack in opt._stacks] == [3, 3]
+    assert [stack.size for stack in opt._stacks] == [6]  # of both groups
     train(opt, together, 5)
     for i, shape in enumerate(shapes):
         start = randn(*shape, seed=i)
@@ -319,4 +319,4 @@ def test_the_way_of_a_refreshing_step_is_short():
         optimizer.step()
         sys.setprofile(None)
     assert 20 < len(calls) <= 130
-    assert len(set(calls)) <= 14
+    assert len(set(calls)) <= 15

@@ -197,7 +197,7 @@ def traffic(layout: str, rule: str, options: dict[str, Any] | None = None) -> di
             patch.start()
         opt.step()
         mock.patch.stopall()
-    shared = [bucket for bucket in opt._buckets if isinstance(bucket, ShardedBucket)]
+    shared = [bucket for bucket in opt._roster.buckets if isinstance(bucket, ShardedBucket)]
     plans = {id(bucket.plan): (bucket.plan, bucket.me) for bucket in shared}
     planned = sum(plan.traffic().sent(me) for plan, me in plans.values())
     return {"calls": dict(calls), "buckets": len(shared), "sent": sent, "planned": planned}
@@ -224,7 +224,7 @@ def balance(rule: str) -> tuple[float, float]:
     with FlopCounterMode(display=False) as counter:
         inject(model, 1)
         opt.step()
-    plan = next(bucket.plan for bucket in opt._buckets if isinstance(bucket, ShardedBucket))
+    plan = next(bucket.plan for bucket in opt._roster.buckets if isinstance(bucket, ShardedBucket))
     return float(counter.get_total_flops()), plan.loads()[dist.get_rank()]
 
 

@@ -11,7 +11,9 @@ nothing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ from steepest.exchange.shards import fits, local
 from steepest.rule import Elementwise, State
 from steepest.rules import RULES
 from steepest.rules.aliases import resolve
-from steepest.stack.names import bare
-from steepest.stack.stack import meta_views, segments_of, state_dtype
+from steepest.stack.names import parameter_names
+from steepest.stack.stack import segments_of, state_alone, state_dtype
 from steepest.view import View
 
 FORMAT = 2
@@ -39,47 +41,61 @@ CLOCKS = ("step", "clock")
 
 def detached(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a state_dict with tensors of its own, which are no views into stacks, and without functions as options."""
-    state = {key: {name: x.clone() for name, x in named.items()} for key, named in state_dict["state"].items()}
-    groups = [{k: v for k, v in group.items() if not callable(v)} for group in state_dict["param_groups"]]
+    state = {key: copied(entries) for key, entries in state_dict["state"].items()}
+    groups = [{k: copied(v) for k, v in group.items() if not callable(v)} for group in state_dict["param_groups"]]
     return state_dict | {"state": state, "param_groups": groups}
+
+
+def copied(entries: Any, read: Callable[[Tensor], Tensor] = lambda saved: saved) -> Any:
+    """Return a copy of a parameter's state, or of anything else that others have put there; ``read`` reads tensors."""
+    if isinstance(entries, Tensor):
+        return read(entries).detach().clone()
+    if isinstance(entries, dict):
+        return {name: copied(value, read) for name, value in entries.items()}
+    return copy.deepcopy(entries)
 
 
 def match(
     state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, State]
-) -> tuple[dict[Tensor, Mapping[str, Tensor]], list[dict[str, Any]]]:
+) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     """Match a saved state with an optimizer's groups and state; nothing is changed.
 
     Returns:
-        The saved tensors of each parameter, and the saved options of each group.
+        The saved entries of each parameter, with whatever others had put into the state, and the saved options of each
+        group.
 
     Raises:
         ValueError: if the saved state doesn't fit.
     """
     _check_structure(state_dict)
     saved_groups = state_dict["param_groups"]
-    saved: dict[Tensor, Mapping[str, Tensor]] = {}
     options = [read_options(number, group) for number, group in enumerate(saved_groups)]
     if len(saved_groups) != len(groups):
         raise ValueError(
             f"the saved state has {len(saved_groups)} parameter groups, the optimizer has {len(groups)}: "
             "build it with as many; groups that are new are added after loading, with add_param_group"
         )
+    mine, theirs = iter(parameter_names(groups)), iter(parameter_names(saved_groups))
+    entries: dict[Any, Any] = {}
+    keys_of_params: set[Any] = set()
     for number, (group, saved_group, new) in enumerate(zip(groups, saved_groups, options, strict=True)):
-        keys = _match_parameters(number, group, saved_group)
+        names = list(islice(mine, len(group["params"])))
+        keys = _match_parameters(number, group, saved_group, names, list(islice(theirs, len(saved_group["params"]))))
+        keys_of_params.update(keys)
         _check_options(number, group, new)
-        names = group.get("param_names") or [f"parameter {key}" for key in keys]
+        names = names if group.get("param_names") else [f"parameter {key}" for key in keys]
         for p, name, key in zip(group["params"], names, keys, strict=True):
-            tensors = state_dict["state"].get(key)
-            if tensors is not None and not (isinstance(tensors, Mapping) and not tensors):
-                here = state.get(p) or _meta_state(p, group)
+            saved = state_dict["state"].get(key)
+            if saved is not None and not (isinstance(saved, Mapping) and not saved):
+                here = state.get(p) or meta_state(p, group)
                 _check_view(name, p, here, group, {**group, **new})
-                _check_tensors(name, tensors, here)
-                saved[p] = tensors
+                _check_entries(name, saved, here)
+                entries[p] = saved
             elif state.get(p):
                 raise ValueError(
                     f"the saved state has nothing for {name}; load it into an optimizer of the same parameters"
                 )
-    return saved, options
+    return entries | {k: v for k, v in state_dict["state"].items() if k not in keys_of_params}, options
 
 
 def read_options(number: int, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,12 +149,18 @@ def _check_structure(state_dict: Any) -> None:
 # What fits this optimizer.
 
 
-def _match_parameters(number: int, here: Mapping[str, Any], there: Mapping[str, Any]) -> Sequence[Any]:
+def _match_parameters(
+    number: int, here: Mapping[str, Any], there: Mapping[str, Any], mine: Sequence[str], theirs: Sequence[str]
+) -> Sequence[Any]:
     """Return the saved key of each parameter of a group: by name where both sides have names, else by position."""
     keys: Sequence[Any] = there["params"]
-    mine, theirs = here.get("param_names"), there.get("param_names")
-    if mine and theirs:
-        mine, theirs = [bare(str(name)) for name in mine], [bare(str(name)) for name in theirs]
+    if here.get("param_names") and there.get("param_names") and list(mine) != list(theirs):
+        twice = [name for names in (mine, theirs) for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ValueError(
+                f"parameter group {number} has several parameters of the name {twice[0]!r}, here or in the saved "
+                "state, so that they can't be told apart: give each a name of its own"
+            )
         added = [name for name in mine if name not in theirs]
         if added:
             raise ValueError(
@@ -180,44 +202,41 @@ def _check_options(number: int, group: Mapping[str, Any], new: Mapping[str, Any]
         raise ValueError(f"the options of parameter group {number} of the saved state are damaged: {error}") from error
 
 
-def _check_tensors(name: str, saved: Any, here: State) -> None:
-    """Raise unless a saved state has the tensors of a parameter's state, each in its shape."""
+def _check_entries(name: str, saved: Any, here: State) -> None:
+    """Raise unless saved entries hold a parameter's state, each tensor in its shape; entries of others may be there."""
     if not isinstance(saved, Mapping):
         raise ValueError(f"{name}: the saved state is a {_kind(saved)}, not a dict of tensors")
-    for key in saved:
-        if key not in here:
-            raise ValueError(
-                f"{name}: the saved state has {key!r}, which is not used here; was it saved by another rule?"
-            )
     for key, x in here.items():
         if key not in saved:
             raise ValueError(
                 f"{name}: the saved state has no {key!r}, only {_some(saved)}; was it saved by another rule?"
             )
-        y = saved[key]
-        if not isinstance(y, Tensor) or y.shape != x.shape:
-            form = f"with shape {list(y.shape)}" if isinstance(y, Tensor) else f"as a {_kind(y)}"
-            raise ValueError(f"{name}: {key!r} was saved {form}, and has shape {list(x.shape)} here")
-        number = y.is_floating_point() if x.is_floating_point() else y.dtype == x.dtype
-        if not number or y.layout != torch.strided or y.is_meta:
-            raise ValueError(f"{name}: {key!r} was saved as {_kind(y)}, which can't be copied into a {_kind(x)}")
-        if not fits(x, y):
-            raise ValueError(
-                f"{name}: {key!r} was saved as the shard of another rank; load it with torch.distributed.checkpoint"
-            )
-        y = local(y)
-        if key.split(".")[0] in CLOCKS and not bool(((y >= 0) & (y == y.floor()) & torch.isfinite(y)).all()):
-            raise ValueError(
-                f"{name}: {key!r} was saved as {y.tolist()!r}: must be a count of updates, an integer >= 0"
-            )
+        check_entry(name, key, saved[key], x, "was saved")
+
+
+def check_entry(name: str, key: str, y: Any, x: Tensor, was: str) -> None:
+    """Raise unless ``y`` can be copied into ``x``, the entry ``key`` of a parameter's state."""
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        form = f"with shape {list(y.shape)}" if isinstance(y, Tensor) else f"as a {_kind(y)}"
+        raise ValueError(f"{name}: {key!r} {was} {form}, and has shape {list(x.shape)} here")
+    number = y.is_floating_point() if x.is_floating_point() else y.dtype == x.dtype
+    if not number or y.layout != torch.strided or y.is_meta:
+        raise ValueError(f"{name}: {key!r} {was} as {_kind(y)}, which can't be copied into a {_kind(x)}")
+    if not fits(x, y):
+        raise ValueError(
+            f"{name}: {key!r} {was} as the shard of another rank; load it with torch.distributed.checkpoint"
+        )
+    y = local(y)
+    if key.split(".")[0] in CLOCKS and not bool(((y >= 0) & (y == y.floor()) & torch.isfinite(y)).all()):
+        raise ValueError(f"{name}: {key!r} {was} as {y.tolist()!r}: must be a count of updates, an integer >= 0")
 
 
 def _check_view(name: str, p: Tensor, here: State, group: Mapping[str, Any], then: Mapping[str, Any]) -> None:
     """Raise unless options ``then`` see a parameter as the same matrices, with the same state, as ``group`` does."""
     try:
-        same = _formats(_meta_state(p, then)) == _formats(here)
+        same = formats(meta_state(p, then)) == formats(here)
         if same and not issubclass(RULES[group["rule"]], Elementwise):
-            same = _cuts(p, then) == _cuts(p, group)
+            same = cuts(p, then) == cuts(p, group)
     except Exception as error:
         raise ValueError(f"{name}: the saved options are damaged: {error}") from error
     if not same:
@@ -226,21 +245,26 @@ def _check_view(name: str, p: Tensor, here: State, group: Mapping[str, Any], the
         raise ValueError(f"{name}: its state was laid out by other options: {options}; build the optimizer with those")
 
 
-def _meta_state(p: Tensor, group: Mapping[str, Any]) -> State:
+def meta_state(p: Tensor, group: Mapping[str, Any]) -> State:
     """Return the state that a parameter has under its group's options, on the meta device."""
+    return fresh_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group)
+
+
+def fresh_state(p: Tensor, group: Mapping[str, Any]) -> State:
+    """Return the state that a parameter starts with under its group's options."""
     rule = RULES[group["rule"]].from_group(group)
-    meta = torch.empty(p.shape, dtype=p.dtype, device="meta")
     if isinstance(rule, Elementwise):
-        return rule.init(meta.to(state_dtype(p)))
-    segments = segments_of(0, meta, group)
-    return {name: x for segment in segments for name, x in meta_views(rule, segment, meta).items()}
+        return rule.init(torch.empty_like(p, dtype=state_dtype(p), requires_grad=False))
+    segments = segments_of(0, 0, p, group)
+    return {name: x for segment in segments for name, x in state_alone(rule, segment, p, p.device).items()}
 
 
-def _formats(state: State) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def formats(state: State) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return the names, shapes and dtypes of a parameter's state."""
     return {name: (x.shape, x.dtype) for name, x in state.items()}
 
 
-def _cuts(p: Tensor, group: Mapping[str, Any]) -> tuple[Any, ...]:
+def cuts(p: Tensor, group: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what tells one view of a parameter from another."""
     view = View.of(p, group)
     return view.stored, view.transpose, view.heads, [(r.start, c.start) for r, c in view.blocks], view.pieces

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steepest.engine.checkpoint import detached
 from steepest.exchange.peers import world
-from steepest.exchange.shards import is_dtensor
+from steepest.exchange.shards import copy_into, is_dtensor, local
 
 Read = Callable[[Tensor], Tensor]
 """Returns the values of a tensor of a state_dict, if they are elsewhere."""
@@ -25,7 +25,7 @@ def consolidated(state_dict: dict[str, Any]) -> dict[str, Any] | None:
     """Return the whole of a state_dict of which each rank has a part, on rank 0; None elsewhere."""
     if not _distributed():
         return detached(state_dict)
-    state = {key: {name: _on_rank_0(x) for name, x in named.items()} for key, named in state_dict["state"].items()}
+    state = _over_tensors(state_dict["state"], _on_rank_0)
     return detached(state_dict | {"state": state}) if dist.get_rank() == 0 else None
 
 
@@ -71,6 +71,24 @@ def distributed(
     return dict(state_dict if first and state_dict is not None else message[0]), read
 
 
+def move_into(here: Tensor, there: Tensor) -> None:
+    """Copy state into its new place, also from another rank that had it; every rank that has a part must call it."""
+    owners = [getattr(x, "owner", None) for x in (here, there)]
+    if owners[0] == owners[1]:
+        copy_into(here, there)
+    elif None in owners:
+        raise RuntimeError(
+            "state that was on one rank would be on several now, or the other way round: save it with consolidate(), "
+            "build the optimizer anew, and load it with load_consolidated()"
+        )
+    elif owners[1] == dist.get_rank():
+        dist.send(local(there).cpu().contiguous(), owners[0], world().host_group)
+    elif owners[0] == dist.get_rank():
+        received = torch.empty(here.shape, dtype=there.dtype, device="cpu")
+        dist.recv(received, owners[1], world().host_group)
+        local(here).copy_(received)
+
+
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -97,8 +115,12 @@ def _on_rank_0(x: Tensor) -> Tensor:
 
 def _without_values(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state_dict with tensors that have the same shapes and take no memory."""
-    state = {
-        key: {name: torch.zeros((), dtype=x.dtype).expand(x.shape) for name, x in named.items()}
-        for key, named in state_dict["state"].items()
-    }
+    state = _over_tensors(state_dict["state"], lambda x: torch.zeros((), dtype=x.dtype, device="cpu").expand(x.shape))
     return {"state": state, "param_groups": state_dict["param_groups"]}
+
+
+def _over_tensors(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a state with its tensors changed, in order; others may have put other things there."""
+    if isinstance(state, Tensor):
+        return change(state)
+    return {k: _over_tensors(v, change) for k, v in state.items()} if isinstance(state, dict) else state

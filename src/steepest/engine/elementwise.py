@@ -3,67 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steepest.engine.roster import Roster
 from steepest.engine.step import safe_norm, write
-from steepest.exchange.peers import Peers
+from steepest.exchange.bucket import Tensors
 from steepest.exchange.shards import is_dtensor, local, meta_shard
 from steepest.linalg import attempts
-from steepest.rule import Elementwise, State
-from steepest.stack.names import parameter_name
+from steepest.rule import Elementwise, Rule, State
 from steepest.stack.undo import undoing
 
 LANES = 16
 """The numbers in the widest vector registers, which are AVX-512's, in float32."""
 
 
-def step_elementwise(
-    rule: Elementwise,
-    group: Mapping[str, Any],
-    number: int,
-    grads: Sequence[Tensor | None],
-    states: Mapping[Tensor, State],
-    peers: Mapping[Tensor, Peers],
-) -> Tensor | int:
-    """Step the parameters of a group that have a gradient.
+def step_elementwise(roster: Roster, groups: Sequence[Mapping[str, Any]], grads: Tensors) -> Tensor | int:
+    """Step the parameters under elementwise rules, those of several groups together where their options are the same.
 
     Args:
-        rule: the group's rule.
-        group: parameters and options.
-        number: the number of the group.
-        grads: by position, this rank's shard of each gradient; None takes no part in the step.
-        states: the state of each parameter.
-        peers: the ranks that hold shards of a parameter, if other ranks do.
+        roster: all parameters, their rules and their state.
+        groups: the options of all groups.
+        grads: this rank's shard of the gradient of each parameter; None takes no part in the step.
 
     Returns:
         The number of parameters that were skipped because their gradient is not finite.
     """
+    params, laid, peers = roster.params, roster.laid, roster.peers
     batches: dict[Any, list[int]] = {}
-    for i, (p, grad) in enumerate(zip(group["params"], grads, strict=True)):
-        if grad is not None and p.numel():
+    for i in roster.elementwise:
+        p = params[i]
+        if grads[i] is not None and p.numel():
             batches.setdefault((p.device, p.dtype, peers.get(p)), []).append(i)
     skipped: Tensor | int = 0
-    for (*_, holders), indices in batches.items():
-        local_states = {i: _local_state(group["params"][i], states[group["params"][i]]) for i in indices}
-        local_grads = {
-            i: _like_state(local_states[i], local(group["params"][i]), grad)
-            for i in indices
-            if (grad := grads[i]) is not None
-        }
-        norms = torch.stack(torch._foreach_norm(list(local_grads.values())))
+    for (*_, holders), members in batches.items():
+        entries = []
+        for i in members:
+            state, grad = _local_state(params[i], laid[params[i]].state), grads[i]
+            assert grad is not None
+            entries.append(Entry(i, local(params[i]), _like_state(state, local(params[i]), grad), state))
+        norms = torch.stack(torch._foreach_norm([entry.grad for entry in entries]))
         finite = norms < safe_norm(norms.dtype)
         if holders is not None:
             finite = holders.all(finite)
         skipped = skipped + (~finite).sum()
-        mask = None if attempts.at_hand(finite) else finite
-        if mask is None:
-            indices = [i for i, good in zip(indices, finite.tolist(), strict=True) if good]
-        _apply(rule, group, number, [(i, local_grads[i], local_states[i]) for i in indices], mask)
+        waits = attempts.at_hand(finite)
+        alike: dict[Any, list[tuple[Entry, Tensor]]] = {}
+        for entry, good in zip(entries, finite.tolist() if waits else finite, strict=True):
+            number = roster.numbers[entry.index]
+            options = id(roster.rules[number]), _scalar(groups[number]["lr"]), groups[number]["weight_decay"]
+            if good is not False:
+                alike.setdefault(options, []).append((entry, good))
+        for together in alike.values():
+            number = roster.numbers[together[0][0].index]
+            entries, mask = [entry for entry, _ in together], None if waits else [good for _, good in together]
+            _apply(roster.rules[number], groups[number], entries, mask)
+        for entry in [entry for together in alike.values() for entry, _ in together]:
+            if entry.stepped is not entry.W:
+                in_whole = partial(meta_shard, params[entry.index])
+                group, name = groups[roster.numbers[entry.index]], roster.names[entry.index]
+                write(group, name, entry.W, entry.stepped, in_whole, entry.state["step"])
     return skipped
+
+
+@dataclass
+class Entry:
+    """This rank's shards of a parameter, of its gradient, and of its state."""
+
+    index: int
+    W: Tensor
+    grad: Tensor
+    state: State
+
+    @cached_property
+    def stepped(self) -> Tensor:
+        """Return the tensor that is stepped: the weights themselves, unless their dtype is too coarse to step in."""
+        return _like_state(self.state, self.W, self.W)
+
+
+def _scalar(lr: float | Tensor) -> float | int:
+    """Return what tells one learning rate from another without waiting for a device."""
+    return id(lr) if isinstance(lr, Tensor) else lr
 
 
 def _local_state(p: Tensor, state: State) -> State:
@@ -81,23 +105,15 @@ def _like_state(state: State, p: Tensor, x: Tensor) -> Tensor:
 
 
 def _apply(
-    rule: Elementwise,
-    group: Mapping[str, Any],
-    number: int,
-    batch: Sequence[tuple[int, Tensor, State]],
-    finite: Tensor | None,
+    rule: Rule | Elementwise, group: Mapping[str, Any], entries: Sequence[Entry], finite: Sequence[Tensor] | None
 ) -> None:
-    """Step parameters of one dtype and device, given by position, gradient and state; undo it where not ``finite``."""
-    if not batch:
-        return
-    params = [group["params"][i] for i, *_ in batch]
-    grads = [grad for _, grad, _ in batch]
-    states = [state for *_, state in batch]
-    # These are the weights themselves, unless their dtype is too coarse to step in.
-    weights = [_like_state(state, local(p), local(p)) for p, state in zip(params, states, strict=True)]
-    changed = [[x[None] for x in (W, *state.values())] for W, state in zip(weights, states, strict=True)]
-    undos = [] if finite is None else [undoing(good, xs) for good, xs in zip(finite, changed, strict=True)]
-    padded = [_in_whole_lanes(W, grad, state) for W, grad, state in zip(weights, grads, states, strict=True)]
+    """Step parameters of one dtype and device with the options of one group; undo it where not ``finite``."""
+    assert isinstance(rule, Elementwise)
+    undos = []
+    if finite is not None:
+        changed = [[x[None] for x in (entry.stepped, *entry.state.values())] for entry in entries]
+        undos = [undoing(good, xs) for good, xs in zip(finite, changed, strict=True)]
+    padded = [_in_whole_lanes(entry.stepped, entry.grad, entry.state) for entry in entries]
     rule.apply(
         [W for W, _, _ in padded],
         [grad for _, grad, _ in padded],
@@ -105,15 +121,12 @@ def _apply(
         group["lr"],
         group["weight_decay"],
     )
-    for (W, _, state), own, own_state in zip(padded, weights, states, strict=True):
-        if W is not own:
-            for x, target in [(W, own), *((state[name], own_state[name]) for name in state)]:
+    for (W, _, state), entry in zip(padded, entries, strict=True):
+        if W is not entry.stepped:
+            for x, target in [(W, entry.stepped), *((state[name], entry.state[name]) for name in state)]:
                 target.copy_(x[: target.numel()].view(target.shape) if x.dim() else x)
     for undo in undos:
         undo()
-    for (i, *_), p, W, state in zip(batch, params, weights, states, strict=True):
-        if W is not local(p):
-            write(group, parameter_name(group, number, i), local(p), W, partial(meta_shard, p), state["step"])
 
 
 def _in_whole_lanes(W: Tensor, grad: Tensor, state: State) -> tuple[Tensor, Tensor, State]:

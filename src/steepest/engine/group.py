@@ -10,8 +10,10 @@ from torch import Tensor
 from steepest.exchange.shards import local
 from steepest.rule import Rule, State, check, check_choice, nearest
 from steepest.rules import RULES
+from steepest.stack.names import parameter_names
 from steepest.stack.stack import ranges
 from steepest.view import OPTIONS as VIEW_OPTIONS
+from steepest.view import View
 
 DECAY_METHODS = ("decoupled", "independent", "palm", "cautious", "l2")
 OPTIONS: dict[str, Any] = {
@@ -52,6 +54,9 @@ def option_defaults(rule: str) -> dict[str, Any]:
 
 def check_options(group: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first option of a group that is out of range."""
+    for name in option_defaults(group["rule"]):
+        if name not in group:
+            raise ValueError(f"a parameter group has no {name!r}, which {group['rule']} needs: put it back")
     lr, wd, seed = group["lr"], group["weight_decay"], group["rounding_seed"]
     if lr is None:
         raise ValueError("lr=None: a group needs a learning rate, of its own or from the optimizer")
@@ -65,6 +70,30 @@ def check_options(group: Mapping[str, Any]) -> None:
     for name in ("stochastic_rounding", "stagger", "compile", "cuda_graph", "merge_dims", "transpose"):
         check(isinstance(group.get(name, False), bool), name, group.get(name), "a bool")
     RULES[group["rule"]].from_group(group)
+
+
+def check_parameter(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
+    """Raise unless a parameter can be optimized under the options of its group."""
+    if not p.is_floating_point():
+        raise ValueError(f"{name} of dtype {p.dtype}: only real floating-point parameters can be optimized")
+    if issubclass(RULES[group["rule"]], Rule):
+        View.of(p, group)
+
+
+def check_parameters(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise unless all parameters can be optimized, and each stands in one place, with a gradient of its shape."""
+    params = [(p, group) for group in groups for p in group["params"]]
+    places: set[Tensor] = set()
+    for (p, group), name in zip(params, parameter_names(groups), strict=True):
+        check_parameter(name, p, group)
+        if p in places:
+            raise ValueError(f"{name} is in the parameter groups twice: take it out of one place")
+        if p.grad is not None and p.grad.shape != p.shape:
+            raise ValueError(
+                f"{name} has shape {list(p.shape)}, and its gradient {list(p.grad.shape)}: set it to None, and let "
+                "backward make it anew"
+            )
+        places.add(p)
 
 
 def describe(name: str, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, State]) -> str:

@@ -17,21 +17,18 @@ import torch
 from torch import Tensor
 
 from steepest.engine import checkpoint, consolidate, participants
+from steepest.engine.changes import Seen, changed_form, check_rule, remove, renamed, stale, taken_over
 from steepest.engine.elementwise import step_elementwise
-from steepest.engine.group import check_options, describe, option_defaults
-from steepest.engine.participants import Gradients
-from steepest.engine.step import apply, finish, safe_norm, step_stack
-from steepest.exchange.assign import assign, peers_of
-from steepest.exchange.bucket import Bucket, Tensors
+from steepest.engine.group import check_options, check_parameter, check_parameters, describe, option_defaults
+from steepest.engine.roster import Roster
+from steepest.engine.step import apply, finish, step_stack
+from steepest.exchange.bucket import Bucket, Move, Tensors
 from steepest.exchange.peers import Peers
-from steepest.exchange.shards import copy_into, is_dtensor, local
-from steepest.rule import Elementwise, Rule, nearest
-from steepest.rules import RULES
+from steepest.exchange.shards import copy_into
+from steepest.rule import nearest
 from steepest.rules.aliases import ALIASES, resolve
-from steepest.stack.names import parameter_name
-from steepest.stack.stack import Stack, state_dtype
-from steepest.stack.stagger import Offsets, group_offsets, slot_offsets
-from steepest.view import View
+from steepest.stack.names import parameter_names
+from steepest.stack.stack import Stack
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -61,7 +58,6 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[Any], rule: str = "adamw", **options: Any) -> None:
-        self._reset()
         options = resolve({"rule": rule} | options)
         rule = options["rule"]
         known = option_defaults(rule)
@@ -69,24 +65,24 @@ class Optimizer(torch.optim.Optimizer):
             if name not in known:
                 hint = nearest(name, [*known, *ALIASES])
                 raise ValueError(f"{name}={options[name]!r}: {rule} has no such option{hint}")
-        super().__init__(params, known | options)
-
-    def _reset(self) -> None:
-        """Forget all parameters, where they are, and how they are stepped."""
-        self._buckets: list[Bucket] = []
-        self._peers: dict[Tensor, Peers] = {}  # the ranks that hold shards of a parameter, where other ranks do
-        self._distributed = False  # whether there are peers or DTensors
+        self._roster = Roster()
         self._elsewhere: dict[Peers, int] = {}  # the updates that other ranks have skipped
-        self._frozen: list[tuple[int, int]] = []  # groups and positions of parameters that have no state yet
-        self._offsets: dict[tuple[int, int], Offsets] = {}  # by group and period
-        self._devices: list[tuple[Tensor, torch.device]] = []  # the parameters that state was laid out for
-        self._skipped = torch.zeros((), dtype=torch.int64)
+        self._built = False  # state is laid out when all groups are there
+        super().__init__(params, known | options)
+        self._built = True
+        self._enter(range(len(self.param_groups)))
+
+    _built = True
+    _skipped: Tensor | int = 0
+    _failures = 0
 
     def __repr__(self) -> str:
-        return describe(type(self).__name__, self.param_groups, self.state)
+        return describe(type(self).__name__, self.param_groups, self._roster.states)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own; options that the group leaves out are filled in."""
+        if self._built:
+            self._heed()
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group={param_group!r}: must be a dict")
         inherits = param_group.get("rule", self.defaults["rule"]) == self.defaults["rule"]
@@ -100,17 +96,24 @@ class Optimizer(torch.optim.Optimizer):
         check_options(group)
         for item in group["params"]:
             name, p = item if isinstance(item, tuple) else ("a parameter", item)
-            if isinstance(p, Tensor) and not p.is_floating_point():
-                raise ValueError(f"{name} of dtype {p.dtype}: only real floating-point parameters can be optimized")
-            if isinstance(p, Tensor) and issubclass(RULES[rule], Rule):
-                View.of(p, group)
+            if isinstance(p, Tensor):
+                check_parameter(name, p, group)
         super().add_param_group(group)
         for name in self.defaults.keys() - known.keys() - param_group.keys():
             del group[name]  # an option of the other rule, which torch fills in everywhere
-        number = len(self.param_groups) - 1
-        peers = self._note_group(number)
-        group |= RULES[rule].settled(group, lambda holds: _on_all(peers.values(), holds))
-        self._adopt([(number, i) for i, p in enumerate(group["params"]) if p.requires_grad])
+        if self._built:
+            self._enter([len(self.param_groups) - 1])
+
+    def _enter(self, numbers: Sequence[int]) -> None:
+        """Lay out state for the parameters of new groups."""
+        self._roster.enter(self.param_groups, numbers)
+        self._show()
+
+    def _show(self) -> None:
+        """Show the state that is laid out in ``self.state``, beside entries of others, and remember what is there."""
+        for p, laid in self._roster.laid.items():
+            self.state.setdefault(p, {}).update(laid.state)
+        self._seen = Seen(self.param_groups, self.state)
 
     # A step.
 
@@ -138,82 +141,61 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._rebind()
-            rules = [RULES[group["rule"]].from_group(group) for group in self.param_groups]
+            self._heed()
             grads = self._participants()  # raises, if at all, before anything has changed
-            _interleave(
-                [self._step_bucket(bucket, rules[bucket.group], grads[bucket.group]) for bucket in self._buckets]
-            )
-            for number, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
-                if isinstance(rule, Elementwise):
-                    skipped = step_elementwise(rule, group, number, grads[number], self.state, self._peers)
-                    self._skipped = skipped + self._skipped
+            _interleave([self._step_bucket(bucket, grads) for bucket in self._roster.buckets])
+            if self._roster.elementwise:
+                self._skipped += step_elementwise(self._roster, self.param_groups, grads)
         return loss
 
-    def _step_bucket(self, bucket: Bucket, rule: Rule | Elementwise, grads: Tensors) -> Iterator[None]:
+    def _step_bucket(self, bucket: Bucket, grads: Tensors) -> Iterator[None]:
         """Step the matrices of a bucket; pause wherever tensors travel between ranks."""
-        assert isinstance(rule, Rule)
-        group = self.param_groups[bucket.group]
-        weights = None
-        if group["weight_decay_method"] == "l2" and group["weight_decay"] != 0:
-            weights = [None if g is None else local(p) for p, g in zip(group["params"], grads, strict=True)]
-
-        gradients, decaying = yield from bucket.gather(grads, weights)
+        roster = self._roster
+        gradients, weights = yield from bucket.gather(grads, roster.penalized(grads))
         directions = []
         for stack in bucket.stacks:
-            made = step_stack(rule, stack, gradients, decaying, group, self._refresh_offsets(stack, group, rule))
+            offsets = roster.refresh_offsets(stack, self.param_groups)
+            made = step_stack(stack, gradients, weights, roster.ways, offsets)
             if made is not None:
                 directions.append(made)
-        moves = yield from bucket.scatter(directions)
-        apply(group, bucket.group, moves, rule.decay_follows)
+        moves: dict[int, list[Move]] = {}
+        for move in (yield from bucket.scatter(directions)):
+            moves.setdefault(roster.numbers[move.index], []).append(move)
+        for number, of_group in moves.items():
+            apply(roster.rules[number], self.param_groups[number], roster.names, of_group)
 
         for stack in bucket.stacks:
             if stack.deferred:
-                finish(rule, stack)
+                finish(stack)
 
-    def _participants(self) -> Gradients:
+    def _participants(self) -> list[Tensor | None]:
         """Return the gradients that take part in this step; a frozen parameter that has a gradient by now gets state.
 
         A parameter sits the step out if it has no gradient on some rank; all ranks that hold it agree on that.
         """
-        grads: Gradients = []
-        refused: set[tuple[int, int]] = set()
-        for number, group in enumerate(self.param_groups):
-            grads.append([])
-            for i, p in enumerate(group["params"]):
-                grad = p.grad
-                if grad is not None and grad.is_sparse:
-                    raise RuntimeError(
-                        f"the gradient of a parameter of shape {list(p.shape)} is sparse: only dense gradients work"
-                    )
-                if group["nonfinite"] == "raise" and grad is not None:
-                    dtype = state_dtype(p)
-                    if not bool(torch.linalg.vector_norm(local(grad).to(dtype)) < safe_norm(dtype)):
-                        refused.add((number, i))
-                grads[number].append(grad)
-        if self._distributed:
-            self._elsewhere |= participants.agree(self.param_groups, grads, refused, self._peers, self._buckets)
+        roster = self._roster
+        grads = [p.grad for p in roster.params]
+        for index, grad in enumerate(grads):
+            if grad is not None and grad.is_sparse:
+                raise RuntimeError(
+                    f"the gradient of {roster.names[index]} (shape {list(grad.shape)}) is sparse: only dense gradients "
+                    "work"
+                )
+        raising = {number for number, group in enumerate(self.param_groups) if group["nonfinite"] == "raise"}
+        refused = participants.not_finite(roster, grads, raising) if raising else set()
+        if roster.distributed:
+            self._elsewhere |= participants.agree(roster.params, grads, refused, roster.peers, roster.buckets)
         if refused:
-            number, i = min(refused)
-            group = self.param_groups[number]
+            index = min(refused)
             raise FloatingPointError(
-                f"the gradient of {parameter_name(group, number, i)} (shape {list(group['params'][i].shape)}) is not "
-                'finite or too large to square; nonfinite="skip" would leave the parameter out of this step'
+                f"the gradient of {roster.names[index]} (shape {list(roster.params[index].shape)}) is not finite or "
+                'too large to square; nonfinite="skip" would leave the parameter out of this step'
             )
-        if self._frozen:
-            self._adopt([(n, i) for n, i in self._frozen if grads[n][i] is not None])
+        thawed = [index for index in roster.frozen if grads[index] is not None]
+        if thawed:
+            roster.adopt(self.param_groups, thawed)
+            self._show()
         return grads
-
-    def _refresh_offsets(self, stack: Stack, group: Mapping[str, Any], rule: Rule) -> Sequence[int]:
-        """Return for each slot of a stack the step of its period in which it refreshes."""
-        if not group["stagger"]:
-            return [0] * stack.size
-        period = rule.period(int(stack.clock[0]))
-        key = (stack.group, period)
-        if key not in self._offsets:
-            frozen = {i for number, i in self._frozen if number == stack.group}
-            self._offsets[key] = group_offsets(rule, group, period, frozen)
-        return slot_offsets(self._offsets[key], stack)
 
     # What was skipped, and what failed.
 
@@ -223,9 +205,8 @@ class Optimizer(torch.optim.Optimizer):
 
         Asking waits for the device. The matrices of other ranks count too, as of the beginning of the latest step.
         """
-        self._settle()
-        mine = sum(stack.skipped for bucket in self._buckets if bucket.counts for stack in bucket.stacks)
-        return int(self._skipped) + mine + sum(self._elsewhere.values())
+        self._roster.settle()
+        return int(self._skipped) + self._roster.skipped() + sum(self._elsewhere.values())
 
     @property
     def failed_decompositions(self) -> int:
@@ -235,92 +216,92 @@ class Optimizer(torch.optim.Optimizer):
         factor or a basis that is computed anew in every step, it stays where it is, except for weight decay. Only the
         matrices that this rank steps are counted.
         """
-        return sum(int(stack.failures.sum()) for stack in self._stacks)
+        return self._failures + sum(int(stack.failures.sum()) for stack in self._stacks)
 
     @property
     def _stacks(self) -> list[Stack]:
-        """Return the stacks that this process steps."""
-        return [stack for bucket in self._buckets for stack in bucket.stacks]
+        return self._roster.stacks
 
-    # State: it is allocated at once for parameters that train, and at the first gradient for frozen ones.
+    # What others write to ``param_groups`` and ``state``.
 
-    def _adopt(self, thawed: Iterable[tuple[int, int]]) -> None:
-        """Allocate state for parameters that have none, given by group and position, and show it in ``self.state``."""
-        thawed = set(thawed)
-        for number in sorted({number for number, _ in thawed}):
-            group = self.param_groups[number]
-            indices = sorted(i for n, i in thawed if n == number)
-            rule = RULES[group["rule"]].from_group(group)
-            if isinstance(rule, Elementwise):
-                for i in indices:
-                    p = group["params"][i]
-                    self.state[p] = rule.init(torch.empty_like(p, dtype=state_dtype(p), requires_grad=False))
-                continue
-            buckets = assign(rule, number, group, indices, self._buckets, self._peers)
-            for bucket in buckets:
-                for i, state in bucket.state():
-                    self.state[group["params"][i]].update(state)
-            # Peers exchange their buckets one after the other. With buckets in between that only some of the ranks
-            # step, ranks would send in different orders, and wait for each other.
-            self._buckets += buckets
-            self._buckets.sort(key=lambda b: (b.communicates, () if b.peers is None else b.peers.ranks))
-            self._offsets.clear()
-        self._frozen = [key for key in self._frozen if key not in thawed]
+    def _heed(self) -> None:
+        """Take in what others have written to groups and state since the last look, or refuse it by name."""
+        self._roster.settle()
+        groups, roster = self.param_groups, self._roster
+        changed = self._seen.changed_options(groups)
+        same_parameters = self._seen.same_parameters(groups)
+        same_state = self._seen.same_state(self.state)
+        if not changed and same_parameters and same_state:
+            return
+        for number, names in changed.items():
+            if "rule" in names:
+                check_rule(number, groups[number], roster.laid)
+            check_options(groups[number])
+        if not same_parameters or changed_form(roster.laid, [groups[number] for number in changed]):
+            self._lay_out_anew()
+        else:
+            if not same_state:
+                self._take_in_entries()
+            roster.read_options(groups, changed)
+        self._show()
 
-    def _note_group(self, number: int) -> dict[Tensor, Peers]:
-        """Note the parameters of a new group, all of them as frozen, and return the ranks that share them."""
-        group = self.param_groups[number]
-        group["format"] = checkpoint.FORMAT
-        peers = peers_of(group["params"])
-        self._peers |= peers
-        self._distributed = self._distributed or bool(peers) or any(map(is_dtensor, group["params"]))
-        self._frozen += [(number, i) for i in range(len(group["params"]))]
-        self._devices += [(p, p.device) for p in group["params"]]
-        return peers
+    def _take_in_entries(self) -> None:
+        """Copy the entries that others have put into the state, and make those anew that they have deleted."""
+        roster = self._roster
+        values = taken_over(self.param_groups, roster.names, self.state, roster.laid)
+        stale(self.state, self.param_groups, roster.laid)
+        roster.adopt(self.param_groups, [i for i in roster.frozen if values.get(roster.params[i])])
+        copies = []
+        for p, number in zip(roster.params, roster.numbers, strict=True):
+            state = roster.laid[p].state if p in roster.laid else {}
+            theirs = values.get(p, {})
+            if theirs is not state:
+                new = {name: x.clone() for name, x in theirs.items()}  # it may be a view of what is written to
+                if len(new) < len(state):
+                    new = checkpoint.fresh_state(p, self.param_groups[number]) | new
+                copies += [(x, new[name]) for name, x in state.items()]
+        for x, new_x in copies:
+            copy_into(x, new_x)
 
-    def _rebind(self) -> None:
-        """Lay the state out anew if parameters in the groups have been replaced, or moved to another device."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        known = self._devices
-        if len(params) != len(known):
-            raise RuntimeError(
-                f"the groups have {len(params)} parameters, and had {len(known)}: add parameters with add_param_group"
-            )
-        for p, (q, device) in zip(params, known, strict=True):
-            if p is not q or p.device != device:
-                state = self.__getstate__()
-                new = {q: p for (q, _), p in zip(known, params, strict=True)}
-                self.__setstate__(state | {"state": {new[q]: named for q, named in state["state"].items()}})
-                break
-        self._settle()
+    def _lay_out_anew(self) -> None:
+        """Lay all state out anew, since parameters or options that lay it out are others now, and fill it in."""
+        groups, old = self.param_groups, self._roster
+        names = renamed(groups, self._seen)
+        check_parameters(groups)
+        values = taken_over(groups, parameter_names(groups), self.state, old.laid)
+        gone = stale(self.state, groups, old.laid)
+        for number, of_group in names.items():
+            groups[number]["param_names"] = of_group
+        self._skipped += old.skipped() + sum(self._elsewhere.values())
+        self._failures = self.failed_decompositions
+        self._fill(values)
+        remove(self.state, gone, old.laid, self._roster.laid)
 
-    def _settle(self) -> None:
-        """Account for what the device has done since the last step."""
-        for bucket in self._buckets:
-            for stack in bucket.stacks:
-                stack.settle()
+    def _fill(self, values: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Lay out state for all parameters, and fill in these values."""
+        self._roster = roster = Roster()
+        self._elsewhere = {}
+        roster.enter(self.param_groups, range(len(self.param_groups)), values)
+        for p, named in values.items():
+            for name, x in named.items():
+                consolidate.move_into(roster.laid[p].state[name], x)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
-        state = {p: {name: x.clone() for name, x in named.items()} for p, named in self.state.items()}
+        self._heed()
+        state = {key: checkpoint.copied(entries) for key, entries in self.state.items()}
         return {"defaults": self.defaults, "state": state, "param_groups": self.param_groups}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        saved = state["state"]
-        super().__setstate__(state | {"state": defaultdict(dict)})
-        self._reset()
-        for number in range(len(self.param_groups)):
-            self._note_group(number)
-        self._adopt([(n, i) for n, i in self._frozen if self.param_groups[n]["params"][i] in saved])
-        for p, named in saved.items():
-            for name, x in named.items():
-                copy_into(self.state[p][name], x)
+        super().__setstate__(state | {"state": defaultdict(dict, state["state"])})
+        names = parameter_names(self.param_groups)
+        self._fill(taken_over(self.param_groups, names, self.state, {}))
+        self._show()
 
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, by parameter, as tensors of its own: no view drags a whole stack into the file."""
-        self._rebind()
+        self._heed()
         return checkpoint.detached(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -338,7 +319,7 @@ class Optimizer(torch.optim.Optimizer):
         It is what `state_dict` returns in one process, and one process can load it. Values are copied to the host's
         memory of rank 0 one tensor after the other: for large models use torch.distributed.checkpoint instead.
         """
-        self._rebind()
+        self._heed()
         return consolidate.consolidated(super().state_dict())
 
     def load_consolidated(self, state_dict: Mapping[str, Any] | None) -> None:
@@ -350,25 +331,36 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: as `load_state_dict`, on all ranks. Nothing has changed then.
         """
-        self._rebind()
-        self._load(
-            *consolidate.distributed(state_dict, lambda saved: checkpoint.match(saved, self.param_groups, self.state))
-        )
+        self._heed()
+
+        def check(saved: Mapping[str, Any]) -> None:
+            checkpoint.match(saved, self.param_groups, self._roster.states)
+
+        self._load(*consolidate.distributed(state_dict, check))
 
     @torch.no_grad()
     def _load(self, state_dict: dict[str, Any], read: Callable[[Tensor], Tensor] = lambda saved: saved) -> None:
         """Check a state as a whole, then copy it in; ``read`` returns the values of a tensor in it."""
-        self._rebind()
+        self._heed()
+        roster = self._roster
         state_dict = copy.copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        saved, options = checkpoint.match(state_dict, self.param_groups, self.state)
-        self._adopt([(n, i) for n, i in self._frozen if self.param_groups[n]["params"][i] in saved])
-        for p, tensors in saved.items():
-            for name, x in self.state[p].items():
-                copy_into(x, read(tensors[name]))
+        saved, options = checkpoint.match(state_dict, self.param_groups, roster.states)
+        roster.adopt(self.param_groups, [i for i in roster.frozen if roster.params[i] in saved])
+        self.state.clear()
+        for key, entries in saved.items():
+            mine = roster.laid[key].state if key in roster.laid else {}
+            for name, x in mine.items():
+                copy_into(x, read(entries[name]))
+            if isinstance(key, Tensor):  # beside the engine's entries there may be others'
+                self.state[key] = {k: checkpoint.copied(v, read) for k, v in entries.items() if k not in mine}
+            else:
+                self.state[key] = checkpoint.copied(entries, read)
         for group, new in zip(self.param_groups, options, strict=True):
             group.update(new)
+        roster.read_options(self.param_groups, range(len(self.param_groups)))
+        self._show()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -383,11 +375,3 @@ def _interleave(tasks: Iterable[Iterator[None]]) -> None:
 
 
 DONE = object()
-
-
-def _on_all(peers: Iterable[Peers], holds: bool) -> bool:
-    """Return whether something holds on all ranks of some peers, who ask in the same order."""
-    for ranks in dict.fromkeys(peers):
-        (refuted,), _ = ranks.agree([not holds])
-        holds = not refuted
-    return holds

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from steepest.exchange.bucket import Bucket
+from steepest.engine.roster import Roster
+from steepest.engine.step import safe_norm
+from steepest.exchange.bucket import Bucket, Tensors
 from steepest.exchange.peers import Peers
 from steepest.exchange.shards import local, local_gradient
+from steepest.stack.stack import state_dtype
 
-Gradients = list[list[Tensor | None]]
-"""By group and position, the gradient of each parameter; None if the parameter takes no part in the step."""
+
+def not_finite(roster: Roster, grads: Tensors, numbers: Collection[int]) -> set[int]:
+    """Return the parameters of some groups whose gradient is not finite or too large to square; asking waits."""
+    found = set()
+    for index, (number, grad) in enumerate(zip(roster.numbers, grads, strict=True)):
+        if number in numbers and grad is not None:
+            dtype = state_dtype(roster.params[index])
+            if not bool(torch.linalg.vector_norm(local(grad).to(dtype)) < safe_norm(dtype)):
+                found.add(index)
+    return found
 
 
 def agree(
-    groups: Sequence[Mapping[str, Any]],
-    grads: Gradients,
-    refused: set[tuple[int, int]],
+    params: Sequence[Tensor],
+    grads: list[Tensor | None],
+    refused: set[int],
     peers: Mapping[Tensor, Peers],
     buckets: Iterable[Bucket],
 ) -> dict[Peers, int]:
@@ -27,34 +38,31 @@ def agree(
     A parameter takes part if every rank that holds something of it has a gradient for it.
 
     Args:
-        groups: parameters and options.
+        params: the parameters of all groups.
         grads: this rank's gradients; they become local shards, and None where another rank has none.
-        refused: groups and positions of gradients that this rank refuses; others' are added.
+        refused: numbers of parameters whose gradients this rank refuses; others' are added.
         peers: the ranks that hold shards of each parameter, where other ranks do.
         buckets: all buckets, whose skipped updates are counted.
 
     Returns:
         For each set of peers, the number of updates that the other ranks have skipped.
     """
-    shared: dict[Peers, list[tuple[int, int]]] = {}
-    absent: set[tuple[int, int]] = set()
-    for number, group in enumerate(groups):
-        for i, p in enumerate(group["params"]):
-            holds_nothing = p.numel() and not local(p).numel()
-            if grads[number][i] is None and not holds_nothing:
-                absent.add((number, i))
-            if p in peers:
-                shared.setdefault(peers[p], []).append((number, i))
+    shared: dict[Peers, list[int]] = {}
+    absent: set[int] = set()
+    for index, (p, grad) in enumerate(zip(params, grads, strict=True)):
+        holds_nothing = p.numel() and not local(p).numel()
+        if grad is None and not holds_nothing:
+            absent.add(index)
+        if p in peers:
+            shared.setdefault(peers[p], []).append(index)
     elsewhere = {}
-    for ranks, positions in shared.items():
+    for ranks, indices in shared.items():
         mine = sum(s.skipped for bucket in buckets if bucket.peers == ranks and bucket.counts for s in bucket.stacks)
-        flags = [at in absent for at in positions] + [at in refused for at in positions]
+        flags = [index in absent for index in indices] + [index in refused for index in indices]
         agreed, everyone = ranks.agree(flags, mine)
-        absent |= {at for at, flag in zip(positions, agreed[: len(positions)], strict=True) if flag}
-        refused |= {at for at, flag in zip(positions, agreed[len(positions) :], strict=True) if flag}
+        absent |= {index for index, flag in zip(indices, agreed[: len(indices)], strict=True) if flag}
+        refused |= {index for index, flag in zip(indices, agreed[len(indices) :], strict=True) if flag}
         elsewhere[ranks] = everyone - mine
     if not refused:  # making a gradient local may communicate, which only ranks that go on may do
-        for number, group in enumerate(groups):
-            for i, p in enumerate(group["params"]):
-                grads[number][i] = None if (number, i) in absent else local_gradient(p)
+        grads[:] = [None if index in absent else local_gradient(p) for index, p in enumerate(params)]
     return elsewhere

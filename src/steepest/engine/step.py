@@ -16,26 +16,24 @@ from torch import Tensor
 from steepest.exchange.bucket import Directions, Move
 from steepest.linalg import attempts
 from steepest.linalg.rounding import positions, round_stochastically, rounding_key
-from steepest.rule import LowRank, Rule, Step
+from steepest.rule import Elementwise, LowRank, Rule, Step
 from steepest.stack.graphs import Inputs, compiled
-from steepest.stack.names import parameter_name
-from steepest.stack.stack import AsyncCopy, Deferred, Pieces, Run, Stack, ranges, to_device
+from steepest.stack.stack import AsyncCopy, Deferred, Pieces, Run, Stack, Way, ranges, to_device
 from steepest.stack.undo import undoing
 
 # The rule.
 
 
 def step_stack(
-    rule: Rule, stack: Stack, grads: Pieces, weights: Pieces | None, group: Mapping[str, Any], offsets: Sequence[int]
+    stack: Stack, grads: Pieces, weights: Pieces | None, ways: Sequence[Way | None], offsets: Sequence[int]
 ) -> Directions | None:
     """Update the state of a stack by its gradients, and return directions; None if no matrix moves.
 
     Args:
-        rule: the rule of the group.
         stack: state and clocks, which advance.
         grads: the gradients of its pieces; a piece without a gradient takes no part in the step.
-        weights: the weights of the same pieces, if weight decay is part of the gradient.
-        group: options.
+        weights: the weights of pieces, where weight decay is part of the gradient.
+        ways: the way in which each group is stepped.
         offsets: for each slot, the step of its period in which it refreshes.
     """
     stack.deferred.clear()  # a step that raised may have left something
@@ -44,11 +42,13 @@ def step_stack(
         return None
     G = stack.fill(grads)  # [B, m, n]
     finite = _drop_nonfinite(stack, G, live)
-    penalty = None if weights is None else stack.fill(weights) * group["weight_decay"]
+    W = stack.fill(weights) if weights else None
     moved = [False] * stack.size
     made: list[tuple[slice, Tensor | LowRank]] = []
-    for run in stack.runs(rule, live, offsets):
-        d = _update(rule, stack, run, Inputs(G, penalty, finite), group)  # [b, m, n]
+    for run in stack.runs(ways, live, offsets):
+        penalty = None if W is None or not run.way.penalty else W[run.slots] * run.way.penalty
+        inputs = Inputs(G[run.slots], penalty, None if finite is None else finite[run.slots])
+        d = _update(stack, run, inputs)  # [b, m, n]
         if d is not None:
             moved[run.slots] = [True] * (run.slots.stop - run.slots.start)
             made.append((run.slots, d))
@@ -94,22 +94,16 @@ def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
     return finite
 
 
-def _update(rule: Rule, stack: Stack, run: Run, inputs: Inputs, group: Mapping[str, Any]) -> Tensor | LowRank | None:
-    """Advance the clocks of a run, and return the rule's directions; where ``finite`` is False nothing changes."""
-    slots, finite = run.slots, inputs.finite
+def _update(stack: Stack, run: Run, inputs: Inputs) -> Tensor | LowRank | None:
+    """Advance the clocks of a run, and return its directions; where ``inputs.finite`` is False nothing changes."""
+    slots, rule, finite = run.slots, run.way.rule, inputs.finite
     whole = slots == slice(0, stack.size)
     t, failures, state = stack.t, stack.failures, dict(stack.state)
     if not whole:
         t, failures, state = t[slots], failures[slots], {name: x[slots] for name, x in state.items()}
-        penalty = inputs.penalty
-        inputs = Inputs(
-            inputs.G[slots],
-            None if penalty is None else penalty[slots],
-            None if finite is None else finite[slots],
-        )
     step = Step(t, run.stage, run.refresh, inputs.penalty, failures)
     steady = run.stage == "steady" and run.refresh is None
-    compiles = steady and whole and bool(group.get("compile"))
+    compiles = steady and whole and run.way.compile
     update = compiled(rule, inputs.G) if compiles else rule.update
 
     def work(inputs: Inputs) -> Tensor | LowRank | None:
@@ -125,26 +119,27 @@ def _update(rule: Rule, stack: Stack, run: Run, inputs: Inputs, group: Mapping[s
         return D
 
     stack.clock[slots] += 1
-    if steady and group.get("cuda_graph"):
+    if steady and run.way.cuda_graph:
         D = stack.recorder(work, inputs, (rule, slots, compiles))
     else:
         D = work(inputs)
     if rule.defers(step):
         for due in ranges(run.due):
             part = Step(stack.t[due], run.stage, slice(0, due.stop - due.start), failures=stack.failures[due])
-            stack.deferred.append(Deferred(due, part, None if finite is None else finite[due]))
+            undone = None if finite is None else finite[due.start - slots.start : due.stop - slots.start]
+            stack.deferred.append(Deferred(due, rule, part, undone))
     return D
 
 
-def finish(rule: Rule, stack: Stack) -> None:
-    """Let the rule do what it has deferred until after the step, on a GPU beside the next forward and backward pass."""
+def finish(stack: Stack) -> None:
+    """Let rules do what they have deferred until after the step, on a GPU beside the next forward and backward pass."""
     with stack.side_stream():
         for deferred in stack.deferred:
             state = {name: x[deferred.slots] for name, x in stack.state.items()}
             changed = [stack.failures[deferred.slots], *state.values()]
             undo = None if deferred.finite is None else undoing(deferred.finite, changed)
             restored = state if stack.storage is None else stack.storage.restored(state)
-            rule.finish(restored, deferred.step)
+            deferred.rule.finish(restored, deferred.step)
             if stack.storage is not None:
                 stack.storage.store(restored, state, deferred.step.t)
             if undo is not None:
@@ -162,15 +157,17 @@ def safe_norm(dtype: torch.dtype) -> float:
 
 
 # The weights.
-def apply(group: Mapping[str, Any], number: int, moves: Sequence[Move], decay_follows: bool) -> None:
+def apply(rule: Rule | Elementwise, group: Mapping[str, Any], names: Sequence[str], moves: Sequence[Move]) -> None:
     """Move weights in place: ``W ← (1 - decay) W - lr · D``.
 
     Args:
+        rule: the group's rule, which knows whether weights decay after the step, as SOAP's authors do, or before it.
         group: learning rate, weight decay and rounding.
-        number: the number of the group.
-        moves: parts of its parameters, and their directions.
-        decay_follows: whether weights decay after the step, as SOAP's authors do, and not before it.
+        names: the names of all parameters.
+        moves: parts of the group's parameters, and their directions.
     """
+    assert isinstance(rule, Rule)
+    decay_follows = rule.decay_follows
     weights, steps = [], []
     for move in moves:
         if not move.may_stay and move.W.dtype == move.D.dtype:
@@ -182,7 +179,7 @@ def apply(group: Mapping[str, Any], number: int, moves: Sequence[Move], decay_fo
         _descend(group, [new], [move.D], decay_follows)
         if move.may_stay:
             new = torch.where(move.D.isnan(), W, new)
-        write(group, parameter_name(group, number, move.index), move.W, new, move.in_whole, move.t)
+        write(group, names[move.index], move.W, new, move.in_whole, move.t)
     if weights:
         _descend(group, weights, steps, decay_follows)
 

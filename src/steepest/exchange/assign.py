@@ -1,4 +1,4 @@
-"""Which rank steps which matrices: the parameters of a group are assigned to buckets.
+"""Which rank steps which matrices: parameters are assigned to buckets.
 
 Most parameters are plain tensors of one process, and go to a `LocalBucket`. DTensors (FSDP2, HSDP, tensor parallel) and
 parameters that DDP replicates are divided among the ranks that hold shards, by a plan that every rank makes for itself
@@ -9,7 +9,7 @@ are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -23,25 +23,25 @@ from steepest.exchange.plan import Job, make_plan
 from steepest.exchange.shards import local
 from steepest.rule import Rule
 from steepest.rule.work import work
-from steepest.stack.names import parameter_name
-from steepest.stack.stack import Segment, lay_out, meta_views, segments_of, state_dtype
+from steepest.stack.names import parameter_names
+from steepest.stack.stack import Segment, Way, lay_out, rule_of, segments_of, state_alone, state_dtype
 
 
 def assign(
-    rule: Rule,
-    number: int,
-    group: Mapping[str, Any],
-    indices: Sequence[int],
+    ways: Sequence[Way | None],
+    groups: Sequence[Mapping[str, Any]],
+    params: Sequence[Tensor],
+    numbered: Iterable[tuple[int, int]],
     buckets: Sequence[Bucket],
     peers: Mapping[Tensor, Peers],
 ) -> list[Bucket]:
-    """Return buckets for the parameters at ``indices`` of group ``number``.
+    """Return buckets for some parameters, all of which are under rules for matrices.
 
     Args:
-        rule: the group's rule.
-        number: the number of the group.
-        group: parameters and options.
-        indices: positions of the parameters.
+        ways: the way in which each group is stepped.
+        groups: the options of all groups.
+        params: the parameters of all groups.
+        numbered: the numbers of the parameters that want a bucket, each with the number of its group.
         buckets: the buckets that there are already, whose loads count.
         peers: the ranks that hold shards of a parameter, as `peers_of` returns them.
 
@@ -50,26 +50,25 @@ def assign(
             parameters with the same options. It is raised on all of them.
     """
     here: dict[tuple[Peers | None, int], list[tuple[Segment, Tensor]]] = {}  # by peers and the index of the replica
-    shared: dict[Peers, list[tuple[int, Layout]]] = {}
-    for index in indices:
-        p = group["params"][index]
+    shared: dict[Peers, list[tuple[int, int, Layout]]] = {}
+    for index, number in numbered:
+        p, group = params[index], groups[number]
         holders = peers.get(p)
         layout = None if holders is None else _layout(p, holders)
         if holders is None or layout is None:
-            here.setdefault((None, 0), []).extend((s, local(p)) for s in segments_of(index, local(p), group))
+            here.setdefault((None, 0), []).extend((s, local(p)) for s in segments_of(index, number, local(p), group))
         elif _holds_whole_matrices(layout, group):
             first = layout.shards[holders.me].start[0] * math.prod(p.shape[1:-2])
             key = holders, layout.replica(holders.me)
-            here.setdefault(key, []).extend((s, local(p)) for s in segments_of(index, local(p), group, first))
+            segments = segments_of(index, number, local(p), group, first)
+            here.setdefault(key, []).extend((s, local(p)) for s in segments)
         else:
-            shared.setdefault(holders, []).append((index, layout))
+            shared.setdefault(holders, []).append((index, number, layout))
     found: list[Bucket] = []
-    for (where, replica), segments in here.items():
-        found += [
-            LocalBucket(number, stack, group["params"], where, replica) for stack in lay_out(rule, number, segments)
-        ]
+    for (where, replica), segments_here in here.items():
+        found += [LocalBucket(stack, params, where, replica) for stack in lay_out(ways, segments_here)]
     for holders, layouts in shared.items():
-        found += _shared_buckets(rule, number, group, holders, layouts, buckets)
+        found += _shared_buckets(ways, groups, params, holders, layouts, buckets)
     return found
 
 
@@ -105,57 +104,53 @@ def _holds_whole_matrices(layout: Layout, group: Mapping[str, Any]) -> bool:
 
 
 def _shared_buckets(
-    rule: Rule,
-    number: int,
-    group: Mapping[str, Any],
+    ways: Sequence[Way | None],
+    groups: Sequence[Mapping[str, Any]],
+    params: Sequence[Tensor],
     peers: Peers,
-    layouts: Sequence[tuple[int, Layout]],
+    layouts: Sequence[tuple[int, int, Layout]],
     buckets: Sequence[Bucket],
 ) -> list[Bucket]:
     """Plan the parameters of ``layouts`` among their peers, and return the plan's buckets."""
     from steepest.exchange.sharded import ShardedBucket
 
+    names = parameter_names(groups)
     jobs: list[Job] = []
     segments: list[list[Segment]] = []
-    for index, layout in layouts:
-        for rectangle, members in _rectangles(index, group):
-            jobs.append(_job(rule, number, group, layout, rectangle, members))
+    for index, number, layout in layouts:
+        for rectangle, members in _rectangles(segments_of(index, number, params[index], groups[number])):
+            jobs.append(_job(rule_of(ways, members[0]), names[index], params[index], layout, rectangle, members))
             segments.append(members)
     loads = {id(b.plan): b.plan.loads() for b in buckets if isinstance(b, ShardedBucket) and b.peers == peers}
     plan = make_plan(jobs, peers.size, loads=[sum(column) for column in zip(*loads.values(), strict=True)])
-    peers.check_same(plan.digest(), f"the plan of parameter group {number}")
-    return [ShardedBucket(rule, number, group, peers, plan, b, segments) for b in range(len(plan.buckets))]
+    where = ", ".join(map(str, sorted({number for _, number, _ in layouts})))
+    peers.check_same(plan.digest(), f"the plan of parameter groups {where}")
+    return [ShardedBucket(ways, groups, params, peers, plan, b, segments) for b in range(len(plan.buckets))]
 
 
-def _rectangles(index: int, group: Mapping[str, Any]) -> Iterator[tuple[Rectangle, list[Segment]]]:
+def _rectangles(segments: list[Segment]) -> Iterator[tuple[Rectangle, list[Segment]]]:
     """Yield the rectangles of a parameter that may have different owners, with the segments in them.
 
     Each piece is a rectangle of its own, so that blocks of a large matrix find more owners; unless slices can't cut it.
     """
-    p = group["params"][index]
-    segments = segments_of(index, p, group)
     slices = [segment.view.slices(segment.piece) for segment in segments]
-    if len(segments) < 2 or None in slices:
-        yield Rectangle.whole(p.shape), segments
+    if len(segments) == 1 or (segments and None in slices):
+        yield Rectangle.whole(segments[0].view.shape), segments
         return
     for segment, cut in zip(segments, slices, strict=True):
         assert cut is not None
         yield Rectangle(tuple(s.start for s in cut), tuple(s.stop - s.start for s in cut)), [segment]
 
 
-def _job(
-    rule: Rule, number: int, group: Mapping[str, Any], layout: Layout, rectangle: Rectangle, segments: Sequence[Segment]
-) -> Job:
-    p = group["params"][segments[0].index]
-    name = parameter_name(group, number, segments[0].index)
+def _job(rule: Rule, name: str, p: Tensor, layout: Layout, rectangle: Rectangle, segments: Sequence[Segment]) -> Job:
     shapes = [segment.shape for segment in segments]
     return Job(
         name=name if rectangle == layout.whole else f"{name}.{segments[0].piece}",
         layout=layout,
         rectangle=rectangle,
         cost=sum(b * work(rule, m, n).total for b, m, n in shapes),
-        memory=sum(x.nbytes for segment in segments for x in meta_views(rule, segment, p).values()),
+        memory=sum(x.nbytes for segment in segments for x in state_alone(rule, segment, p, "meta").values()),
         itemsizes=(p.dtype.itemsize, state_dtype(p).itemsize),
-        kind=f"{p.dtype} {p.device.type}",
+        kind=f"{p.dtype} {p.device.type} {rule.name} {rule.layout[1:]}",
         factored=sum(b * (m + n) * rule.rank(m, n) for b, m, n in shapes),
     )

@@ -1,4 +1,4 @@
-"""Buckets: matrices of one parameter group that are gathered, stepped and scattered together.
+"""Buckets: matrices that are gathered, stepped and scattered together.
 
 The engine steps every bucket alike: *gather* gradients, ask the rule for directions, *scatter* them, and apply them. A
 `steepest.exchange.local.LocalBucket` is stepped where its parameters are, and communicates nothing. A
@@ -20,7 +20,7 @@ from steepest.rule import LowRank
 from steepest.stack.stack import Pieces, Segment, Stack, to_device
 
 Tensors = Sequence[Tensor | None]
-"""For each parameter of a group, this rank's shard of it or of its gradient; None if it takes no part in the step."""
+"""For each parameter, this rank's shard of it or of its gradient; None if it takes no part in the step."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Move:
     """A part of a parameter's shard, and the direction in which it moves."""
 
     index: int
-    """The position of the parameter in its group."""
+    """The number of the parameter, counted over all groups."""
     W: Tensor
     """The part, as a view of the weights."""
     D: Tensor
@@ -79,10 +79,8 @@ class Move:
 
 
 class Bucket(ABC):
-    """Matrices of one group that are stepped together, and the stacks of those that this rank steps."""
+    """Matrices that are stepped together, and the stacks of those that this rank steps."""
 
-    group: int
-    """The number of the parameter group."""
     stacks: Sequence[Stack]
     """The stacks of the matrices that this rank steps."""
     peers: Peers | None
@@ -94,7 +92,7 @@ class Bucket(ABC):
 
     @abstractmethod
     def state(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yield the state that ``Optimizer.state`` shows, by the position of the parameter.
+        """Yield the state that ``Optimizer.state`` shows, by the number of the parameter.
 
         State that lives on other ranks is shown as a placeholder.
         """

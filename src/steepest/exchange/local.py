@@ -18,10 +18,7 @@ class LocalBucket(Bucket):
 
     communicates = False
 
-    def __init__(
-        self, number: int, stack: Stack, params: Sequence[Tensor], peers: Peers | None = None, replica: int = 0
-    ) -> None:
-        self.group = number
+    def __init__(self, stack: Stack, params: Sequence[Tensor], peers: Peers | None = None, replica: int = 0) -> None:
         self.peers = peers
         self.counts = replica == 0
         self.stacks = [stack]

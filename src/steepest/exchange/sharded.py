@@ -21,8 +21,8 @@ from steepest.exchange.dtensor import Owned
 from steepest.exchange.peers import Peers
 from steepest.exchange.plan import Plan, Transfer
 from steepest.exchange.shards import local
-from steepest.rule import LowRank, Rule
-from steepest.stack.stack import Pieces, Segment, lay_out, meta_views, state_dtype
+from steepest.rule import LowRank
+from steepest.stack.stack import Pieces, Segment, Way, lay_out, rule_of, state_alone, state_dtype
 
 Made = Mapping[tuple[int, int], tuple[Directions, Segment]]
 """The directions of each piece that was stepped, by the key of its segment, and the segment in the stack."""
@@ -36,18 +36,18 @@ class ShardedBucket(Bucket):
 
     def __init__(
         self,
-        rule: Rule,
-        number: int,
-        group: Mapping[str, Any],
+        ways: Sequence[Way | None],
+        groups: Sequence[Mapping[str, Any]],
+        params: Sequence[Tensor],
         peers: Peers,
         plan: Plan,
         bucket: int,
         segments: Sequence[Sequence[Segment]],
     ) -> None:
-        """Take the jobs of one bucket of the plan; ``segments`` has the pieces of each job of the plan."""
-        self.group = number
-        self.options = group
-        self.rank = rule.rank
+        """Take the jobs of one bucket of the plan; ``segments`` has the pieces of each job of the plan.
+
+        Groups have options; ways and parameters are all, by the numbers in segments.
+        """
         self.peers = peers
         self.me = peers.me
         self.plan = plan
@@ -56,9 +56,15 @@ class ShardedBucket(Bucket):
         self.jobs = plan.buckets[bucket]
         self.owned = [job for job in self.jobs if plan.owners[job] == self.me]
         self.segments = {job: segments[job] for job in self.jobs}
-        self.params = {job: group["params"][segments[job][0].index] for job in self.jobs}
-        self.stacks = lay_out(rule, number, [(s, self.params[job]) for job in self.owned for s in segments[job]])
-        self.metas = {s.key: meta_views(rule, s, self.params[job]) for job in self.jobs for s in segments[job]}
+        self.params = {job: params[segments[job][0].index] for job in self.jobs}
+        self.groups = {job: groups[segments[job][0].group] for job in self.jobs}
+        self.rank = rule_of(ways, segments[self.jobs[0]][0]).rank  # a bucket's rules lay state out alike
+        self.stacks = lay_out(ways, [(s, self.params[job]) for job in self.owned for s in segments[job]])
+        self.metas = {
+            s.key: state_alone(rule_of(ways, s), s, self.params[job], "meta")
+            for job in self.jobs
+            for s in segments[job]
+        }
         p = self.params[self.jobs[0]]
         self.gradient = torch.empty(0, dtype=p.dtype, device=p.device)  # to make others of its dtype and device
         self.direction = torch.empty(0, dtype=state_dtype(p), device=p.device)
@@ -101,7 +107,7 @@ class ShardedBucket(Bucket):
                 continue
             if transfer.source == self.me:
                 sent = _tensors(factors[job]) if factored else [wholes[job][self._in_whole(transfer)]]
-                outgoing[transfer.target] += [*sent, self._updates(job, made)] if self._rounds() else sent
+                outgoing[transfer.target] += [*sent, self._updates(job, made)] if self._rounds(job) else sent
             if transfer.target == self.me:
                 move = self._move(transfer)
                 received = self._empty_factors(job) if factored else []
@@ -146,15 +152,15 @@ class ShardedBucket(Bucket):
         """Return the move of this rank's weights that a transfer is for; its direction and count are received."""
         p = self.params[transfer.job]
         D = self.direction.new_empty(transfer.rectangle.shape)
-        t = self.direction.new_empty(1) if self._rounds() else None
+        t = self.direction.new_empty(1) if self._rounds(transfer.job) else None
         W = local(p)[self._in_shard(transfer)]
         whole = torch.empty(p.shape, device="meta")
         index = self.segments[transfer.job][0].index
         return Move(index, W, D, may_stay=True, t=t, in_whole=lambda: whole[transfer.rectangle.slices])
 
-    def _rounds(self) -> bool:
+    def _rounds(self, job: int) -> bool:
         """Return whether weights are rounded by the count of updates, which only the owner knows."""
-        return bool(self.options["stochastic_rounding"]) and self.gradient.dtype == torch.bfloat16
+        return bool(self.groups[job]["stochastic_rounding"]) and self.gradient.dtype == torch.bfloat16
 
     def _updates(self, job: int, made: Made) -> Tensor:
         """Return the number of updates that the first matrix of a job has had, ``[1]``."""

@@ -57,6 +57,12 @@ def checked(default: Any, holds: Callable[[Any], bool], allowed: str) -> Any:
     return field(default=default, metadata={"allowed": (holds, allowed)})
 
 
+def lays_out(option: Any) -> Any:
+    """Mark an option that the names, shapes or dtypes of the state depend on: it can't change while there is state."""
+    option.metadata = {**option.metadata, "lays_out": True}
+    return option
+
+
 def number(x: object) -> bool:
     """Whether ``x`` is an integer or a float; True and False are not."""
     return isinstance(x, (int, float)) and not isinstance(x, bool)
@@ -81,6 +87,16 @@ class Options:
     def defaults(cls) -> dict[str, Any]:
         """Every option that has a default."""
         return {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+
+    @classmethod
+    def layout_options(cls) -> tuple[str, ...]:
+        """The names of the options that the layout of the state depends on."""
+        return _layout_options(cls)  # type: ignore[arg-type]
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What the layout of the state depends on: the rule, and those options."""
+        return type(self), *(getattr(self, name) for name in self.layout_options())
 
     @classmethod
     def settled(cls, group: Mapping[str, Any], agreed: Callable[[bool], bool]) -> dict[str, Any]:
@@ -108,6 +124,11 @@ class Options:
 @cache
 def _names(cls: type[Options]) -> tuple[str, ...]:
     return tuple(f.name for f in fields(cls))
+
+
+@cache
+def _layout_options(cls: type[Options]) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(cls) if f.metadata.get("lays_out"))
 
 
 @lru_cache(maxsize=256, typed=True)  # typed: True is not 1, and has to be checked anew

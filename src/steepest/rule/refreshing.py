@@ -20,7 +20,7 @@ from typing import Generic, TypeVar, final
 from torch import Tensor
 
 from steepest.linalg.precision import fp32_matmul_precision
-from steepest.rule.options import at_least, flag, frequency, one_of
+from steepest.rule.options import at_least, flag, frequency, lays_out, one_of
 from steepest.rule.rule import Rule, Slots, State, Step
 from steepest.rule.words import BasisTiming, Precision
 
@@ -39,8 +39,8 @@ class Refreshing(Rule, ABC, Generic[Factors]):
     """
 
     precondition_frequency: int | Callable[[int], int] = frequency(1)
-    max_precond_dim: int = at_least(0, 8192)
-    precondition_1d: bool = flag(False)
+    max_precond_dim: int = lays_out(at_least(0, 8192))
+    precondition_1d: bool = lays_out(flag(False))
     fp32_matmul_prec: Precision = one_of(Precision, "highest")
 
     @abstractmethod

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from steepest.rule import Elementwise, State, at_least, betas, flag
+from steepest.rule import Elementwise, State, at_least, betas, flag, lays_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class AdamW(Elementwise):
 
     betas: tuple[float, float] = betas((0.9, 0.999))
     eps: float = at_least(0, 1e-8)
-    amsgrad: bool = flag(False)
+    amsgrad: bool = lays_out(flag(False))
 
     def init(self, p: Tensor) -> State:
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * self.amsgrad

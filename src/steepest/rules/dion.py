@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from steepest.linalg.orthonormal import ORTHONORMALIZERS, gaussian
-from steepest.rule import LowRank, Rule, State, Step, beta, checked, number, one_of
+from steepest.rule import LowRank, Rule, State, Step, beta, checked, lays_out, number, one_of
 from steepest.rule.words import Orthonormalizer, Scale
 from steepest.rules.parts.scales import SCALES
 
@@ -39,7 +39,7 @@ class Dion(Rule):
     paper: ClassVar[str] = "Ahn et al., arXiv:2504.05295"
 
     momentum: float = beta(0.95)
-    rank_fraction: float = checked(0.25, lambda x: number(x) and 0 < x <= 1, "a number in (0, 1]")
+    rank_fraction: float = lays_out(checked(0.25, lambda x: number(x) and 0 < x <= 1, "a number in (0, 1]"))
     scale: Scale = one_of(Scale, "match_rms_adamw")
     orthonormalize: Orthonormalizer = one_of(Orthonormalizer, "rcqr")
 

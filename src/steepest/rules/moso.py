@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from steepest.linalg.precision import fp32_matmul_precision
-from steepest.rule import Rule, State, Step, at_least, beta, betas, one_of
+from steepest.rule import Rule, State, Step, at_least, beta, betas, lays_out, one_of
 from steepest.rule.words import MosoInner, Precision
 from steepest.rules.parts.factors import Factors
 from steepest.rules.parts.moments import adam, clip_rms, corrected_beta
@@ -36,13 +36,13 @@ class Moso(Rule):
     betas: tuple[float, float] = betas((0.9, 0.95))
     shampoo_beta: float = beta(0.95)
     eps: float = at_least(0, 1e-8)
-    inner: MosoInner = one_of(MosoInner, "adam")
+    inner: MosoInner = lays_out(one_of(MosoInner, "adam"))
     power_iter_steps: int = at_least(1, 1)
     noise_floor: float = at_least(0, 3e-4)
     max_update_rms: float = at_least(0, 0.0, "0: no limit")
     fp32_matmul_prec: Precision = one_of(Precision, "highest")
     qr_fp32_matmul_prec: Precision = one_of(Precision, "high")
-    max_precond_dim: int = at_least(0, 8192)
+    max_precond_dim: int = lays_out(at_least(0, 8192))
 
     def init(self, G: Tensor) -> State:
         state = {"momentum_buffer": torch.zeros_like(G), "exp_avg_sq": torch.zeros_like(G)}  # [B, m, n]

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.rule import State, Step, beta, one_of
+from steepest.rule import State, Step, beta, lays_out, one_of
 from steepest.rule.words import Axis
 from steepest.rules.muon import Orthogonalized
 from steepest.rules.parts.scales import frobenius, with_norm
@@ -37,7 +37,7 @@ class NorMuon(Orthogonalized):
     paper: ClassVar[str] = "Li et al., arXiv:2510.05491"
 
     beta2: float = beta(0.95)
-    axis: Axis = one_of(Axis, "rows")
+    axis: Axis = lays_out(one_of(Axis, "rows"))
 
     def init(self, G: Tensor) -> State:
         return super().init(G) | {"exp_avg_sq": torch.zeros_like(G.narrow(self.dim, 0, 1))}

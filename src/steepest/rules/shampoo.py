@@ -28,7 +28,7 @@ from torch import Tensor
 from steepest.linalg.eigenbasis import conjugate, eigenvectors
 from steepest.linalg.roots import spectral_power
 from steepest.linalg.solvers import orthogonal_iteration
-from steepest.rule import Refreshing, Slots, State, Step, at_least, betas, checked, flag, number, one_of
+from steepest.rule import Refreshing, Slots, State, Step, at_least, betas, checked, flag, lays_out, number, one_of
 from steepest.rule.words import Graft
 from steepest.rules.parts.factors import SIDES, Factors
 from steepest.rules.parts.moments import corrected_beta, correction
@@ -46,7 +46,7 @@ class RootsInBasis(Refreshing[Factors], ABC):
     )
     eps: float = at_least(0, 1e-6)
     relative_eps: bool = flag(True)
-    graft: Graft = one_of(Graft, "adam")
+    graft: Graft = lays_out(one_of(Graft, "adam"))
     graft_eps: float = at_least(0, 1e-8)
     solver: Literal["qr", "eigh"] = one_of(Literal["qr", "eigh"], "qr")
     power_iter_steps: int = at_least(1, 1)

@@ -22,7 +22,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, betas, flag, frequency, one_of
+from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, betas, flag, frequency, lays_out, one_of
 from steepest.rule.words import BasisDtype, BasisTiming, MomentDtype, Precision, Solver
 from steepest.rules.parts.factors import Factors
 from steepest.rules.parts.moments import adam, clip_rms, corrected_beta
@@ -53,8 +53,8 @@ class AdamInBasis(Refreshing[F], ABC):
     momentum_floor: bool = flag(True)
     basis_timing: BasisTiming = one_of(BasisTiming, "before")
     refresh_async: bool = flag(False)
-    basis_dtype: BasisDtype = one_of(BasisDtype, "float32")
-    moment_dtype: MomentDtype = one_of(MomentDtype, "float32")
+    basis_dtype: BasisDtype = lays_out(one_of(BasisDtype, "float32"))
+    moment_dtype: MomentDtype = lays_out(one_of(MomentDtype, "float32"))
 
     def init(self, G: Tensor) -> State:
         moments = {"exp_avg": torch.zeros_like(G), "exp_avg_sq": torch.zeros_like(G)}  # [B, m, n]

@@ -1,6 +1,8 @@
-"""Stacks: all matrices of one shape in one parameter group, held as one tensor ``[B, m, n]``.
+"""Stacks: all matrices of one shape, held as one tensor ``[B, m, n]``, whichever parameter groups they are in.
 
 Each matrix has a slot of its stack, and the matrices of one piece of one parameter have a segment of consecutive slots.
+Groups share a stack if their rules lay state out alike; matrices that are stepped in different ways are in different
+runs.
 A stack is allocated once and persists; `torch.optim.Optimizer.state` holds views into it. Each slot has two clocks.
 ``t`` is on the device and counts the updates that a matrix has had, for bias corrections. ``clock`` is on the host and
 counts the same updates, so that refreshes can be scheduled without waiting for the device.
@@ -11,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -28,11 +30,31 @@ Pieces = Mapping[tuple[int, int], Tensor]
 
 
 @dataclass(frozen=True)
+class Way:
+    """The way in which the matrices of a parameter group are stepped; equal ways are the same object, see `way_of`."""
+
+    rule: Rule
+    penalty: float
+    """The weight decay that is part of the gradient; 0 if none is."""
+    compile: bool
+    cuda_graph: bool
+    stagger: bool
+
+
+@lru_cache(maxsize=1024)
+def way_of(rule: Rule, penalty: float, compile: bool, cuda_graph: bool, stagger: bool) -> Way:
+    """Return the way that groups of these options share."""
+    return Way(rule, penalty, compile, cuda_graph, stagger)
+
+
+@dataclass(frozen=True)
 class Segment:
     """A segment is the slots ``start:stop`` of a stack, which hold one piece of one parameter."""
 
     index: int
-    """The position of the parameter in its group."""
+    """The number of the parameter, counted over all groups."""
+    group: int
+    """The number of its group."""
     piece: int
     """The number of the piece in the parameter's view."""
     start: int
@@ -43,7 +65,7 @@ class Segment:
 
     @cached_property
     def key(self) -> tuple[int, int]:
-        """Return the position of the parameter and the number of the piece, which tell segments of a group apart."""
+        """Return the numbers of the parameter and of the piece, which tell segments apart."""
         return self.index, self.piece
 
     @cached_property
@@ -59,9 +81,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Run:
-    """A run is a range of slots that are updated together: all take part in the step and are in the same stage."""
+    """A run is a range of slots that are updated together: all take part, in the same way and in the same stage."""
 
     slots: slice
+    way: Way
     stage: str
     refresh: Slots | None
     """The slots that refresh, counted from the first slot of the run; None if no slot refreshes."""
@@ -74,6 +97,7 @@ class Deferred:
     """A refresh that a rule has deferred until after the step, for a range of slots that are all due."""
 
     slots: slice
+    rule: Rule
     step: Step
     """The step, reduced to these slots."""
     finite: Tensor | None
@@ -100,12 +124,12 @@ class AsyncCopy:
 
 
 class Stack:
-    """A stack holds the state of all matrices of shape ``m × n`` in one group, and the segments that they belong to."""
+    """A stack holds the state of matrices of one shape ``m × n``, and the segments that they belong to."""
 
-    def __init__(self, rule: Rule, group: int, segments: Sequence[Segment], like: Tensor) -> None:
+    def __init__(self, rule: Rule, segments: Sequence[Segment], like: Tensor) -> None:
         """Allocate state for ``like [B, m, n]``, an empty tensor that has the state's dtype and device."""
-        self.group = group
         self.segments = list(segments)
+        self.groups = [segment.group for segment in segments for _ in range(segment.start, segment.stop)]
         self.size = like.shape[0]
         self.shape = tuple(like.shape[1:])
         self.device = like.device
@@ -141,23 +165,31 @@ class Stack:
             torch._foreach_copy_(targets, sources)
         return out
 
-    def runs(self, rule: Rule, live: Sequence[bool], offsets: Sequence[int]) -> list[Run]:
+    def runs(self, ways: Sequence[Way | None], live: Sequence[bool], offsets: Sequence[int]) -> list[Run]:
         """Cut the slots that are ``live`` into runs; usually there is one run, which is the whole stack.
 
-        ``offsets`` says for each slot at which step of its period it refreshes.
+        Args:
+            ways: the way in which each group is stepped.
+            live: for each slot, whether it takes part in the step.
+            offsets: for each slot, at which step of its period it refreshes.
         """
         clocks: list[int] = self.clock.tolist()
-        stages = {clock: rule.stage(clock) for clock in set(clocks)}
-        is_due = {pair: rule.due(*pair) for pair in set(zip(clocks, offsets, strict=True))}
+        by_slot: list[Way] = [ways[number] for number in self.groups]  # type: ignore[misc]
+        kinds = list(zip(map(id, by_slot), clocks, offsets, strict=True))
+        known = dict(zip(kinds, by_slot, strict=True))
+        stages = {kind: way.rule.stage(kind[1]) for kind, way in known.items()}
+        is_due = {kind: way.rule.due(*kind[1:]) for kind, way in known.items()}
         runs = []
         start = 0
         while start < self.size:
-            stage, stop = stages[clocks[start]], start + 1
-            while stop < self.size and live[stop] == live[start] and stages[clocks[stop]] == stage:
+            way, stage, stop = by_slot[start], stages[kinds[start]], start + 1
+            while (
+                stop < self.size and live[stop] == live[start] and by_slot[stop] is way and stages[kinds[stop]] == stage
+            ):
                 stop += 1
             if live[start]:
-                due = [i for i in range(start, stop) if is_due[clocks[i], offsets[i]]]
-                runs.append(Run(slice(start, stop), stage, _relative(due, start, self.device), due))
+                due = [i for i in range(start, stop) if is_due[kinds[i]]]
+                runs.append(Run(slice(start, stop), way, stage, _relative(due, start, self.device), due))
             start = stop
         return runs
 
@@ -193,31 +225,47 @@ class Stack:
             self.undone = None
 
 
-def segments_of(index: int, p: Tensor, group: Mapping[str, Any], first: int = 0) -> list[Segment]:
-    """Return a segment for each piece of ``p``, the parameter at ``index`` of its group, which is in no stack yet."""
+def segments_of(index: int, number: int, p: Tensor, group: Mapping[str, Any], first: int = 0) -> list[Segment]:
+    """Return a segment for each piece of a parameter, which is in no stack yet.
+
+    Args:
+        index: the number of the parameter, counted over all groups.
+        number: the number of its group.
+        p: the parameter.
+        group: the options of its group.
+        first: the number of its first matrix in the whole parameter, if this rank holds only some of its matrices.
+    """
     view = View.of(p, group)
-    return [Segment(index, piece, 0, b, view, first) for piece, (b, _, _) in enumerate(view.pieces)]
+    return [Segment(index, number, piece, 0, b, view, first) for piece, (b, _, _) in enumerate(view.pieces)]
 
 
-def lay_out(rule: Rule, group: int, segments: Iterable[tuple[Segment, Tensor]]) -> list[Stack]:
+def lay_out(ways: Sequence[Way | None], segments: Iterable[tuple[Segment, Tensor]]) -> list[Stack]:
     """Allocate stacks for segments, each given with its parameter; stacks come in the order of their first segments."""
     stacked: dict[tuple[Any, ...], list[Segment]] = {}
     for segment, p in segments:
         b, m, n = segment.shape
-        members = stacked.setdefault((m, n, p.device, p.dtype, state_dtype(p)), [])
+        key = rule_of(ways, segment).layout, m, n, p.device, p.dtype, state_dtype(p)
+        members = stacked.setdefault(key, [])
         start = members[-1].stop if members else 0
         members.append(replace(segment, start=start, stop=start + b))
     return [
-        Stack(rule, group, members, torch.empty(members[-1].stop, m, n, dtype=dtype, device=device))
-        for (m, n, device, _, dtype), members in stacked.items()
+        Stack(rule_of(ways, members[0]), members, torch.empty(members[-1].stop, m, n, dtype=dtype, device=device))
+        for (_, m, n, device, _, dtype), members in stacked.items()
     ]
 
 
-def meta_views(rule: Rule, segment: Segment, p: Tensor) -> dict[str, Tensor]:
-    """Return the state of a segment of ``p`` as `Stack.views` shows it, without values: clocks are on the host."""
+def rule_of(ways: Sequence[Way | None], segment: Segment) -> Rule:
+    """Return the rule by which a segment is stepped."""
+    way = ways[segment.group]
+    assert way is not None
+    return way.rule
+
+
+def state_alone(rule: Rule, segment: Segment, p: Tensor, device: str | torch.device) -> dict[str, Tensor]:
+    """Return the fresh state of a segment of ``p`` as `Stack.views` shows it, in no stack; on "meta" without values."""
     b, m, n = segment.shape
     alone = replace(segment, start=0, stop=b)
-    return Stack(rule, 0, [alone], torch.empty(b, m, n, dtype=state_dtype(p), device="meta")).views(alone)
+    return Stack(rule, [alone], torch.empty(b, m, n, dtype=state_dtype(p), device=device)).views(alone)
 
 
 def state_dtype(p: Tensor) -> torch.dtype:

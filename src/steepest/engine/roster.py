@@ -1,0 +1,168 @@
+"""The roster: all parameters by number, the way in which each is stepped, and where its state lies."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steepest.engine.changes import Laid, form_of
+from steepest.engine.checkpoint import FORMAT
+from steepest.exchange.assign import assign, peers_of
+from steepest.exchange.bucket import Bucket, Tensors
+from steepest.exchange.peers import Peers
+from steepest.exchange.shards import is_dtensor, local
+from steepest.rule import Elementwise, Rule, State
+from steepest.rules import RULES
+from steepest.stack.names import parameter_names
+from steepest.stack.stack import Stack, Way, state_dtype, way_of
+from steepest.stack.stagger import Offsets, group_offsets
+
+
+class Roster:
+    """The parameters of all groups, numbered in order, and the state that is laid out for them."""
+
+    def __init__(self) -> None:
+        self.params: list[Tensor] = []
+        self.numbers: list[int] = []
+        """The number of each parameter's group."""
+        self.names: list[str] = []
+        self.rules: list[Rule | Elementwise] = []
+        """The rule of each group."""
+        self.ways: list[Way | None] = []
+        """The way in which each group is stepped; None under an elementwise rule."""
+        self.elementwise: list[int] = []
+        """The parameters under elementwise rules."""
+        self.laid: dict[Tensor, Laid] = {}
+        """The state of each parameter that has some."""
+        self.frozen: set[int] = set()
+        """The parameters that have no state yet."""
+        self.buckets: list[Bucket] = []
+        self.peers: dict[Tensor, Peers] = {}
+        """The ranks that hold shards of a parameter, where other ranks do."""
+        self.distributed = False
+        """Whether there are such parameters, or DTensors."""
+        self._offsets: dict[tuple[int, int], Offsets] = {}  # by group and period
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """Return the stacks that this process steps."""
+        return [stack for bucket in self.buckets for stack in bucket.stacks]
+
+    @property
+    def states(self) -> dict[Tensor, State]:
+        """Return the state of each parameter that has some."""
+        return {p: laid.state for p, laid in self.laid.items()}
+
+    def enter(self, groups: Sequence[dict[str, Any]], numbers: Iterable[int], having: Collection[Tensor] = ()) -> None:
+        """Number the parameters of new groups, and lay out state for those that train.
+
+        Args:
+            groups: all groups.
+            numbers: the numbers of those that are new.
+            having: frozen parameters that want state nevertheless.
+        """
+        first = len(self.params)
+        for number in numbers:
+            groups[number]["format"] = FORMAT
+            self.params += groups[number]["params"]
+            self.numbers += [number] * len(groups[number]["params"])
+        entered = range(first, len(self.params))
+        peers = peers_of(self.params[first:])
+        self.peers |= peers
+        self.distributed = self.distributed or bool(peers) or any(map(is_dtensor, self.params[first:]))
+        for number in numbers:
+            group = groups[number]
+            group |= RULES[group["rule"]].settled(
+                group, partial(_on_all, [peers[p] for p in group["params"] if p in peers])
+            )
+        self.names = parameter_names(groups)
+        self.read_options(groups, numbers)
+        self.elementwise += [i for i in entered if self.ways[self.numbers[i]] is None]
+        self.frozen |= set(entered)
+        self.adopt(groups, [i for i in entered if self.params[i].requires_grad or self.params[i] in having])
+
+    def read_options(self, groups: Sequence[Mapping[str, Any]], numbers: Iterable[int]) -> None:
+        """Take the rules of some groups, and the ways in which they are stepped, from their options."""
+        for number in numbers:
+            group = groups[number]
+            rule, way = RULES[group["rule"]].from_group(group), None
+            if isinstance(rule, Rule):
+                penalty = group["weight_decay"] if group["weight_decay_method"] == "l2" else 0.0
+                way = way_of(rule, penalty, group["compile"], group["cuda_graph"], group["stagger"])
+            self.rules[number : number + 1] = [rule]
+            if way is not (self.ways[number] if number < len(self.ways) else None):
+                self._offsets.clear()
+            self.ways[number : number + 1] = [way]
+
+    def adopt(self, groups: Sequence[Mapping[str, Any]], indices: Iterable[int]) -> None:
+        """Lay out state for parameters that have none."""
+        made: dict[int, State] = {i: {} for i in sorted(indices)}
+        for i in made:
+            rule, p = self.rules[self.numbers[i]], self.params[i]
+            if isinstance(rule, Elementwise):
+                made[i] = rule.init(torch.empty_like(p, dtype=state_dtype(p), requires_grad=False))
+        matrices = [(i, self.numbers[i]) for i in made if self.ways[self.numbers[i]] is not None]
+        if matrices:
+            buckets = assign(self.ways, groups, self.params, matrices, self.buckets, self.peers)
+            for bucket in buckets:
+                for i, state in bucket.state():
+                    made[i].update(state)
+            # Peers exchange their buckets one after the other. With buckets in between that only some of the ranks
+            # step, ranks would send in different orders, and wait for each other.
+            self.buckets += buckets
+            self.buckets.sort(key=lambda b: (b.communicates, () if b.peers is None else b.peers.ranks))
+            self._offsets.clear()
+        for i, state in made.items():
+            self.laid[self.params[i]] = Laid.of(self.params[i], form_of(groups[self.numbers[i]]), state)
+        self.frozen -= made.keys()
+
+    def settle(self) -> None:
+        """Account for what the device has done since the last step."""
+        for bucket in self.buckets:
+            for stack in bucket.stacks:
+                stack.settle()
+
+    def skipped(self) -> int:
+        """Return how many updates of single matrices were skipped."""
+        return sum(stack.skipped for bucket in self.buckets if bucket.counts for stack in bucket.stacks)
+
+    def penalized(self, grads: Tensors) -> Tensors | None:
+        """Return the weights that take part where weight decay is part of the gradient; None if it is nowhere."""
+        if not any(way is not None and way.penalty for way in self.ways):
+            return None
+        ways = [self.ways[number] for number in self.numbers]
+        return [
+            local(p) if grad is not None and way is not None and way.penalty else None
+            for p, grad, way in zip(self.params, grads, ways, strict=True)
+        ]
+
+    def refresh_offsets(self, stack: Stack, groups: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+        """Return for each slot of a stack the step of its period in which it refreshes."""
+        if not any((way := self.ways[segment.group]) is not None and way.stagger for segment in stack.segments):
+            return [0] * stack.size
+        found: list[int] = []
+        for segment in stack.segments:
+            way, slots = self.ways[segment.group], range(segment.stop - segment.start)
+            if way is None or not way.stagger:
+                found += [0 for _ in slots]
+                continue
+            number, first = segment.group, self.numbers.index(segment.group)
+            period = way.rule.period(int(stack.clock[segment.start]))
+            if (number, period) not in self._offsets:
+                frozen = {index - first for index in self.frozen}
+                self._offsets[number, period] = group_offsets(way.rule, groups[number], period, frozen)
+            offsets = self._offsets[number, period]
+            found += [offsets[segment.index - first, segment.piece, segment.first + k] for k in slots]
+        return found
+
+
+def _on_all(peers: Iterable[Peers], holds: bool) -> bool:
+    """Return whether something holds on all ranks of some peers, who ask in the same order."""
+    for ranks in dict.fromkeys(peers):
+        (refuted,), _ = ranks.agree([not holds])
+        holds = not refuted
+    return holds
