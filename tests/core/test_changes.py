@@ -497,7 +497,7 @@ def test_every_option_on_which_the_layout_depends_says_so(name):
 
 
 def test_groups_share_stacks_and_keep_their_options(rule):
-    """One group for each parameter, as with layer-wise rates: the stacks of one group, and every group's own options."""
+    """One group for each parameter, as with layer-wise rates: the stacks of one group, and each group's own options."""
     shapes = [(6, 4), (6, 4), (5,), (4, 6), (6, 4), (3, 2, 2)]
     rates = [0.1, 0.02, 0.05, 0.01, 0.1, 0.03]
     together, alone = parameters(shapes=shapes), parameters(shapes=shapes)
