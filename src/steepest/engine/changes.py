@@ -81,7 +81,10 @@ class Seen:
 
 def _entries(state: Mapping[Any, Any]) -> list[Any]:
     """Return all values in a state, in order."""
-    return list(chain.from_iterable(v.values() if isinstance(v, dict) else (v,) for v in state.values()))
+    try:
+        return list(chain.from_iterable(map(dict.values, state.values())))
+    except TypeError:  # others have put something there that is no dict
+        return list(chain.from_iterable(v.values() if isinstance(v, dict) else (v,) for v in state.values()))
 
 
 def _last_names(state: Mapping[Any, Any]) -> list[Any]:
