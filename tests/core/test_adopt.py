@@ -1,30 +1,17 @@
 """What another optimizer knew is taken over: the next steps are those that it would have taken."""
 
+from functools import partial
+from importlib import import_module
+
 import pytest
 import torch
+from other_optimizers import SHAPES, Dion, Soap, SummingMuon, parameters, shapes, train
 from torch import nn
 
 import steepest
 from steepest.lab.bench.peers import EAGER
 
-SHAPES = {"a": (6, 4), "b": (4,), "c": (5, 7), "d": (6, 4)}
 UNGUARDED = {"guards": False, "match_columns": False}
-
-
-def parameters(shapes=SHAPES, dtype=torch.float64):
-    """Named parameters with values of their own."""
-    draw = torch.Generator().manual_seed(0)
-    return {n: nn.Parameter(torch.randn(s, generator=draw, dtype=torch.float64).to(dtype)) for n, s in shapes.items()}
-
-
-def train(params, optimizer, steps):
-    """Steps whose gradients depend on the weights, so that a difference would feed on itself."""
-    for step in steps:
-        draw = torch.Generator().manual_seed(step)
-        for p in params.values():
-            noise = torch.randn(p.shape, generator=draw, dtype=torch.float64)
-            p.grad = (0.3 * p.detach() + noise * torch.linspace(0.5, 2, p.shape[-1]).double()).to(p.dtype)
-        optimizer.step()
 
 
 def differences(make_peer, make, shapes=SHAPES, dtype=torch.float64, adopts=True, before=7, steps=20):
@@ -50,10 +37,6 @@ def check_continues(make_peer, make, tolerance=1e-4, **more):
     assert min(fresh.values()) > 100 * tolerance, fresh
     assert not any(row.fresh for row in adoption.rows), str(adoption)
     return adoption
-
-
-def shapes(*names):
-    return {name: SHAPES[name] for name in names}
 
 
 # torch.optim.
@@ -107,61 +90,6 @@ def test_the_momentum_of_sgd_becomes_an_average():
 # Other algorithms, as their papers have them and their authors' code lays out their state.
 
 
-class Soap(torch.optim.Optimizer):
-    """SOAP (arXiv:2409.11321, Algorithm 3) on vectors and matrices, with the state of its authors' code."""
-
-    def __init__(self, params, **options):
-        super().__init__(params, {"betas": (0.95, 0.95), "shampoo_beta": 0.9, "eps": 1e-8} | options)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for W in group["params"]:
-                self.step_one(W, self.state[W], group)
-
-    def step_one(self, W, state, group):
-        G, (beta1, beta2) = W.grad, group["betas"]
-        if "Q" not in state:  # the first gradient only seeds the basis
-            small = [W.dim() == 2 and d <= group["max_precond_dim"] for d in W.shape]
-            state |= {"step": 0, "exp_avg": torch.zeros_like(W), "exp_avg_sq": torch.zeros_like(W)}
-            state["GG"] = [torch.zeros(d, d, dtype=W.dtype) if s else [] for s, d in zip(small, W.shape, strict=True)]
-            self.feed(G, state, group)
-            state["Q"] = [torch.linalg.eigh(K)[1].flip(1) if len(K) else [] for K in state["GG"]]
-            return
-        state["step"] += 1
-        t = state["step"]
-        P = into(G, state["Q"])
-        m = state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * P
-        v = state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * P**2
-        u = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + group["eps"])
-        W -= group["lr"] * out_of(u, state["Q"])
-        W -= group["lr"] * group["weight_decay"] * W
-        self.feed(G, state, group)
-        if t % group["precondition_frequency"] == 0:
-            momentum = out_of(state["exp_avg"], state["Q"])
-            for i, (K, Q) in enumerate(zip(state["GG"], state["Q"], strict=True)):
-                if len(K):
-                    order = (Q.T @ K @ Q).diagonal().argsort(descending=True)
-                    state["exp_avg_sq"] = state["exp_avg_sq"].index_select(i, order)
-                    state["Q"][i] = torch.linalg.qr(K @ Q[:, order])[0]
-            state["exp_avg"] = into(momentum, state["Q"])
-
-    def feed(self, G, state, group):
-        for K, new in zip(state["GG"], (G @ G.T, G.T @ G) if G.dim() == 2 else (), strict=False):
-            if len(K):
-                K.lerp_(new, 1 - group["shampoo_beta"])
-
-
-def into(x, Q):
-    x = Q[0].T @ x if len(Q[0]) else x
-    return x @ Q[1] if len(Q) == 2 and len(Q[1]) else x
-
-
-def out_of(x, Q):
-    x = Q[0] @ x if len(Q[0]) else x
-    return x @ Q[1].T if len(Q) == 2 and len(Q[1]) else x
-
-
 SOAP = {"lr": 1e-2, "betas": (0.95, 0.95), "shampoo_beta": 0.9, "weight_decay": 0.1, "precondition_frequency": 3}
 AS_ITS_AUTHORS = {"basis_timing": "after", "correct_shampoo_beta_bias": False, "solver": "qr", **UNGUARDED}
 
@@ -194,6 +122,35 @@ def test_a_transposed_matrix_of_soap_continues():
     )
 
 
+MOONLIGHT = {"momentum": 0.9, "wd": 0.0, "nesterov": True, "ns_steps": 5, "adamw_betas": (0.9, 0.95), "adamw_eps": 1e-8}
+
+
+@pytest.mark.parametrize("options", [MOONLIGHT, {"mu": 0.9, "algorithm": "muon", "step": 0}], ids=["moonlight", "dion"])
+def test_muon_on_a_sum_of_gradients_continues(options):
+    check_continues(
+        lambda params: SummingMuon(params, {"lr": 1e-2} | options),
+        lambda named: steepest.Muon(named, lr=1e-2, momentum=0.9, weight_decay=0.0, ns="exact"),
+        shapes=shapes("a", "c", "d"),
+    )
+
+
+DION = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.0, "rank_fraction": 0.5, "scale": "mup", "orthonormalize": "qr"}
+
+
+def make_dion(params):
+    return Dion(params, {"lr": 1e-2, "mu": 0.9, "algorithm": "dion", "step": 0})
+
+
+def test_dion_continues():
+    check_continues(make_dion, lambda named: steepest.Dion(named, **DION), shapes=shapes("a", "d"))
+
+
+def test_a_basis_of_dion_on_the_longer_side_starts_fresh():
+    """A wide matrix is transposed here, and only its momentum means the same."""
+    _, adoption = differences(make_dion, lambda named: steepest.Dion(named, **DION), shapes=shapes("c"))
+    assert (adoption.rows[0].taken, adoption.rows[0].fresh) == (("momentum_buffer",), ("Q",))
+
+
 # Other libraries.
 
 PLAIN = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.0}
@@ -210,7 +167,9 @@ def test_soap_of_pytorch_optimizer_continues():
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_muon_of_pytorch_optimizer_continues(nesterov, monkeypatch):
     peers = pytest.importorskip("pytorch_optimizer")
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    base = import_module("pytorch_optimizer.optimizer.muon.base")
+    iterate = partial(base.zero_power_via_newton_schulz_5, dtype=torch.float64)  # and not in bfloat16
+    monkeypatch.setattr(base, "zero_power_via_newton_schulz_5", iterate)
     options = {"lr": 1e-2, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.1}
     check_continues(
         lambda params: peers.Muon([{"params": params, "use_muon": True}], **options),
@@ -236,6 +195,18 @@ def test_soap_of_heavyball_continues(kl, before):
                 named, **options, basis_timing="after", solver="qr", use_kl_shampoo=kl, **UNGUARDED
             ),
             before=before,
+        )
+
+
+def test_a_convolution_of_heavyball_continues():
+    """It sees one as the same matrix: outputs by everything else."""
+    heavyball = pytest.importorskip("heavyball")
+    options = PLAIN | {"shampoo_beta": 0.6, "precondition_frequency": 7}
+    with EAGER():
+        check_continues(
+            lambda params: heavyball.SOAP(params, **options, storage_dtype="float64"),
+            lambda named: steepest.SOAP(named, **options, basis_timing="after", solver="qr", **UNGUARDED),
+            shapes={"conv": (4, 2, 2, 2)},
         )
 
 

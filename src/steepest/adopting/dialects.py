@@ -105,16 +105,21 @@ def momentum(saved: Saved, shape: Shape) -> Average | None:
     if saved.entries["momentum_buffer"] is None:
         raise NoCounterpart("the saved state has no momentum")
     M, options = saved.like("momentum_buffer", shape), saved.options
-    if "dampening" in options:  # torch.optim.SGD
-        if options["dampening"] != 0:
-            raise NoCounterpart(f"dampening={options['dampening']!r} leaves no average of gradients")
-        return Average(M * (1 - options["momentum"]))
-    if {"wd", "adamw_betas"} <= options.keys():  # Moonlight
-        return Average(M * (1 - options["momentum"]))
-    torchs, pytorch_optimizers = "ns_coefficients" in options, {"ns_coeffs", "nesterov"} <= options.keys()
-    if torchs or pytorch_optimizers or options.keys() <= {"lr", "weight_decay", "momentum", "use_muon", "initial_lr"}:
+    if options.get("dampening", 0) != 0:
+        raise NoCounterpart(f"dampening={options['dampening']!r} leaves no average of gradients")
+    if any(signs <= options.keys() for signs in SUMS):
+        return Average(M * (1 - saved.option("momentum")))
+    if any(signs <= options.keys() for signs in AVERAGES) or options.keys() <= KELLER:
         return Average(M)
     raise NoCounterpart("the options of its group don't tell whether 'momentum_buffer' is a sum or an average")
+
+
+SUMS = ({"dampening"}, {"wd", "adamw_betas"})
+"""Options by which the groups of torch.optim.SGD and of Moonlight's Muon are known."""
+AVERAGES = ({"ns_coefficients"}, {"ns_coeffs", "nesterov"})
+"""Those of the Muons of torch.optim and pytorch_optimizer."""
+KELLER = {"lr", "weight_decay", "momentum", "use_muon", "initial_lr"}
+"""All that groups of K. Jordan's Muon have, with a scheduler."""
 
 
 def moonlight_adam(saved: Saved, shape: Shape) -> Moments | None:
@@ -132,7 +137,7 @@ def microsoft(saved: Saved, shape: Shape) -> Found | None:
     if algorithm == "lion" and _has(saved, "momentum"):
         return Average(saved.like("momentum", shape))
     if algorithm == "muon" and _has(saved, "momentum"):
-        return Average(saved.like("momentum", shape) * (1 - saved.options["mu"]))
+        return Average(saved.like("momentum", shape) * (1 - saved.option("mu")))
     if algorithm == "dion" and _has(saved, "momentum Q"):
         Q = saved.entries["Q"]
         return Feedback(saved.like("momentum", shape), saved.tensor(Q, "Q", getattr(Q, "shape", ())))
@@ -156,10 +161,11 @@ def heavyball(saved: Saved, shape: Shape) -> Found | None:
     """Read heavyball's AdamW, Muon, SOAP and KL-SOAP; a parameter's state is a dict of the state of its blocks."""
     if not all(isinstance(key, int) for key in saved.entries):
         return None
-    if len(saved.entries) > 1 or not isinstance(saved.entries[0], Mapping):
+    blocks = list(saved.entries.values())
+    if len(blocks) > 1 or not isinstance(blocks[0], Mapping):
         raise NoCounterpart("it was cut into several blocks")
     makers, entries = set(), {}
-    for name, value in saved.entries[0].items():
+    for name, value in blocks[0].items():
         if name not in ("is_initialized", "step"):
             parts = _HEAVYBALL.fullmatch(str(name))
             makers.add(parts and parts["maker"])
@@ -198,7 +204,9 @@ def _has(saved: Saved, needed: str, possible: str = "") -> bool:
 
 def _biased(saved: Saved, updates: int, shape: Shape) -> Moments:
     """Return moments whose bias has been corrected as averages from zero, which after t updates lack β^t."""
-    beta1, beta2 = saved.options["betas"]
+    if saved.options.get("palm"):
+        raise NoCounterpart("palm=True changes the decay of its second moment from step to step")
+    beta1, beta2 = saved.option("betas")
     momentum = saved.like("exp_avg", shape) * (1 - beta1**updates)
     return Moments(momentum, saved.like("exp_avg_sq", shape) * (1 - beta2**updates), updates)
 

@@ -28,7 +28,7 @@ class Saved:
     group: int
 
     def tensor(self, value: Any, what: str, shape: Sequence[int]) -> Tensor:
-        """Return an entry as a tensor.
+        """Return an entry as a tensor, in float32 at least.
 
         Raises:
             ValueError: if it is none of this shape.
@@ -42,14 +42,28 @@ class Saved:
             raise ValueError(
                 f"{self.name}: {what!r} was saved with shape {list(value.shape)}, and must have {list(shape)}"
             )
-        return value.detach()
+        return value.detach().to(torch.promote_types(value.dtype, torch.float32))
 
     def like(self, name: str, shape: Sequence[int]) -> Tensor:
         """Return the entry of this name, which has the parameter's shape."""
         return self.tensor(self.entries[name], name, shape)
 
+    def option(self, name: str) -> Any:
+        """Return an option of the saved group.
+
+        Raises:
+            ValueError: if it is missing.
+        """
+        if name not in self.options:
+            raise ValueError(f"{self.name}: its group was saved without {name!r}")
+        return self.options[name]
+
     def count(self, name: str) -> int:
-        """Return a number of updates, which optimizers keep for each parameter or for its whole group."""
+        """Return a number of updates, which optimizers count for each parameter or for its whole group.
+
+        Raises:
+            ValueError: if it is no count, or missing.
+        """
         value = self.entries.get(name, self.options.get(name))
         number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         if not isinstance(number, int | float) or isinstance(number, bool) or not number >= 0 or number % 1:
@@ -92,12 +106,11 @@ def saved_parameters(state_dict: Any, names: Sequence[str] | None) -> tuple[list
 def _names(groups: Sequence[Mapping[str, Any]], given: Sequence[str] | None) -> list[str] | None:
     """Return a name for each saved parameter: the given ones, or those that the groups have; None if they have none."""
     held = [name for group in groups for name in group.get("param_names") or group["params"]]
-    names = held if given is None else list(given)
-    if not names or not all(isinstance(name, str) for name in names):
+    if given is None and not all(isinstance(name, str) for name in held):
         return None
-    if len(names) != len(held):
-        raise ValueError(f"names: there are {len(names)}, and the saved state has {len(held)} parameters")
-    names = [bare(name) for name in names]
+    names = [bare(name) for name in (held if given is None else given)]
+    if len(names) != (count := sum(len(group["params"]) for group in groups)):
+        raise ValueError(f"names: there are {len(names)}, and the saved state has {count} parameters")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"names: {twice[0]} is the name of more than one parameter of the saved state")
     return names
