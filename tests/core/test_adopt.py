@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from other_optimizers import SHAPES, Dion, Soap, SummingMuon, parameters, shapes, train
+from other_optimizers import SHAPES, Dion, Soap, SummingMuon, out_of, parameters, shapes, train
 from torch import nn
 
 import steepest
@@ -103,6 +103,42 @@ def test_soap_by_its_authors_continues(limit, before):
         lambda named: steepest.SOAP(named, **SOAP, **AS_ITS_AUTHORS, max_precond_dim=limit),
         before=before,
     )
+
+
+def as_pytorch_optimizer(state, options):
+    """The first moment in the gradients' coordinates, and a step for the whole group that counts every call."""
+    entries = {name: state[name] for name in ("GG", "Q", "exp_avg_sq")}
+    return entries | {"exp_avg": out_of(state["exp_avg"], state["Q"])}, {"step": state["step"] + 1}
+
+
+def as_heavyball(state, options):
+    """A batch of one block, the bias of averages corrected, and a step for the whole group that counts every call."""
+    parts = {name: [x.unsqueeze(0) if len(x) else None for x in state[name]] for name in ("GG", "Q")}
+    for name, beta in zip(("exp_avg", "exp_avg_sq"), options["betas"], strict=True):
+        parts[name] = state[name].unsqueeze(0) / (1 - beta ** state["step"])
+    return {0: {f"scale_by_soap_{name}_2": x for name, x in parts.items()}}, {"step_count": state["step"] + 1}
+
+
+@pytest.mark.parametrize("layout", [as_pytorch_optimizer, as_heavyball])
+def test_the_layouts_of_other_libraries_mean_the_same(layout):
+    params = parameters(shapes("a", "b", "c"))
+    peer = Soap(params.values(), **SOAP, max_precond_dim=5)
+    train(params, peer, range(7))
+    authors = peer.state_dict()
+    (group,) = authors["param_groups"]
+    laid_out = [layout(state, group) for state in authors["state"].values()]
+    saved = {
+        "state": {i: entries for i, (entries, _) in enumerate(laid_out)},
+        "param_groups": [group | laid_out[0][1]],
+    }
+    make = partial(steepest.SOAP, lr=1e-2, basis_timing="after", max_precond_dim=5)
+    first, second = make(params.values()), make(params.values())
+    steepest.adopt(first, authors)
+    steepest.adopt(second, saved)
+    for p in params.values():
+        assert first.state[p]["exp_avg"].any()
+        for name, x in first.state[p].items():
+            torch.testing.assert_close(second.state[p][name], x)
 
 
 def test_vectors_of_soap_go_to_adamw():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from other_optimizers import Soap, parameters, shapes, train
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import steepest
 
@@ -48,6 +49,15 @@ def test_parameters_are_matched_by_name(prefix, given):
         "muon": ("momentum_buffer",),
         "adamw": ("exp_avg", "exp_avg_sq", "step"),
     }
+
+
+def test_names_stand_for_keys_as_distributed_checkpoints_have_them():
+    model = small_model()
+    saved = get_optimizer_state_dict(model, adamw_of(model.parameters()))
+    optimizer = steepest.for_model(model, "adamw", lr=1e-2)
+    assert all(row.taken and not row.fresh for row in steepest.adopt(optimizer, saved).rows)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], saved["state"][name]["exp_avg_sq"])
 
 
 def test_what_has_no_counterpart_is_said():
