@@ -15,7 +15,7 @@ FLOORS = [
     {"rules", "stack"},
     {"exchange"},
     {"engine"},
-    {"functional", "optimizers", "recipes", "routing"},
+    {"adopting", "functional", "optimizers", "recipes", "routing"},
     {"lab", "testing"},
     {"__main__", "cli"},
 ]

@@ -69,6 +69,11 @@ def match(
     """
     _check_structure(state_dict)
     saved_groups = state_dict["param_groups"]
+    if saved_groups and not any("rule" in group or "format" in group for group in saved_groups):
+        raise ValueError(
+            "the saved state is another optimizer's, whose groups name no rule: steepest.adopt(optimizer, state_dict) "
+            "takes over what it has in common with this one"
+        )
     options = [read_options(number, group) for number, group in enumerate(saved_groups)]
     if len(saved_groups) != len(groups):
         raise ValueError(

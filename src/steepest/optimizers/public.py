@@ -1,5 +1,6 @@
 """The public names of steepest, which the package imports from here when the first of them is used."""
 
+from steepest.adopting import adopt
 from steepest.engine.optimizer import Optimizer
 from steepest.functional import (
     all_eigenbases_met_criteria,
@@ -27,7 +28,7 @@ from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
 __all__ = [
     "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "InverseRootSOAP", "KLShampoo",
     "LinearSchedule", "Lion", "Muon", "NorMuon", "Optimizer", "Shampoo", "StepSchedule",
-    "all_eigenbases_met_criteria", "conjugate", "create", "eigh_with_fallback", "for_model",
+    "adopt", "all_eigenbases_met_criteria", "conjugate", "create", "eigh_with_fallback", "for_model",
     "fp32_matmul_precision", "get_eigenbasis_eigh", "get_eigenbasis_qr", "init_kronecker_factors",
     "orthogonal_iteration", "precondition", "recipe", "route", "update_eigenbasis_and_exp_avgs",
     "update_kronecker_factors", "update_kronecker_factors_kl_shampoo",
