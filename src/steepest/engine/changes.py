@@ -9,7 +9,7 @@ compares objects by identity. The rest of this module is for the steps before wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
@@ -55,6 +55,11 @@ class Seen:
                 old = dict(zip(names, values, strict=True)) if group is then else {}
                 changed[n] = {k for k in group.keys() | old.keys() if group.get(k, ABSENT) is not old.get(k, ABSENT)}
         return changed
+
+    def note(self, groups: Sequence[dict[str, Any]], numbers: Iterable[int]) -> None:
+        """Take the options of some groups into the snapshot."""
+        for n in numbers:
+            self.groups[n], self.options[n] = groups[n], (list(groups[n]), list(groups[n].values()))
 
     def same_parameters(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether the groups have the same parameters, with names, shapes, dtypes and devices as before."""
@@ -122,10 +127,10 @@ def form_of(group: Mapping[str, Any]) -> Form:
     return tuple((name, group[name]) for name in names)
 
 
-def changed_form(laid: Mapping[Tensor, Laid], groups: Iterable[Mapping[str, Any]]) -> bool:
-    """Return whether options that lay out state have changed in one of these groups."""
-    forms = [(form_of(group), group["params"]) for group in groups]
-    return any(laid[p].form != form for form, params in forms for p in params if p in laid)
+def changed_form(laid: Mapping[Tensor, Laid], group: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Return whether options of a group that lay out state have changed; ``names`` are those that may have."""
+    form = form_of(group)
+    return not dict(form).keys().isdisjoint(names) and any(laid[p].form != form for p in group["params"] if p in laid)
 
 
 def check_rule(number: int, group: Mapping[str, Any], laid: Mapping[Tensor, Laid]) -> None:

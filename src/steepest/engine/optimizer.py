@@ -237,13 +237,15 @@ class Optimizer(torch.optim.Optimizer):
             if "rule" in names:
                 check_rule(number, groups[number], roster.laid)
             check_options(groups[number])
-        if not same_parameters or changed_form(roster.laid, [groups[number] for number in changed]):
+        if not same_parameters or any(changed_form(roster.laid, groups[n], names) for n, names in changed.items()):
             self._lay_out_anew()
-        else:
-            if not same_state:
-                self._take_in_entries()
-            roster.read_options(groups, changed)
-        self._show()
+            self._show()
+            return
+        roster.read_options(groups, changed)
+        self._seen.note(groups, changed)
+        if not same_state:
+            self._take_in_entries()
+            self._show()
 
     def _take_in_entries(self) -> None:
         """Copy the entries that others have put into the state, and make those anew that they have deleted."""
