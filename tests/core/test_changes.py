@@ -317,7 +317,7 @@ def test_a_gradient_of_the_old_shape_is_refused():
         opt.step()
 
 
-@pytest.mark.parametrize(("start", "then"), permutations([torch.float32, torch.bfloat16, torch.float64], 2))
+@pytest.mark.parametrize(("start", "then"), list(permutations([torch.float32, torch.bfloat16, torch.float64], 2)))
 def test_state_follows_the_dtype_of_the_weights(rule, start, then):
     params = parameters(start)
     opt = optimizer(params, rule, weight_decay=0.0)
