@@ -49,7 +49,8 @@ def detached(state_dict: dict[str, Any]) -> dict[str, Any]:
 def copied(entries: Any, read: Callable[[Tensor], Tensor] = lambda saved: saved) -> Any:
     """Return a copy of a parameter's state, or of anything else that others have put there; ``read`` reads tensors."""
     if isinstance(entries, Tensor):
-        return read(entries).detach().clone()
+        x = read(entries)
+        return (x.detach() if x.requires_grad else x).clone()
     if isinstance(entries, dict):
         return {name: copied(value, read) for name, value in entries.items()}
     return copy.deepcopy(entries)
