@@ -176,6 +176,18 @@ def test_an_entry_that_does_not_fit_is_refused_and_nothing_moves(name, value, me
     train(opt, params, 2)
 
 
+def test_no_graph_gets_into_the_state():
+    params = parameters()
+    opt = optimizer(params, "soap")
+    opt.state[params[0]]["exp_avg"] = params[0] * 2
+    opt.state_dict()
+    assert not opt.state[params[0]]["exp_avg"].requires_grad
+    params[1].data = params[1].data.double()
+    opt.state[params[1]]["exp_avg"] = params[1] * 2
+    opt.state_dict()
+    assert not opt.state[params[1]]["exp_avg"].requires_grad
+
+
 def test_a_count_may_be_set_as_a_number():
     params = parameters()
     opt = optimizer(params, "soap")

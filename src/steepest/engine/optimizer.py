@@ -247,6 +247,7 @@ class Optimizer(torch.optim.Optimizer):
             self._take_in_entries()
             self._show()
 
+    @torch.no_grad()
     def _take_in_entries(self) -> None:
         """Copy the entries that others have put into the state, and make those anew that they have deleted."""
         roster = self._roster
@@ -279,6 +280,7 @@ class Optimizer(torch.optim.Optimizer):
         self._fill(values)
         remove(self.state, gone, old.laid, self._roster.laid)
 
+    @torch.no_grad()
     def _fill(self, values: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """Lay out state for all parameters, and fill in these values."""
         self._roster = roster = Roster()
