@@ -24,7 +24,8 @@ from steepest.optimizers import group_options
 from steepest.recipes import unfold_elementwise
 from steepest.routing import audit
 from steepest.routing.classify import Overrides, classify, is_matrix_rule, resolve_overrides
-from steepest.routing.survey import find_heads, survey
+from steepest.routing.heads import find_heads
+from steepest.routing.survey import survey
 from steepest.routing.table import Routing, Row
 
 __all__ = ["Overrides", "Routing", "Row", "for_model", "route"]
@@ -68,7 +69,7 @@ def route(
         elementwise = rule
     heads = find_heads(model, leaves)
     resolved = resolve_overrides(overrides or {}, leaves)
-    rows = tuple(classify(leaf, rule, elementwise, heads, resolved.get(id(leaf.param), {})) for leaf in trainable)
+    rows = tuple(classify(leaf, rule, elementwise, heads.why, resolved.get(id(leaf.param), {})) for leaf in trainable)
     return Routing(rows, tuple(audit.warnings(leaves, rows, heads, resolved, rule, elementwise)), rule, elementwise)
 
 

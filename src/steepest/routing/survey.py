@@ -1,4 +1,4 @@
-"""A survey of a model's parameters: which modules hold them, under which names, and which produce the outputs.
+"""A survey of a model's parameters: which modules hold them, and under which names.
 
 Routing decides by modules and positions, since a local name says little: there is a ``weight`` in every layer, but only
 one "weight of the Linear that is the last projection of the model".
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -81,11 +81,6 @@ class Place:
         return self.local == "weight" and self.param.ndim >= 2 and not (self.is_embedding or self.is_norm)
 
     @property
-    def is_in_layers(self) -> bool:
-        """Whether the parameter belongs to one of several equal layers, such as the blocks of a transformer."""
-        return any(_is_list_of_layers(row, layer) for row, layer in zip(self.path, self.path[1:-1], strict=False))
-
-    @property
     def widths(self) -> tuple[int, int]:
         """The numbers of outputs and inputs of a projection."""
         rows, columns = self.param.shape[0], self.param.shape[1]
@@ -121,23 +116,9 @@ def survey(model: nn.Module) -> list[Leaf]:
     return [Leaf(**vars(places[0]), places=tuple(places)) for places in leaves.values()]
 
 
-def find_heads(model: nn.Module, leaves: Sequence[Leaf]) -> dict[int, str]:
-    """Return the ids of the parameters that produce the model's outputs, each with how it was found.
-
-    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    >>> heads = find_heads(model, survey(model))
-    >>> [heads.get(id(p)) for p in model.parameters()]
-    [None, None, 'output head: the last projection', None]
-    """
-    # Places are put in the order of modules; a tied head has a place of its own, though its parameter comes first.
-    order = {id(module): i for i, module in enumerate(model.modules())}
-    projections = [place for leaf in leaves for place in leaf.places if place.is_projection and not place.is_lora]
-    projections.sort(key=lambda place: order[id(place.owner)])
-
-    heads = {id(place.param): "output head: its outputs feed nothing" for place in _unread(model, projections)}
-    if projections and not projections[-1].is_in_layers:
-        heads[id(projections[-1].param)] = "output head: the last projection"
-    return heads | _declared_heads(model)
+def is_in_layers(path: Sequence[nn.Module]) -> bool:
+    """Return whether the last module of a path is within one of several equal layers, as a transformer's blocks are."""
+    return any(_is_list_of_layers(row, layer) for row, layer in pairwise(path[:-1]))
 
 
 def stores_inputs_first(module: nn.Module) -> bool:
@@ -179,52 +160,3 @@ def _is_list_of_layers(row: nn.Module, layer: nn.Module) -> bool:
     if not isinstance(row, nn.Sequential) or isinstance(layer, nn.Sequential):
         return False
     return sum(type(sibling) is type(layer) for sibling in row) > 1
-
-
-def _unread(model: nn.Module, projections: Sequence[Place]) -> list[Place]:
-    """Return the heads beside the last projection: they read the same features, and no layer reads their outputs.
-
-    This finds the policy of an actor-critic model beside its value, and heads that are defined before the body.
-    """
-    if not projections:
-        return []
-    last = projections[-1]
-    features = last.widths[0] if last.is_in_layers else last.widths[1]
-    holders = {id(_unwrapped(model)), id(last.parent)}
-    read = {place.widths[1] for place in projections}
-    return [
-        place
-        for place in projections
-        if isinstance(place.owner, nn.Linear) and not place.is_in_layers and id(place.parent) in holders
-        if place.widths[1] == features and read.isdisjoint(_readable_widths(place.widths[0]))
-    ]
-
-
-def _readable_widths(width: int) -> set[int]:
-    """Return the widths at which outputs may be read: all of them, fused gate and up, or fused query, key and value.
-
-    >>> sorted(_readable_widths(192))
-    [64, 96, 192]
-    """
-    return {width // parts for parts in (1, 2, 3) if width % parts == 0}
-
-
-def _declared_heads(model: nn.Module) -> dict[int, str]:
-    """Return the heads that Hugging Face models name in ``get_output_embeddings()``."""
-    heads: dict[int, str] = {}
-    for module in model.modules():
-        get_head = getattr(module, "get_output_embeddings", None)
-        head = None
-        # Backbones without text inherit the method, and raise.
-        with suppress(NotImplementedError, AttributeError):
-            head = get_head() if callable(get_head) else None
-        if isinstance(head, nn.Module):
-            heads |= {id(p): "output head: get_output_embeddings()" for p in head.parameters() if p.ndim >= 2}
-    return heads
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside wrappers (DDP, torch.compile, PEFT), which hold nothing but one module."""
-    while not model._parameters and len(children := list(model.children())) == 1 and list(children[0].children()):
-        model = children[0]
-    return model
