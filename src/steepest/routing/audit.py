@@ -26,6 +26,11 @@ def refuse(leaf: Leaf) -> None:
             f"{leaf.name} is {param.dtype}: no rule takes complex parameters; hold it as a real one "
             "(torch.view_as_real) or freeze it (requires_grad_(False))"
         )
+    if any(place.is_embedding and getattr(place.owner, "sparse", False) for place in leaf.places):
+        raise ValueError(
+            f"{leaf.name} is an embedding with sparse=True: only dense gradients can be optimized; build it with "
+            "sparse=False"
+        )
     if not param.is_floating_point():
         raise ValueError(f"{leaf.name} is {param.dtype}: only floating-point parameters can be optimized; freeze it")
 

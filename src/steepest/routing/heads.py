@@ -25,6 +25,8 @@ NETWORK = re.compile(
 """Names of networks that have outputs of their own, though others may read them: an actor's, a generator's."""
 STAGE = re.compile(r"(^|_)(encoders?|decoders?|backbone|body|trunk|stem|neck|features?|extractor|embed\w*)(_|\d|$)")
 """Names of stages, whose outputs the next one reads."""
+MODULATION = re.compile(r"modulat|ada_?ln|film", re.IGNORECASE)
+"""Names of layers that make shifts and scales, which often are declared last."""
 UNREAD = "output head: its outputs feed nothing"
 
 
@@ -80,7 +82,8 @@ def find_heads(model: nn.Module, leaves: Sequence[Leaf]) -> Heads:
     found = weights(model, leaves)
     why: dict[int, str] = {}
     doubts: dict[int, str] = {}
-    if projections := [weight for weight in found if weight.place.is_projection]:
+    projections = [weight for weight in found if weight.place.is_projection]
+    if projections := [weight for weight in projections if not MODULATION.search(weight.place.name)]:
         search = _Search(_unwrapped(model), found, projections[-1])
         for part in search.parts:
             last = part.last
@@ -103,7 +106,7 @@ class _Search:
             self.depth += 1
         self.final = None if self._is_in_layers(declared_last) else declared_last
         lists = [child for child in root.children() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
-        self.holders = [root, declared_last.place.parent, *lists]
+        self.holders = [*declared_last.place.path[self.depth : -1], *lists]
 
     def judge(self, part: Part, last: Weight, doubts: dict[int, str]) -> str | None:
         """Return why the last projection of a part is a head, or None if it isn't one; note what is doubtful."""
@@ -164,7 +167,7 @@ class _Search:
 
     def _is_early(self, part: Part, why: Mapping[int, str], final: Weight) -> bool:
         """Return whether a part is a head that may read the final projection, declared before all that it may read."""
-        if part.last is None or final in part.weights or not part.weights[0].may_read(final):
+        if part.last is None or final in part.weights or part.weights[0].reads != final.makes:
             return False
         if id(part.last.place.param) not in why and not (part.is_layer and part.is_named(HEAD)):
             return False
@@ -182,13 +185,13 @@ class _Search:
         if readers or not after:
             return readers
         if last.is_convolution:  # branches' channels are joined everywhere
-            return after[:1] if after[0].reads > last.makes else []
+            return [after[0]] if after[0].reads > last.makes else []
         makes = [p.last.makes for p in self.parts if p.parent is part.parent and p is not part and p.last]
         widths = {*makes, part.weights[0].reads}
         return [
             weight
             for weight in after
-            if weight.reads != part.weights[0].reads and self._is_open(weight, part)
+            if weight.reads != part.weights[0].reads and not weight.is_convolution and self._is_open(weight, part)
             if may_be_joined(last.makes, widths, weight.reads)
         ]
 
@@ -242,8 +245,8 @@ def _declared_heads(model: nn.Module) -> dict[int, str]:
     heads: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, nn.AdaptiveLogSoftmaxWithLoss):
-            rows = [module.head, *(cluster[-1] for cluster in module.tail)]
-            heads |= {id(layer.weight): "output head: one row for each class" for layer in rows}
+            ends = [module.head, *(list(cluster.children())[-1] for cluster in module.tail)]
+            heads |= {id(layer.weight): "output head: one row for each class" for layer in ends}
         get_head = getattr(module, "get_output_embeddings", None)
         head = None
         # Backbones without text inherit the method, and raise.

@@ -7,7 +7,7 @@ one "weight of the Linear that is the last projection of the model".
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,6 +16,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+GATE = re.compile(r"(^|_)(gates?|gating|selector|switch)(_|$)", re.IGNORECASE)
+"""Names of layers that choose among the modules beside them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +75,13 @@ class Place:
     @property
     def is_lora(self) -> bool:
         """Whether the parameter is a factor of a low-rank adapter."""
-        return re.search(r"(^|\.)lora_[ab](\.|$)", self.name.lower()) is not None
+        return re.search(r"(^|[._])lora_(embedding_)?(a|b|down|up)(\.|$)", self.name.lower()) is not None
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether a module of a user's own holds the parameter, so that nothing but its name and shape tell of it."""
+        known = isinstance(self.owner, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
+        return not known and not type(self.owner).__module__.startswith("torch.nn")
 
     @property
     def is_projection(self) -> bool:
@@ -102,6 +110,25 @@ class Leaf(Place):
         return next((place for place in self.places if not place.is_embedding), None)
 
 
+def joined(model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]) -> nn.Module:
+    """Return the one module that is given, or one that holds the given ones under their keys or indices.
+
+    >>> [name for name, _ in joined({"actor": nn.Linear(2, 3), "critic": nn.Linear(2, 1)}).named_parameters()]
+    ['actor.weight', 'actor.bias', 'critic.weight', 'critic.bias']
+    """
+    if isinstance(model, nn.Module):
+        return model
+    members = model if isinstance(model, Mapping) else dict(enumerate(model)) if isinstance(model, list | tuple) else {}
+    if not members or not all(isinstance(member, nn.Module) for member in members.values()):
+        raise TypeError(
+            f"model={type(model).__name__}: must be a module, or a list or dict of modules, since modules tell what a "
+            "parameter is; pass the model itself, not its parameters (which steepest.create takes)"
+        )
+    holder = nn.Module()
+    holder._modules |= {str(name): member for name, member in members.items()}  # names that add_module refuses, too
+    return holder
+
+
 def survey(model: nn.Module) -> list[Leaf]:
     """Return all parameters of a model, frozen ones included, in the order of ``named_parameters``.
 
@@ -126,20 +153,39 @@ def stores_inputs_first(module: nn.Module) -> bool:
     return isinstance(module, TRANSPOSED_CONVOLUTIONS) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
-def count_experts(block: nn.Module) -> int | None:
-    """Return the number of experts directly in a block: modules in a list, or the leading dimension of 3-D weights."""
+def count_experts(block: nn.Module, gate: str = "") -> int | None:
+    """Return the number of experts directly in a block: modules in a list, or the leading dimension of 3-D weights.
+
+    A list of modules beside a layer that is named as a gate needs no name of its own.
+    """
+    is_gate = GATE.search(gate) is not None
     for name, child in block.named_children():
-        if "expert" not in name.lower():
-            continue
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+        named = "expert" in name.lower()
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) and (named or is_gate):
             return len(child)
-        for param in child.parameters():
+        for param in child.parameters() if named else ():
             if param.ndim == 3:
                 return param.shape[0]
     return None
 
 
-def _places(module: nn.Module, prefix: str, above: tuple[nn.Module, ...]) -> Iterator[Place]:
+def routes(gate: Tensor, experts: Tensor) -> bool:
+    """Return whether a matrix has a row for each of a stack of experts, and reads what they read or make.
+
+    >>> import torch
+    >>> routes(torch.empty(4, 16), torch.empty(4, 24, 16)), routes(torch.empty(4, 16), torch.empty(24, 4, 16))
+    (True, False)
+    """
+    return gate.ndim == 2 and experts.ndim == 3 and len(gate) == len(experts) and gate.shape[1] in experts.shape[1:]
+
+
+def neighbours(place: Place) -> Iterator[Place]:
+    """Yield the parameters of the modules around a place, and of the modules directly within these."""
+    for block in place.path[-3:]:
+        yield from _places(block, "", (), depth=1)
+
+
+def _places(module: nn.Module, prefix: str, above: tuple[nn.Module, ...], depth: int = -1) -> Iterator[Place]:
     for local, param in module._parameters.items():
         if param is None:
             continue
@@ -150,8 +196,8 @@ def _places(module: nn.Module, prefix: str, above: tuple[nn.Module, ...]) -> Ite
             yield Place(f"{prefix}{local}", param, path[:-2], prefix.split(".")[-2])
         else:
             yield Place(f"{prefix}{local}", param, path, local)
-    for local, child in module.named_children():
-        yield from _places(child, f"{prefix}{local}.", (*above, module))
+    for local, child in module.named_children() if depth else ():
+        yield from _places(child, f"{prefix}{local}.", (*above, module), depth - 1)
 
 
 def _is_list_of_layers(row: nn.Module, layer: nn.Module) -> bool:

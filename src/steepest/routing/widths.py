@@ -45,10 +45,10 @@ class Weight:
         """
         if self.reads == 0:
             return False
+        if self.is_convolution and not other.is_convolution:  # folded into pixels
+            return other.makes == self.reads or (other.makes >= FEWEST_PIXELS and other.makes % self.reads == 0)
         if other.is_convolution and not self.is_convolution:  # pixels, flattened
             return self.reads % other.makes == 0
-        if self.is_convolution and not other.is_convolution and other.makes >= FEWEST_PIXELS:  # folded into pixels
-            return other.makes % self.reads == 0
         return any(other.makes == blocks * self.reads for blocks in BLOCKS)
 
 
