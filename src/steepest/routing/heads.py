@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from steepest.routing.layout import ATTENTION
 from steepest.routing.survey import Leaf, is_in_layers
 from steepest.routing.widths import Weight, may_be_joined, weights
 
@@ -27,7 +28,6 @@ STAGE = re.compile(r"(^|_)(encoders?|decoders?|backbone|body|trunk|stem|neck|fea
 """Names of stages, whose outputs the next one reads."""
 MODULATION = re.compile(r"modulat|ada_?ln|film", re.IGNORECASE)
 """Names of layers that make shifts and scales, which often are declared last."""
-UNREAD = "output head: its outputs feed nothing"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Part:
     @property
     def last(self) -> Weight | None:
         """Its last projection; None if that belongs to one of several equal layers."""
-        projections = [weight for weight in self.weights if weight.place.is_projection]
+        projections = [weight for weight in self.weights if _is_candidate(weight)]
         if not projections or is_in_layers(projections[-1].place.path[len(self.above) :]):
             return None
         return projections[-1]
@@ -80,128 +80,155 @@ def find_heads(model: nn.Module, leaves: Sequence[Leaf]) -> Heads:
     [None, None, 'output head: the last projection', None]
     """
     found = weights(model, leaves)
-    why: dict[int, str] = {}
-    doubts: dict[int, str] = {}
-    projections = [weight for weight in found if weight.place.is_projection]
-    if projections := [weight for weight in projections if not MODULATION.search(weight.place.name)]:
-        search = _Search(_unwrapped(model), found, projections[-1])
-        for part in search.parts:
-            last = part.last
-            if last and last is not search.final and (reason := search.judge(part, last, doubts)):
-                why.setdefault(id(last.place.param), reason)
-        search.judge_final(why, doubts)
-    return Heads(why | _declared_heads(model), doubts)
+    projections = [weight for weight in found if _is_candidate(weight)]
+    if not projections:
+        return Heads(_declared_heads(model))
+    search = _Search(_unwrapped(model), found, projections[-1])
+    search.judge_networks()
+    search.judge_layers()
+    search.judge_final()
+    return Heads(search.why | _declared_heads(model), search.doubts)
 
 
 class _Search:
-    """A search for heads among the parts of a model."""
+    """A search for heads among the parts of a model: of networks within it, of layers, and the one declared last."""
 
-    def __init__(self, root: nn.Module, found: Sequence[Weight], declared_last: Weight) -> None:
-        self.root, self.weights, self.declared_last = root, found, declared_last
+    def __init__(self, root: nn.Module, found: Sequence[Weight], final: Weight) -> None:
+        self.root, self.weights, self.final = root, found, final
+        self.why: dict[int, str] = {}
+        self.doubts: dict[int, str] = {}
         self.position = {id(weight): i for i, weight in enumerate(found)}
-        self.depth = declared_last.place.path.index(root)
+        self.depth = final.place.path.index(root)
         """The number of modules around the root; one more where the root is a list of networks, which are no layers."""
-        self.parts = list(_parts(root, "", declared_last.place.path[: self.depth], _by_module(found)))
+        self.parts = list(_parts(root, "", final.place.path[: self.depth], _by_module(found)))
         if isinstance(root, nn.ModuleList) and not all(_keeps_width(p) for p in self.parts if p.parent is root):
             self.depth += 1
-        self.final = None if self._is_in_layers(declared_last) else declared_last
         lists = [child for child in root.children() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
-        self.holders = [*declared_last.place.path[self.depth : -1], *lists]
+        self.holders = [*final.place.path[self.depth : -1], *lists]
+        """The modules in which a layer may be a head: those around other heads, and lists of heads."""
 
-    def judge(self, part: Part, last: Weight, doubts: dict[int, str]) -> str | None:
-        """Return why the last projection of a part is a head, or None if it isn't one; note what is doubtful."""
-        readers = self._readers(part, last)
-        if part.is_layer:
-            return self._judge_layer(part, last, readers)
+    def judge_networks(self) -> None:
+        """Find the last projections of networks that are heads."""
+        for part in self.parts:
+            last = part.last
+            if last is None or part.is_layer or (last is self.final and not self._is_in_layers(last)):
+                continue
+            if reason := self._why_of_network(part, last):
+                self.why.setdefault(id(last.place.param), reason)
+                self.holders += [*part.above[self.depth :], *last.place.path[len(part.above) : -1]]
+
+    def judge_layers(self) -> None:
+        """Find layers of their own that are heads: they read what others make, and their outputs feed nothing."""
+        for part in self.parts:
+            last = part.last
+            if last is None or not part.is_layer or last is self.final or part.parent not in self.holders:
+                continue
+            if ATTENTION.search(f"{part.name} {type(part.parent).__name__}"):
+                continue
+            outside = (weight for weight in self.weights if weight is not last)
+            if not isinstance(last.place.owner, nn.Linear) or not any(last.may_read(weight) for weight in outside):
+                continue
+            if not self._readers(part, last):
+                self.why.setdefault(id(last.place.param), "output head: its outputs feed nothing")
+            elif part.parent is self.final.place.parent and _named_alike(last, self.final):
+                self.why.setdefault(id(last.place.param), "output head: by its name")
+
+    def judge_final(self) -> None:
+        """Take the projection that is declared last for a head, unless a head may read it that is declared first."""
+        final, param = self.final, id(self.final.place.param)
+        if self._is_in_layers(final):
+            return
+        parts = [part for part in self.parts if part.parent is self.root]
+        around = [part for part in parts if final in part.weights]
+        early = [part for part in parts if self._is_early(part)]
+        for part in early:
+            if part.last and part.is_named(HEAD):
+                self.why.setdefault(id(part.last.place.param), "output head: by its name")
+        if early and (any(part.is_named(HEAD) for part in early) or any(part.is_named(STAGE) for part in around)):
+            return
+        is_head = not any(part.is_layer for part in early)
+        if is_head:
+            self.why[param] = "output head: the last projection"
+        if early and not any(part.is_named(NETWORK) for part in (*around, *early)):
+            self.doubts[param] = (
+                f"is declared last, but {early[0].weights[0].place.name} may read its outputs; "
+                f"it is taken for {'an output head' if is_head else 'a hidden matrix'}"
+            )
+
+    def _why_of_network(self, part: Part, last: Weight) -> str | None:
+        """Return why the last projection of a network is a head, or None if it isn't one; note a doubt."""
         reason = f"output head: the last projection of {part.name}"
+        readers = self._readers(part, last)
         if not readers:
             return reason
-        if self._is_in_layers(last) or any(self._is_layer_beside(reader, part) for reader in readers):
+        is_read_by_layer = any(p.is_layer and p.parent in part.above and p.weights[0] in readers for p in self.parts)
+        if is_read_by_layer or self._is_in_layers(last) or part.is_named(STAGE):
             return None
         if part.is_named(NETWORK):
             return reason
-        if part.parent is not self.root or _has_forward(self.root) or part.is_named(STAGE):
+        if part.parent is not self.root or _has_forward(self.root):
             return None
         if taking := [reader for reader in readers if self._is_open(reader, part)]:
-            doubts[id(last.place.param)] = (
+            self.doubts[id(last.place.param)] = (
                 f"is the last projection of {part.name}, but {taking[0].place.name} may read its outputs; "
                 "it is taken for an output head"
             )
         return reason
 
-    def judge_final(self, why: dict[int, str], doubts: dict[int, str]) -> None:
-        """Add the projection that is declared last, unless a head that was declared before the body may read it."""
-        if self.final is None:
-            return
-        final, param = self.final, id(self.final.place.param)
-        parts = [part for part in self.parts if part.parent is self.root]
-        around = [part for part in parts if final in part.weights]
-        early = [part for part in parts if self._is_early(part, why, final)]
-        named = [part for part in early if part.is_named(HEAD)]
-        for part in named:
-            assert part.last
-            why.setdefault(id(part.last.place.param), "output head: by its name")
-        if named or (early and any(part.is_named(STAGE) for part in around)):
-            return
-        networks = all(not part.is_layer for part in early)
-        if networks:
-            why[param] = "output head: the last projection"
-        if early and not any(part.is_named(NETWORK) for part in (*around, early[0])):
-            doubts[param] = (
-                f"is declared last, but {early[0].weights[0].place.name} may read its outputs; "
-                f"it is taken for {'an output head' if networks else 'a hidden matrix'}"
-            )
-
-    def _judge_layer(self, part: Part, last: Weight, readers: Sequence[Weight]) -> str | None:
-        """Return why a layer of its own is a head: it reads what others make, and its outputs feed nothing."""
-        outside = (weight for weight in self.weights if weight is not last)
-        if not (isinstance(last.place.owner, nn.Linear) and part.parent in self.holders):
-            return None
-        if not any(last.may_read(weight) for weight in outside):
-            return None
-        if not readers:
-            return UNREAD
-        name, final = (HEAD.search(weight.place.name.rpartition(".")[0]) for weight in (last, self.declared_last))
-        beside = part.parent is self.declared_last.place.parent
-        return "output head: by its name" if beside and name and final and name[1] == final[1] else None
-
-    def _is_early(self, part: Part, why: Mapping[int, str], final: Weight) -> bool:
+    def _is_early(self, part: Part) -> bool:
         """Return whether a part is a head that may read the final projection, declared before all that it may read."""
-        if part.last is None or final in part.weights or part.weights[0].reads != final.makes:
+        first, last = part.weights[0], part.last
+        if last is None or self.final in part.weights or first.reads != self.final.makes:
             return False
-        if id(part.last.place.param) not in why and not (part.is_layer and part.is_named(HEAD)):
+        if id(last.place.param) not in self.why and not (part.is_layer and part.is_named(HEAD)):
             return False
-        before = self.weights[: self.position[id(part.weights[0])]]
-        return not any(part.weights[0].may_read(weight) for weight in before)
+        return self._reads_what_nothing_makes(first)
 
     def _readers(self, part: Part, last: Weight) -> list[Weight]:
         """Return the weights outside a part that may read its outputs."""
-        outside = [weight for weight in self.weights if weight not in part.weights]
+        own, first = {id(weight) for weight in part.weights}, part.weights[0]
         after = self.weights[self.position[id(part.weights[-1])] + 1 :]
-        readers = [weight for weight in outside if weight.may_read(last)]
-        # Towers have outputs of one width, which may be that of the other's hidden layers, too.
-        if not part.is_layer and last.makes == self.declared_last.makes and not _keeps_width(part):
-            readers = [weight for weight in readers if self._is_open(weight, part)]
+        readers = [
+            weight
+            for weight in self.weights
+            if id(weight) not in own and weight.may_read(last)
+            if weight.reads == last.makes or self._is_open(weight, part)
+        ]
+        if not part.is_layer:
+            readers = [weight for weight in readers if not self._reads_inputs(weight, part, last)]
+            # Towers have outputs of one width, which may be that of the other's hidden layers, too.
+            if last.makes == self.final.makes and first.reads != last.makes:
+                readers = [weight for weight in readers if self._is_open(weight, part)]
         if readers or not after:
             return readers
         if last.is_convolution:  # branches' channels are joined everywhere
             return [after[0]] if after[0].reads > last.makes else []
-        makes = [p.last.makes for p in self.parts if p.parent is part.parent and p is not part and p.last]
-        widths = {*makes, part.weights[0].reads}
+        widths = {p.last.makes for p in self.parts if p.parent is part.parent and p is not part and p.last}
         return [
             weight
             for weight in after
-            if weight.reads != part.weights[0].reads and not weight.is_convolution and self._is_open(weight, part)
-            if may_be_joined(last.makes, widths, weight.reads)
+            if weight.reads != first.reads and not weight.is_convolution and self._is_open(weight, part)
+            if may_be_joined(last.makes, {*widths, first.reads}, weight.reads)
         ]
 
-    def _is_open(self, weight: Weight, part: Part) -> bool:
-        """Return whether a weight reads what no weight makes in its own network beside a part."""
-        networks = [p for p in self.parts if p.parent is part.parent and weight in p.weights]
-        return not any(weight.reads == other.makes for p in networks for other in p.weights if other is not weight)
+    def _reads_inputs(self, weight: Weight, part: Part, last: Weight) -> bool:
+        """Return whether a weight seems to read the model's inputs, as a part does, or as a network declared before."""
+        first = part.weights[0]
+        if weight.reads == first.reads != last.makes:
+            return self._reads_what_nothing_makes(first)
+        is_before = self.position[id(weight)] < self.position[id(first)]
+        beside = [p for p in self.parts if p.parent is part.parent and weight is p.weights[0] and not p.is_layer]
+        return is_before and bool(beside) and self._reads_what_nothing_makes(weight)
 
-    def _is_layer_beside(self, weight: Weight, part: Part) -> bool:
-        return any(p.is_layer and p.parent in part.above and weight in p.weights for p in self.parts)
+    def _reads_what_nothing_makes(self, weight: Weight) -> bool:
+        """Return whether no weight that is declared before one makes what it reads."""
+        return not any(weight.may_read(other) for other in self.weights[: self.position[id(weight)]])
+
+    def _is_open(self, weight: Weight, part: Part) -> bool:
+        """Return whether a weight reads what no weight before it makes in its own network, which is beside a part."""
+        networks = [p for p in self.parts if p.parent is part.parent and weight in p.weights]
+        before = [other for p in networks for other in p.weights[: p.weights.index(weight)]]
+        return not any(weight.reads == other.makes for other in before)
 
     def _is_in_layers(self, weight: Weight) -> bool:
         """Return whether a weight belongs to one of several equal layers, such as the blocks of a transformer."""
@@ -223,6 +250,10 @@ def _parts(
             yield from _parts(child, f"{name}{local}.", above, inside)
 
 
+def _is_candidate(weight: Weight) -> bool:
+    return weight.place.is_projection and not MODULATION.search(weight.place.name)
+
+
 def _by_module(found: Sequence[Weight]) -> dict[int, list[Weight]]:
     inside: dict[int, list[Weight]] = {}
     for weight in found:
@@ -233,6 +264,12 @@ def _by_module(found: Sequence[Weight]) -> dict[int, list[Weight]]:
 
 def _keeps_width(part: Part) -> bool:
     return part.last is not None and part.weights[0].reads == part.last.makes
+
+
+def _named_alike(*weights: Weight) -> bool:
+    """Return whether the layers of weights have names of heads with the same last word: visual and text projection."""
+    found = [HEAD.search(weight.place.name.rpartition(".")[0]) for weight in weights]
+    return None not in found and len({match[1] for match in found if match}) == 1
 
 
 def _has_forward(module: nn.Module) -> bool:
