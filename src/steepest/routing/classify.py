@@ -15,7 +15,7 @@ from torch import nn
 
 from steepest.optimizers import group_options
 from steepest.routing.layout import TABLE_NAMES, Layout, find_layout
-from steepest.routing.survey import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Leaf, count_experts, neighbours, routes
+from steepest.routing.survey import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Leaf, around, count_experts, is_own, routes
 from steepest.routing.table import Row
 from steepest.rule import Rule
 from steepest.rules import RULES
@@ -40,8 +40,9 @@ def _is_router(leaf: Leaf) -> bool:
         return False
     if any(count_experts(block, leaf.last_names[0]) == leaf.param.shape[0] for block in leaf.path[-3:-1]):
         return True
-    gates = (leaf.param, leaf.param.mT) if leaf.is_bare else (leaf.param,)
-    return any(place.is_bare and routes(gate, place.param) for place in neighbours(leaf) for gate in gates)
+    stacks = [param for module, param in around(leaf) if param.ndim == 3 and is_own(module)]
+    gates = (leaf.param, leaf.param.mT) if is_own(leaf.owner) else (leaf.param,)
+    return any(routes(gate, stack) for stack in stacks for gate in gates)
 
 
 def _is_depthwise(leaf: Leaf) -> bool:

@@ -8,9 +8,11 @@ contradict it, or allow two readings, the heads come with a doubt, which becomes
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
@@ -57,7 +59,7 @@ class Part:
         """Whether it has one weight."""
         return len(self.weights) == 1
 
-    @property
+    @cached_property
     def last(self) -> Weight | None:
         """Its last projection; None if that belongs to one of several equal layers."""
         projections = [weight for weight in self.weights if _is_candidate(weight)]
@@ -101,6 +103,8 @@ class _Search:
         self.depth = final.place.path.index(root)
         """The number of modules around the root; one more where the root is a list of networks, which are no layers."""
         self.parts = list(_parts(root, "", final.place.path[: self.depth], _by_module(found)))
+        self.part_of = {(id(part.parent), id(weight)): part for part in self.parts for weight in part.weights}
+        self.reading = Counter(weight.reads for weight in found)
         if isinstance(root, nn.ModuleList) and not all(_keeps_width(p) for p in self.parts if p.parent is root):
             self.depth += 1
         lists = [child for child in root.children() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
@@ -158,11 +162,13 @@ class _Search:
     def _why_of_network(self, part: Part, last: Weight) -> str | None:
         """Return why the last projection of a network is a head, or None if it isn't one; note a doubt."""
         reason = f"output head: the last projection of {part.name}"
+        if self._is_in_layers(last) and self._is_read_elsewhere(part, last):
+            return None  # which spares looking for readers of each of many layers
         readers = self._readers(part, last)
         if not readers:
             return reason
-        is_read_by_layer = any(p.is_layer and p.parent in part.above and p.weights[0] in readers for p in self.parts)
-        if is_read_by_layer or self._is_in_layers(last) or part.is_named(STAGE):
+        beside = [self.part_of.get((id(parent), id(reader))) for parent in part.above for reader in readers]
+        if any(other and other.is_layer for other in beside) or self._is_in_layers(last) or part.is_named(STAGE):
             return None
         if part.is_named(NETWORK):
             return reason
@@ -217,8 +223,9 @@ class _Search:
         if weight.reads == first.reads != last.makes:
             return self._reads_what_nothing_makes(first)
         is_before = self.position[id(weight)] < self.position[id(first)]
-        beside = [p for p in self.parts if p.parent is part.parent and weight is p.weights[0] and not p.is_layer]
-        return is_before and bool(beside) and self._reads_what_nothing_makes(weight)
+        beside = self.part_of.get((id(part.parent), id(weight)))
+        is_entry = beside is not None and not beside.is_layer and weight is beside.weights[0]
+        return is_before and is_entry and self._reads_what_nothing_makes(weight)
 
     def _reads_what_nothing_makes(self, weight: Weight) -> bool:
         """Return whether no weight that is declared before one makes what it reads."""
@@ -226,9 +233,14 @@ class _Search:
 
     def _is_open(self, weight: Weight, part: Part) -> bool:
         """Return whether a weight reads what no weight before it makes in its own network, which is beside a part."""
-        networks = [p for p in self.parts if p.parent is part.parent and weight in p.weights]
-        before = [other for p in networks for other in p.weights[: p.weights.index(weight)]]
+        network = self.part_of.get((id(part.parent), id(weight)))
+        before = network.weights[: self.position[id(weight)] - self.position[id(network.weights[0])]] if network else ()
         return not any(weight.reads == other.makes for other in before)
+
+    def _is_read_elsewhere(self, part: Part, last: Weight) -> bool:
+        """Return whether a weight outside of a part reads just as many features as the part makes."""
+        inside = sum(weight.reads == last.makes for weight in part.weights)
+        return last.makes != self.final.makes and self.reading[last.makes] > inside
 
     def _is_in_layers(self, weight: Weight) -> bool:
         """Return whether a weight belongs to one of several equal layers, such as the blocks of a transformer."""

@@ -17,7 +17,8 @@ from steepest.routing.survey import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
     Place,
-    neighbours,
+    around,
+    is_own,
     routes,
     stores_inputs_first,
 )
@@ -121,10 +122,10 @@ def _attention(place: Place) -> Layout | None:
 
 
 def _experts(place: Place) -> Layout | None:
-    if place.param.ndim != 3 or not place.is_bare or place.param.shape[0] < 2:
+    if place.param.ndim != 3 or not is_own(place.owner) or place.param.shape[0] < 2:
         return None
     words = f"{place.name} {place.kind}".lower()
-    if not ("expert" in words or "moe" in words or any(routes(gate.param, place.param) for gate in neighbours(place))):
+    if not ("expert" in words or "moe" in words or any(routes(gate, place.param) for _, gate in around(place))):
         return None
     view = View(tuple(place.param.shape), merge_dims=False, transpose=_experts_transposed(place))
     rows = view.pieces[0][1]
@@ -229,7 +230,7 @@ def _weight(place: Place) -> Layout | None:
 
 def _bare(place: Place) -> Layout | None:
     """Recognize a parameter of a user's own module by its name."""
-    if place.param.ndim != 2 or type(place.owner).__module__.startswith("torch.nn"):
+    if place.param.ndim != 2 or not is_own(place.owner):
         return None
     if not WEIGHT_NAMES.fullmatch(place.local) or TABLE_NAMES.search(place.local):
         return None

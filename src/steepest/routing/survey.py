@@ -78,12 +78,6 @@ class Place:
         return re.search(r"(^|[._])lora_(embedding_)?(a|b|down|up)(\.|$)", self.name.lower()) is not None
 
     @property
-    def is_bare(self) -> bool:
-        """Whether a module of a user's own holds the parameter, so that nothing but its name and shape tell of it."""
-        known = isinstance(self.owner, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
-        return not known and not type(self.owner).__module__.startswith("torch.nn")
-
-    @property
     def is_projection(self) -> bool:
         """Whether the parameter is the weight by which the owner multiplies its input."""
         return self.local == "weight" and self.param.ndim >= 2 and not (self.is_embedding or self.is_norm)
@@ -179,13 +173,25 @@ def routes(gate: Tensor, experts: Tensor) -> bool:
     return gate.ndim == 2 and experts.ndim == 3 and len(gate) == len(experts) and gate.shape[1] in experts.shape[1:]
 
 
-def neighbours(place: Place) -> Iterator[Place]:
-    """Yield the parameters of the modules around a place, and of the modules directly within these."""
+def around(place: Place) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Yield the parameters of the modules around a place, and of the modules directly within these, and who holds them.
+
+    Lists of layers are left out, since those belong to others.
+    """
     for block in place.path[-3:]:
-        yield from _places(block, "", (), depth=1)
+        for module in () if isinstance(block, nn.ModuleList) else (block, *block.children()):
+            for param in module._parameters.values():
+                if param is not None:
+                    yield module, param
 
 
-def _places(module: nn.Module, prefix: str, above: tuple[nn.Module, ...], depth: int = -1) -> Iterator[Place]:
+def is_own(module: nn.Module) -> bool:
+    """Return whether a module is a user's own, so that nothing but names and shapes tell of its parameters."""
+    known = isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
+    return not known and not type(module).__module__.startswith("torch.nn")
+
+
+def _places(module: nn.Module, prefix: str, above: tuple[nn.Module, ...]) -> Iterator[Place]:
     for local, param in module._parameters.items():
         if param is None:
             continue
@@ -196,8 +202,8 @@ def _places(module: nn.Module, prefix: str, above: tuple[nn.Module, ...], depth:
             yield Place(f"{prefix}{local}", param, path[:-2], prefix.split(".")[-2])
         else:
             yield Place(f"{prefix}{local}", param, path, local)
-    for local, child in module.named_children() if depth else ():
-        yield from _places(child, f"{prefix}{local}.", (*above, module), depth - 1)
+    for local, child in module.named_children():
+        yield from _places(child, f"{prefix}{local}.", (*above, module))
 
 
 def _is_list_of_layers(row: nn.Module, layer: nn.Module) -> bool:
