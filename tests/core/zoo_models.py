@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -356,7 +355,7 @@ def detr(width: int = 16) -> nn.Module:
     )
 
 
-def head_first(**names: Any) -> nn.Module:
+def head_first() -> nn.Module:
     return Net(out=nn.Linear(64, 10), fc1=nn.Linear(32, 64), fc2=nn.Linear(64, 64), fc3=nn.Linear(64, 64))
 
 

@@ -40,9 +40,7 @@ def _is_router(leaf: Leaf) -> bool:
         return False
     if any(count_experts(block, leaf.last_names[0]) == leaf.param.shape[0] for block in leaf.path[-3:-1]):
         return True
-    stacks = [param for module, param in around(leaf) if param.ndim == 3 and is_own(module)]
-    gates = (leaf.param, leaf.param.mT) if is_own(leaf.owner) else (leaf.param,)
-    return any(routes(gate, stack) for stack in stacks for gate in gates)
+    return any(is_own(module) and routes(leaf.owner, leaf.param, param) for module, param in around(leaf))
 
 
 def _is_depthwise(leaf: Leaf) -> bool:

@@ -125,7 +125,7 @@ def _experts(place: Place) -> Layout | None:
     if place.param.ndim != 3 or not is_own(place.owner) or place.param.shape[0] < 2:
         return None
     words = f"{place.name} {place.kind}".lower()
-    if not ("expert" in words or "moe" in words or any(routes(gate, place.param) for _, gate in around(place))):
+    if not ("expert" in words or "moe" in words or any(routes(*gate, place.param) for gate in around(place))):
         return None
     view = View(tuple(place.param.shape), merge_dims=False, transpose=_experts_transposed(place))
     rows = view.pieces[0][1]

@@ -163,14 +163,18 @@ def count_experts(block: nn.Module, gate: str = "") -> int | None:
     return None
 
 
-def routes(gate: Tensor, experts: Tensor) -> bool:
+def routes(holder: nn.Module, gate: Tensor, experts: Tensor) -> bool:
     """Return whether a matrix has a row for each of a stack of experts, and reads what they read or make.
 
     >>> import torch
-    >>> routes(torch.empty(4, 16), torch.empty(4, 24, 16)), routes(torch.empty(4, 16), torch.empty(24, 4, 16))
+    >>> gate = nn.Linear(16, 4)
+    >>> routes(gate, gate.weight, torch.empty(4, 24, 16)), routes(gate, gate.weight, torch.empty(24, 4, 16))
     (True, False)
     """
-    return gate.ndim == 2 and experts.ndim == 3 and len(gate) == len(experts) and gate.shape[1] in experts.shape[1:]
+    if gate.ndim != 2 or experts.ndim != 3:
+        return False
+    shapes = (tuple(gate.shape), tuple(gate.mT.shape)) if is_own(holder) else (tuple(gate.shape),)
+    return any(rows == len(experts) and columns in experts.shape[1:] for rows, columns in shapes)
 
 
 def around(place: Place) -> Iterator[tuple[nn.Module, Tensor]]:
