@@ -49,12 +49,40 @@ def test_heads_within_a_network_among_others() -> None:
     ]
 
 
-def test_outputs_as_wide_as_hidden_layers() -> None:
-    assert heads(nn.ModuleDict({"a": mlp(4, 16, 16), "b": mlp(4, 16, 3)})) == ["a.2.weight", "b.2.weight"]
+@pytest.mark.parametrize("hold", [Held, Net])
+def test_outputs_as_wide_as_hidden_layers(hold: Any) -> None:
+    assert heads(hold(a=mlp(4, 16, 16), b=mlp(4, 16, 3))) == ["a.2.weight", "b.2.weight"]
+
+
+def test_a_time_embedding_is_no_head() -> None:
+    assert heads(Net(time=mlp(8, 16, 16), net=mlp(4, 16, 16, 3))) == ["net.4.weight"]
 
 
 def test_a_frozen_copy_hides_no_head() -> None:
     assert heads(Net(q=mlp(8, 32, 4), target=mlp(8, 32, 4).requires_grad_(False))) == ["q.2.weight"]
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_parametrized_networks(wrap: Any) -> None:
+    def net(outputs: int) -> nn.Module:
+        return nn.Sequential(wrap(nn.Linear(8, 32)), nn.ReLU(), wrap(nn.Linear(32, outputs)))
+
+    found = heads(Net(actor=net(4), critic=net(3)))
+    assert [name.split(".")[:2] for name in found] == [["actor", "2"], ["critic", "2"]]
+
+
+def test_networks_that_share_a_body() -> None:
+    body = mlp(8, 32, 16)
+    assert heads([nn.Sequential(body, nn.Linear(16, 4)), nn.Sequential(body, nn.Linear(16, 3))]) == [
+        "0.1.weight",
+        "1.1.weight",
+    ]
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: Net(model=model, metric=nn.Identity())])
+def test_wrappers_hide_no_network(wrap: Any) -> None:
+    found = heads(wrap(nn.ModuleDict({"actor": mlp(8, 32, 4), "critic": mlp(8, 32, 3)})))
+    assert [name.split(".", 1)[1] for name in found] == ["actor.2.weight", "critic.2.weight"]
 
 
 def test_a_decoder_beside_other_heads() -> None:
@@ -134,6 +162,25 @@ def test_a_head_without_a_name_is_declared_first() -> None:
 def test_a_body_in_one_module_after_its_head(build: Any) -> None:
     model = Net(head=build(), body=mlp(32, 64, 64))
     assert not [name for name in heads(model) if name.startswith("body")]
+    assert not route(model).warnings
+
+
+@pytest.mark.parametrize("first", ["projection", "in_proj", "embedder"])
+def test_what_is_declared_first_may_read_inputs_as_wide_as_the_outputs(first: str) -> None:
+    model = Net(**{first: nn.Linear(64, 32)}, body=mlp(32, 48, 32), out=nn.Linear(32, 64))
+    assert heads(model) == ["out.weight"]
+    assert not route(model).warnings
+
+
+def test_a_classifier_before_an_autoencoder() -> None:
+    model = Net(classifier=mlp(64, 48, 10), encoder=mlp(64, 32, 8), decoder=mlp(8, 32, 64))
+    assert heads(model) == ["classifier.2.weight", "decoder.2.weight"]
+    assert not route(model).warnings
+
+
+def test_a_policy_before_a_model_of_its_inputs() -> None:
+    model = Net(policy=mlp(8, 32, 4), dynamics=mlp(12, 32, 8))
+    assert heads(model) == ["policy.2.weight", "dynamics.2.weight"]
     assert not route(model).warnings
 
 

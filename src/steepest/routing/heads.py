@@ -20,7 +20,9 @@ from steepest.routing.layout import ATTENTION
 from steepest.routing.survey import Leaf, is_in_layers
 from steepest.routing.widths import Weight, may_be_joined, weights
 
-HEAD = re.compile(r"(?:^|_)(heads?|out|outputs?|logits?|classifier|predictor|projection)\d*$", re.IGNORECASE)
+HEAD = re.compile(r"(?:^|_)(heads?|out|outputs?|logits?|classifier)\d*$", re.IGNORECASE)
+BESIDE = re.compile(r"(?:^|_)(heads?|out|outputs?|logits?|classifier|projection)\d*$", re.IGNORECASE)
+"""Names of heads, and of what is one beside another of that name: a text projection beside a visual one."""
 NETWORK = re.compile(
     r"(^|_)(generators?|discriminators?|actors?|critics?|policy|policies|values?|teacher|student|towers?|pi|vf|qf?\d?)"
     r"(_|\d|$)|^(net)?_?[GD](_|$)"
@@ -142,18 +144,23 @@ class _Search:
         final, param = self.final, id(self.final.place.param)
         if self._is_in_layers(final):
             return
-        parts = [part for part in self.parts if part.parent is self.root]
-        around = [part for part in parts if final in part.weights]
-        early = [part for part in parts if self._is_early(part)]
-        for part in early:
-            if part.last and part.is_named(HEAD):
+        beside = [part for part in self.parts if part.parent is self.root]
+        around = [part for part in beside if final in part.weights]
+        early = [part for part in beside if self._is_early(part)]
+        entries = [part.weights[0] for part in beside if not part.is_layer and part not in early]
+        # As many features as the model's inputs have: then a network that is declared first may read those.
+        as_inputs = any(entry.reads == final.makes and self._reads_what_nothing_makes(entry) for entry in entries)
+        is_head = as_inputs or not any(part.is_layer for part in early)
+        if early and not as_inputs and any(part.is_named(HEAD) for part in early):
+            for part in early:
+                assert part.last
                 self.why.setdefault(id(part.last.place.param), "output head: by its name")
-        if early and (any(part.is_named(HEAD) for part in early) or any(part.is_named(STAGE) for part in around)):
             return
-        is_head = not any(part.is_layer for part in early)
+        if early and not as_inputs and any(part.is_named(STAGE) for part in around):
+            return
         if is_head:
             self.why[param] = "output head: the last projection"
-        if early and not any(part.is_named(NETWORK) for part in (*around, *early)):
+        if early and not any(part.is_named(NETWORK) or part.is_named(STAGE) for part in (*around, *early)):
             self.doubts[param] = (
                 f"is declared last, but {early[0].weights[0].place.name} may read its outputs; "
                 f"it is taken for {'an output head' if is_head else 'a hidden matrix'}"
@@ -186,7 +193,8 @@ class _Search:
         first, last = part.weights[0], part.last
         if last is None or self.final in part.weights or first.reads != self.final.makes:
             return False
-        if id(last.place.param) not in self.why and not (part.is_layer and part.is_named(HEAD)):
+        by_name = part.is_layer and part.is_named(HEAD) and not HEAD.search(self.final.place.name.rpartition(".")[0])
+        if id(last.place.param) not in self.why and not by_name:
             return False
         return self._reads_what_nothing_makes(first)
 
@@ -218,14 +226,20 @@ class _Search:
         ]
 
     def _reads_inputs(self, weight: Weight, part: Part, last: Weight) -> bool:
-        """Return whether a weight seems to read the model's inputs, as a part does, or as a network declared before."""
-        first = part.weights[0]
+        """Return whether a weight seems to read the model's inputs, or what its own network makes of the same inputs.
+
+        A part's inputs are the model's if nothing before makes them, and so are those of a network declared before.
+        """
+        first, network = part.weights[0], self.part_of.get((id(part.parent), id(weight)))
+        reads_inputs = self._reads_what_nothing_makes(first)
         if weight.reads == first.reads != last.makes:
-            return self._reads_what_nothing_makes(first)
-        is_before = self.position[id(weight)] < self.position[id(first)]
-        beside = self.part_of.get((id(part.parent), id(weight)))
-        is_entry = beside is not None and not beside.is_layer and weight is beside.weights[0]
-        return is_before and is_entry and self._reads_what_nothing_makes(weight)
+            return reads_inputs
+        if network is None or network.is_layer:
+            return False
+        entry = network.weights[0]
+        if weight is entry:
+            return self.position[id(entry)] < self.position[id(first)] and self._reads_what_nothing_makes(entry)
+        return reads_inputs and entry.reads == first.reads != 0 and not self._is_open(weight, part)
 
     def _reads_what_nothing_makes(self, weight: Weight) -> bool:
         """Return whether no weight that is declared before one makes what it reads."""
@@ -280,7 +294,7 @@ def _keeps_width(part: Part) -> bool:
 
 def _named_alike(*weights: Weight) -> bool:
     """Return whether the layers of weights have names of heads with the same last word: visual and text projection."""
-    found = [HEAD.search(weight.place.name.rpartition(".")[0]) for weight in weights]
+    found = [BESIDE.search(weight.place.name.rpartition(".")[0]) for weight in weights]
     return None not in found and len({match[1] for match in found if match}) == 1
 
 

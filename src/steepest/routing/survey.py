@@ -152,6 +152,8 @@ def count_experts(block: nn.Module, gate: str = "") -> int | None:
 
     A list of modules beside a layer that is named as a gate needs no name of its own.
     """
+    if isinstance(block, nn.ModuleList):
+        return None  # names of its modules are indices
     is_gate = GATE.search(gate) is not None
     for name, child in block.named_children():
         named = "expert" in name.lower()

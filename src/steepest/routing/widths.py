@@ -76,6 +76,8 @@ def _widths(place: Place) -> tuple[int, int] | None:
     owner = place.owner
     if place.param.ndim < 2 or place.param.numel() == 0 or place.is_bias or place.is_norm:
         return None
+    if place.is_vector and ".parametrizations." in f".{place.name}":
+        return None  # the lengths beside a weight under weight norm
     if place.is_embedding:
         return 0, place.param.shape[-1]
     if isinstance(owner, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
