@@ -287,7 +287,7 @@ def test_lora_trains_its_thin_pairs_and_leaves_the_frozen_rest() -> None:
         return Holder(base_layer=base, lora_A=nn.ModuleDict({"default": down}), lora_B=nn.ModuleDict({"default": up}))
 
     model = nn.Sequential(adapted(16, 32), nn.ReLU(), adapted(32, 16), nn.Linear(16, 4).requires_grad_(False))
-    routing = route(model)
+    routing = route(model, "muon")
     assert {row.name: (row.layout, row.why) for row in routing} == {
         "0.lora_A.default.weight": ("2×16", "LoRA factor of rank 2"),
         "0.lora_B.default.weight": ("32×2", "LoRA factor of rank 2"),

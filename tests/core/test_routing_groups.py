@@ -1,14 +1,15 @@
-"""From a routing to an optimizer: overrides, groups, and what is warned about or refused."""
+"""From a routing to an optimizer: overrides, groups, several modules, thin factors."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import steepest
+from steepest.optimizers import NAMES
 from steepest.routing import Routing, for_model, route
 
 
@@ -220,90 +221,69 @@ def test_what_looks_wrong_is_warned_about() -> None:
         for_model(nn.Linear(4, 3), "soap", lr=0.1)
 
 
-# What looks wrong, and what is refused.
+# Several modules, and thin factors.
 
 
-def test_a_tied_embedding_under_a_matrix_rule() -> None:
-    model = Holder(table=nn.Embedding(9, 8), body=nn.Linear(8, 8), head=nn.Linear(8, 9, bias=False))
-    model.head.weight = model.table.weight  # type: ignore[union-attr]
-    assert route(model)["table.weight"].why == "embedding, tied to the output head"
-    assert not route(model).warnings
-    (warning,) = route(model, overrides={"head.weight": "soap"}).warnings
-    assert warning.startswith("table.weight is an embedding and, as head.weight, the output head")
+@pytest.mark.parametrize("several", [list, tuple])
+def test_several_modules_are_one_model(several: Any) -> None:
+    optimizer = for_model(several([mlp(), nn.Linear(3, 3)]), "soap", lr=0.1)
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert sorted(names) == sorted([*(f"0.{name}" for name, _ in mlp().named_parameters()), "1.weight", "1.bias"])
 
 
-@pytest.mark.parametrize("shape", [(0,), (48,)])
-def test_placeholders_of_sharded_weights(shape: tuple[int, ...]) -> None:
-    model = mlp()
-    model[0].weight = nn.Parameter(torch.zeros(shape))
-    routing = route(model)
-    assert routing["0.weight"].rule == "adamw"
-    assert "0.weight stand without their shape" in routing.warnings[0]
+def test_a_dict_of_modules_has_its_keys_as_names() -> None:
+    routing = route({"net.G": mlp(), "type": nn.Linear(3, 2)}, overrides={"net.G.2.*": "adamw"})
+    assert routing["net.G.0.weight"].rule == "soap"
+    assert routing["net.G.2.weight"].rule == routing["type.weight"].rule == "adamw"
 
 
-def test_frozen_parameters_with_gradients() -> None:
-    model = mlp()
-    model(torch.ones(1, 6)).sum().backward()
-    model[0].requires_grad_(False)
-    (warning,) = route(model).warnings
-    assert warning == "0.weight and 1 more have gradients although frozen: they are not optimized"
+def lora(width: int = 64, rank: int = 8) -> nn.Module:
+    def adapted() -> nn.Module:
+        factors = {"lora_A": nn.Linear(width, rank, bias=False), "lora_B": nn.Linear(rank, width, bias=False)}
+        return Holder(base_layer=nn.Linear(width, width).requires_grad_(False), **factors)
+
+    return nn.Sequential(adapted(), adapted(), nn.Linear(width, 3).requires_grad_(False))
 
 
-def test_memory_tied_by_hand() -> None:
-    model = Holder(table=nn.Embedding(9, 8), body=nn.Linear(8, 8), head=nn.Linear(8, 9, bias=False))
-    model.head.weight.data = model.table.weight.data  # type: ignore[union-attr]
-    assert "table.weight and head.weight are two parameters over one memory" in route(model).warnings[0]
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "lion"])
+def test_lora_costs_at_most_three_times_the_state_of_adamw(name: str) -> None:
+    model = lora()
+    optimizer = for_model(model, name, lr=0.01)
+    entries = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+    assert sum(tensor.nbytes for state in states for tensor in state.values()) <= 3 * 8 * entries
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_a_model_on_meta_can_be_routed() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(4096, 4096), nn.Linear(4096, 10))
-    routing = route(model)
-    assert routing["0.weight"].state_bytes == 4 * 6 * 4096**2
-    assert "on the meta device" in routing.warnings[0]
+def test_a_loras_long_side_has_no_basis_unless_overridden() -> None:
+    default, overridden = route(lora()), route(lora(), overrides={"*lora_?.*": {"max_precond_dim": 64}})
+    assert {row.why for row in default} == {"LoRA factor of rank 8, without a basis of its long side"}
+    assert {row.why for row in overridden} == {"override (else LoRA factor of rank 8)"}
+    for routing, names in ((default, ["L", "Q_L"]), (overridden, ["L", "Q_L", "Q_R", "R"])):
+        optimizer = steepest.Optimizer(routing.groups({"lr": 0.1}), rule="soap", lr=0.1)
+        factor = routing["0.lora_A.weight"]
+        state = optimizer.state[factor.param]
+        assert sorted(name for name in state if name[0] in "LRQ") == names
+        assert factor.state_bytes == sum(x.nbytes for name, x in state.items() if name != "step" and x.ndim > 1)
 
 
-def test_thin_matrices_whose_state_dwarfs_them() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(4096, 8, bias=False), nn.Linear(8, 10))
-    warning = next(text for text in route(model).warnings if "so thin" in text)
-    times = (2 * 8 * 4096 + 2 * 4096**2 + 2 * 8**2) // (8 * 4096)
-    assert f"0.weight: so thin that soap keeps up to {times} times their memory" in warning
+def test_a_smaller_limit_of_ones_own_stays_smaller() -> None:
+    (group,) = for_model(lora(), "soap", lr=0.1, max_precond_dim=4).param_groups
+    assert group["max_precond_dim"] == 4
+    (group,) = for_model(lora(), "soap", lr=0.1, max_precond_dim=4096).param_groups
+    assert group["max_precond_dim"] == 8
 
 
-def test_complex_parameters_are_refused() -> None:
-    model = Holder(w=torch.randn(4, 4, dtype=torch.complex64))
-    with pytest.raises(ValueError, match=r"w is torch.complex64.*torch.view_as_real"):
-        route(model)
-    model.w.requires_grad_(False)  # type: ignore[operator]
-    assert len(route(model)) == 0
+@pytest.mark.parametrize("name", ["lora_embedding_A.default", "lora_down.weight", "lora_up.weight", "lora_a.weight"])
+def test_other_names_of_lora_factors(name: str) -> None:
+    module, _, local = name.partition(".")
+    model = nn.Sequential(Holder(**{module: Holder(**{local: torch.randn(2, 16)})}), nn.Linear(16, 3))
+    assert "LoRA factor of rank 2" in route(model)[f"0.{name}"].why
 
 
-def test_lazy_parameters_are_refused() -> None:
-    model = nn.Sequential(nn.LazyLinear(4))
-    with pytest.raises(ValueError, match=r"0.weight has no shape yet"):
-        route(model)
-
-
-def test_integer_parameters_are_left_out_when_frozen() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    model[0].codes = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
-    assert "0.codes" not in [row.name for row in route(model)]
-
-
-def test_routing_changes_nothing() -> None:
-    model = mlp()
-    before = torch.get_rng_state(), {name: p.clone() for name, p in model.state_dict().items()}
-    str(route(model))
-    assert torch.equal(before[0], torch.get_rng_state())
-    assert all(torch.equal(p, before[1][name]) for name, p in model.state_dict().items())
-
-
-def test_a_large_model_is_routed_in_a_moment() -> None:
-    with torch.device("meta"):
-        layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
-        model = nn.Sequential(nn.Embedding(100, 64), nn.TransformerEncoder(layer, 200), nn.Linear(64, 100))
-    routing = route(model)
-    assert len(routing) == 2403
-    assert math.isclose(sum(row.param.numel() for row in routing), sum(p.numel() for p in model.parameters()))
-    assert len(str(routing).splitlines()) < 30
+def test_a_lora_of_a_convolution() -> None:
+    model = nn.Sequential(Holder(lora_A=nn.Conv2d(16, 2, 3, bias=False), lora_B=nn.Conv2d(2, 16, 1, bias=False)))
+    assert [(row.layout, row.longest_basis) for row in route(model)] == [("2×(16·3·3)", 2), ("16×2", 2)]

@@ -281,6 +281,33 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Loss, str]] = {
         """,
     ),
 }
+CASES |= {
+    "modernbert": (
+        lambda: hugging_face("ModernBertForMaskedLM", **TINY, cls_token_id=1, sep_token_id=2),
+        on_hf_tokens,
+        """
+        model.embeddings.tok_embeddings.weight  –  adamw  embedding, tied to the output head
+        model.layers.{0..1}.attn.Wqkv.weight ×2  3 × 32×32 (q, k, v)  soap  fused, one matrix each
+        model.layers.{0..1}.attn.Wo.weight ×2  32×32  soap  weight of Linear
+        model.layers.{0..1}.mlp.Wi.weight ×2  2 × 48×32  soap  fused, one matrix each
+        model.layers.{0..1}.mlp.Wo.weight ×2  32×48  soap  weight of Linear
+        head.dense.weight  32×32  soap  weight of Linear
+        """,
+    ),
+    "mamba": (
+        lambda: hugging_face("MambaForCausalLM", vocab_size=96, hidden_size=32, state_size=4, num_hidden_layers=2),
+        on_hf_tokens,
+        """
+        backbone.embeddings.weight  –  adamw  embedding, tied to the output head
+        backbone.layers.{0..1}.mixer.A_log ×2  –  adamw  diagonals of a state space: multiplied entrywise
+        backbone.layers.{0..1}.mixer.conv1d.weight ×2  –  adamw  depthwise convolution: one filter per channel
+        backbone.layers.{0..1}.mixer.in_proj.weight ×2  2 × 64×32  soap  fused, one matrix each
+        backbone.layers.{0..1}.mixer.x_proj.weight ×2  10×64  soap  weight of Linear
+        backbone.layers.{0..1}.mixer.dt_proj.weight ×2  64×2  soap  weight of Linear
+        backbone.layers.{0..1}.mixer.out_proj.weight ×2  32×64  soap  weight of Linear
+        """,
+    ),
+}
 PLAIN = ["mlp", "resnet18", "nanogpt", "lstm", "encoder"]
 
 

@@ -4,8 +4,10 @@ An optimizer that gets the wrong parameters is a silent error: a tied embedding 
 because it is called ``weight``, a convolution net whose whole body runs by AdamW. `route` decides by module types,
 ties, shapes, positions and names, and shows what it found; `for_model` builds the optimizer from it.
 
-  survey    all parameters, the modules that hold them, and the heads
+  survey    all parameters, and the modules that hold them
   layout    the matrices that a weight consists of
+  widths    which weights may read what others make
+  heads     the projections that produce the outputs
   table     the result, to print and to take parameter groups from
   classify  the decision on one parameter, or the user's own
   audit     warnings
@@ -14,7 +16,7 @@ ties, shapes, positions and names, and shows what it found; `for_model` builds t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,14 +26,18 @@ from steepest.optimizers import group_options
 from steepest.recipes import unfold_elementwise
 from steepest.routing import audit
 from steepest.routing.classify import Overrides, classify, is_matrix_rule, resolve_overrides
-from steepest.routing.survey import find_heads, survey
+from steepest.routing.heads import find_heads
+from steepest.routing.survey import joined, survey
 from steepest.routing.table import Routing, Row
 
 __all__ = ["Overrides", "Routing", "Row", "for_model", "route"]
 
+Model = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
+"""A module, or several, whose parameters' names then begin with indices or keys."""
+
 
 def route(
-    model: nn.Module, rule: str = "soap", *, elementwise: str = "adamw", overrides: Overrides | None = None
+    model: Model, rule: str = "soap", *, elementwise: str = "adamw", overrides: Overrides | None = None
 ) -> Routing:
     """Decide for every trainable parameter of a model which rule optimizes it, and as which matrices.
 
@@ -40,7 +46,8 @@ def route(
     elementwise itself takes all parameters.
 
     Args:
-        model: Any module. Frozen parameters are left out.
+        model: Any module, or a list or dict of modules, such as both networks of a GAN. Frozen parameters are left
+            out.
         rule: The rule of hidden matrices, or the name of an optimizer or a recipe.
         elementwise: The rule of all other parameters, likewise.
         overrides: A dict from a glob pattern over parameter names, or from the type of a module around the parameter,
@@ -49,7 +56,9 @@ def route(
             matrices are not applied to vectors.
 
     Raises:
-        ValueError: If a parameter is complex or lazy, a rule is unknown, or an override matches nothing.
+        TypeError: If the model is no module: its parameters alone don't tell what they are.
+        ValueError: If a parameter is complex, lazy or looked up with sparse gradients, a rule is unknown, or an
+            override matches nothing.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(64, 10))
@@ -60,6 +69,7 @@ def route(
         ...
     """
     rule, elementwise = (group_options(name, {})["rule"] for name in (rule, elementwise))
+    model = joined(model)
     leaves = survey(model)
     trainable = [leaf for leaf in leaves if leaf.param.requires_grad]
     for leaf in trainable:
@@ -68,12 +78,12 @@ def route(
         elementwise = rule
     heads = find_heads(model, leaves)
     resolved = resolve_overrides(overrides or {}, leaves)
-    rows = tuple(classify(leaf, rule, elementwise, heads, resolved.get(id(leaf.param), {})) for leaf in trainable)
+    rows = tuple(classify(leaf, rule, elementwise, heads.why, resolved.get(id(leaf.param), {})) for leaf in trainable)
     return Routing(rows, tuple(audit.warnings(leaves, rows, heads, resolved, rule, elementwise)), rule, elementwise)
 
 
 def for_model(
-    model: nn.Module,
+    model: Model,
     name: str = "soap",
     *,
     lr: float | Tensor | None = None,
@@ -85,7 +95,7 @@ def for_model(
     """Build one optimizer for a whole model: hidden matrices under a matrix rule, the rest entry by entry.
 
     Args:
-        model: Any module; its frozen parameters are left out.
+        model: Any module, or a list or dict of modules; their frozen parameters are left out.
         name: The optimizer of hidden matrices ("soap", "rekls", "muon", ...); an elementwise one takes all parameters.
             A recipe ("muon/moonlight", see `steepest.recipe`) brings settings for both; yours take precedence.
         lr: The learning rate of hidden matrices. It may be left out if a recipe has one.
@@ -96,8 +106,9 @@ def for_model(
         options: Further options of that optimizer, as its class takes them.
 
     Raises:
-        TypeError: If there is no learning rate.
-        ValueError: If an option is unknown or out of range; the message suggests the nearest name.
+        TypeError: If the model is no module, or there is no learning rate.
+        ValueError: If no parameter is trainable, or an option is unknown or out of range; the message suggests the
+            nearest name.
 
     Warns:
         UserWarning: For everything that looks wrong; `route` shows the whole routing.
@@ -108,6 +119,7 @@ def for_model(
         >>> [(group["rule"], group["lr"], group["param_names"]) for group in optimizer.param_groups]
         [('soap', 0.003, ['0.weight']), ('adamw', 0.001, ['0.bias', '2.bias']), ('adamw', 0.001, ['2.weight'])]
     """
+    model = joined(model)
     settings = group_options(name, options if lr is None else {"lr": lr, **options})
     if "lr" not in settings:
         raise TypeError(f"for_model(model, {name!r}, lr=...): the learning rate is missing")
@@ -115,6 +127,13 @@ def for_model(
     entrywise = unfold_elementwise(name, elementwise or {})
     entrywise = group_options(entrywise.pop("rule", "adamw"), entrywise)
     routing = route(model, rule, elementwise=entrywise.pop("rule"), overrides=overrides)
+    if not routing.rows:
+        frozen = sum(1 for _ in model.parameters())
+        raise ValueError(
+            f"all {frozen} parameters of the model are frozen: thaw those to be trained (requires_grad_(True)) first"
+            if frozen
+            else "the model has no parameters"
+        )
     for text in routing.warnings:
         warnings.warn(text, stacklevel=2)
     groups = routing.groups(settings, entrywise, decay_1d=decay_1d)

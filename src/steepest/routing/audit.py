@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from steepest.routing.classify import UNKNOWN
+from steepest.routing.heads import Heads
 from steepest.routing.survey import CONVOLUTIONS, Leaf
 from steepest.routing.table import Row
 
@@ -25,6 +26,11 @@ def refuse(leaf: Leaf) -> None:
             f"{leaf.name} is {param.dtype}: no rule takes complex parameters; hold it as a real one "
             "(torch.view_as_real) or freeze it (requires_grad_(False))"
         )
+    if any(place.is_embedding and getattr(place.owner, "sparse", False) for place in leaf.places):
+        raise ValueError(
+            f"{leaf.name} is an embedding with sparse=True: only dense gradients can be optimized; build it with "
+            "sparse=False"
+        )
     if not param.is_floating_point():
         raise ValueError(f"{leaf.name} is {param.dtype}: only floating-point parameters can be optimized; freeze it")
 
@@ -32,12 +38,12 @@ def refuse(leaf: Leaf) -> None:
 def warnings(
     leaves: Sequence[Leaf],
     rows: Sequence[Row],
-    heads: Collection[int],
+    heads: Heads,
     overridden: Collection[int],
     rule: str,
     elementwise: str,
 ) -> Iterator[str]:
-    """Yield a warning for everything that looks wrong; ``heads`` and ``overridden`` are ids of parameters."""
+    """Yield a warning for everything that looks wrong; ``overridden`` are ids of parameters."""
     matrices = [row for row in rows if row.view is not None]
     by_id = {id(row.param): row for row in rows}
     for leaf in leaves:
@@ -55,11 +61,13 @@ def warnings(
     if rows and rule != elementwise and not matrices:
         yield f"no parameter goes to {rule}: the whole model runs entry by entry ({elementwise})"
     head_by_override = any(row.view is None and id(row.param) in overridden for row in rows)
-    if matrices and not heads and not head_by_override:
+    if matrices and not heads.why and not head_by_override:
         yield (
             "no output head was recognised; if one of the matrices produces the outputs, say so: "
             f'overrides={{"its.name": "{elementwise}"}}'
         )
+    if rule != elementwise:
+        yield from _doubts(rows, heads, overridden, rule, elementwise)
     if unknown := [row.name for row in rows if row.why == UNKNOWN]:
         yield f"{_some(unknown)} may or may not be matrices and run entry by entry; an override settles it"
     yield from _shared_memory(leaves)
@@ -74,6 +82,16 @@ def warnings(
             f"{largest.state_bytes // largest.param.nbytes} times their memory; a smaller max_precond_dim or "
             f"{elementwise} keeps less"
         )
+
+
+def _doubts(
+    rows: Sequence[Row], heads: Heads, overridden: Collection[int], rule: str, elementwise: str
+) -> Iterator[str]:
+    """Yield a warning for each projection that may or may not be a head, with the override that says the opposite."""
+    for row in rows:
+        if id(row.param) in heads.doubts and id(row.param) not in overridden:
+            other = rule if row.view is None else elementwise
+            yield f'{row.name} {heads.doubts[id(row.param)]}; if it isn\'t one, overrides={{"{row.name}": "{other}"}}'
 
 
 def _has_lost_its_shape(leaf: Leaf) -> bool:

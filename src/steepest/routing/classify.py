@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -14,7 +15,7 @@ from torch import nn
 
 from steepest.optimizers import group_options
 from steepest.routing.layout import TABLE_NAMES, Layout, find_layout
-from steepest.routing.survey import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Leaf, count_experts
+from steepest.routing.survey import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Leaf, around, count_experts, is_own, routes
 from steepest.routing.table import Row
 from steepest.rule import Rule
 from steepest.rules import RULES
@@ -27,14 +28,19 @@ Overrides = Mapping[Key, str | Mapping[str, Any]]
 """From a name pattern or a module type to an optimizer's name, or to options: ``rule``, ``lr``, a view's and others."""
 
 
+STATE_SPACE = re.compile(r"a_logs?|log_a\w*|a_imag", re.IGNORECASE)
+
+
 def _is_router(leaf: Leaf) -> bool:
-    """Return whether a weight is a router: by its name, or with one row for each of the experts beside it."""
+    """Return whether a weight is a router: by its name, or with one row for each of the experts around it."""
     names = (*leaf.name.lower().split("."), leaf.kind.lower())
     if any("router" in name for name in names):
         return True
     if len(leaf.param.shape) != 2 or any("expert" in name for name in names):
         return False
-    return any(count_experts(block) == leaf.param.shape[0] for block in leaf.path[-3:-1])
+    if any(count_experts(block, leaf.last_names[0]) == leaf.param.shape[0] for block in leaf.path[-3:-1]):
+        return True
+    return any(is_own(module) and routes(leaf.owner, leaf.param, param) for module, param in around(leaf))
 
 
 def _is_depthwise(leaf: Leaf) -> bool:
@@ -52,6 +58,7 @@ REASONS: tuple[tuple[Callable[[Leaf], bool], str], ...] = (
     (lambda leaf: leaf.is_bias, "bias"),
     (lambda leaf: leaf.is_vector, "vector"),
     (_is_router, "router: its rows are the experts' logits"),
+    (lambda leaf: STATE_SPACE.fullmatch(leaf.local) is not None, "diagonals of a state space: multiplied entrywise"),
     (_is_depthwise, "depthwise convolution: one filter per channel"),
 )
 """Why a parameter is no hidden matrix: the first predicate that holds gives the reason. Heads are found elsewhere."""
@@ -79,6 +86,11 @@ def classify(leaf: Leaf, rule: str, elementwise: str, heads: Mapping[int, str], 
         layout = None
         hidden = hidden and "rule" not in override
     pieces = layout.view.pieces if layout else [(1, 1, leaf.param.numel())]
+    has_bases = "max_precond_dim" in RULES[rule].defaults()
+    longest = options.get("max_precond_dim") if has_bases else None
+    rank = min(pieces[0][1:]) if has_bases and longest is None and leaf.is_lora else None
+    if rank:
+        why = f"{why}, without a basis of its long side"
     return Row(
         name=leaf.name,
         param=leaf.param,
@@ -86,10 +98,11 @@ def classify(leaf: Leaf, rule: str, elementwise: str, heads: Mapping[int, str], 
         view=layout.view if layout else None,
         layout=str(layout) if layout else "×".join(map(str, leaf.param.shape)) or "scalar",
         why=f"override (else {why})" if override else why,
-        state_bytes=sum(state_bytes(rule, piece) for piece in pieces),
+        state_bytes=sum(state_bytes(rule, piece, rank if longest is None else longest) for piece in pieces),
         hidden=hidden,
         decays=not (leaf.is_vector or leaf.is_norm or leaf.is_bias),
         options=options,
+        longest_basis=rank,
     )
 
 
@@ -127,13 +140,18 @@ def is_matrix_rule(name: str) -> bool:
 
 
 @cache
-def state_bytes(rule: str, piece: tuple[int, int, int]) -> int:
+def state_bytes(rule: str, piece: tuple[int, int, int], longest_basis: int | None = None) -> int:
     """Return the bytes that a rule with default options keeps for a batch of float32 matrices; it allocates nothing.
+
+    ``longest_basis`` is the length of the longest side that has a basis; None for the rule's default.
 
     >>> state_bytes("soap", (1, 4, 3)) == 4 * (2 * 4 * 3 + 2 * 4 * 4 + 2 * 3 * 3)
     True
+    >>> state_bytes("soap", (1, 4, 3), 3) == 4 * (2 * 4 * 3 + 2 * 3 * 3)
+    True
     """
-    made, G = RULES[rule](), torch.empty(piece, device="meta")
+    made = RULES[rule](**({} if longest_basis is None else {"max_precond_dim": longest_basis}))
+    G = torch.empty(piece, device="meta")
     state = laid_out(made, G) if isinstance(made, Rule) else made.init(G)
     return sum(tensor.nbytes for tensor in state.values())
 

@@ -13,7 +13,15 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
-from steepest.routing.survey import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Place, stores_inputs_first
+from steepest.routing.survey import (
+    CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    Place,
+    around,
+    is_own,
+    routes,
+    stores_inputs_first,
+)
 from steepest.view import View
 
 GATES = (((nn.LSTM, nn.LSTMCell), "i, f, g, o"), ((nn.GRU, nn.GRUCell), "r, z, n"), ((nn.RNN, nn.RNNCell), ""))
@@ -22,6 +30,7 @@ QKV = re.compile(r"qkv|qkv_proj|to_qkv|in_proj_qkv|wqkv|w_pack|c_attn|in_proj_we
 KV = re.compile(r"kv|to_kv", re.IGNORECASE)
 # GPT-NeoX, Bloom and Megatron store q, k and v head by head: contiguous thirds would be no projections.
 INTERLEAVED = re.compile(r"query_key_value|linear_qkv", re.IGNORECASE)
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 GATE_UP = re.compile(r"gate_up(_proj)?", re.IGNORECASE)
 FUSED = "fused, one matrix each"
 WEIGHT_NAMES = re.compile(r"weight|kernel|(\w+_)?(proj|w\d*)|w_\w+|w[qkvo]", re.IGNORECASE)
@@ -89,9 +98,10 @@ def _size(view: View, m: int, n: int) -> str:
 
 
 def _lora(place: Place) -> Layout | None:
-    if not place.is_lora or place.param.ndim != 2:
+    if not place.is_lora or getattr(place.owner, "groups", 1) > 1:
         return None
-    return Layout(_view(place), f"LoRA factor of rank {min(place.param.shape)}")
+    view = _view(place)
+    return Layout(view, f"LoRA factor of rank {min(view.pieces[0][1:])}")
 
 
 def _gates(place: Place) -> Layout | None:
@@ -112,8 +122,10 @@ def _attention(place: Place) -> Layout | None:
 
 
 def _experts(place: Place) -> Layout | None:
+    if place.param.ndim != 3 or not is_own(place.owner) or place.param.shape[0] < 2:
+        return None
     words = f"{place.name} {place.kind}".lower()
-    if place.param.ndim != 3 or not ("expert" in words or "moe" in words) or place.param.shape[0] < 2:
+    if not ("expert" in words or "moe" in words or any(routes(*gate, place.param) for gate in around(place))):
         return None
     view = View(tuple(place.param.shape), merge_dims=False, transpose=_experts_transposed(place))
     rows = view.pieces[0][1]
@@ -143,6 +155,8 @@ def _convolution(place: Place) -> Layout | None:
     shape = tuple(place.param.shape)
     if owner.groups > 1:  # the rows of a transposed one are inputs; only so are its groups separate rows
         return Layout(View(shape, heads=owner.groups), "grouped convolution, one matrix per group", members="groups")
+    if fused := _query_key_value(place) if _named(QKV, place) and place.widths[1] == owner.in_channels else None:
+        return fused
     if isinstance(owner, TRANSPOSED_CONVOLUTIONS):
         return Layout(View(shape, transpose=True), "transposed convolution, flattened")
     if owner.kernel_size == owner.stride and math.prod(owner.kernel_size) > 1:
@@ -151,17 +165,17 @@ def _convolution(place: Place) -> Layout | None:
 
 
 def _interleaved(place: Place) -> Layout | None:
-    if place.param.ndim != 2 or not _named(INTERLEAVED, place):
+    if not _is_flat(place) or not _named(INTERLEAVED, place):
         return None
     return Layout(_view(place), "fused q, k, v, interleaved by head: kept whole")
 
 
 def _query_key_value(place: Place) -> Layout | None:
     """Recognize q, k and v in one weight: by name, or by shape inside an attention module."""
-    if place.param.ndim != 2:
+    if not _is_flat(place):
         return None
     _, rows, columns = _view(place).pieces[0]
-    attention = re.search(r"attn|attention", f"{place.name} {type(place.parent).__name__}".lower())
+    attention = ATTENTION.search(f"{place.name} {type(place.parent).__name__}")
     if not _named(QKV, place) and not (attention and rows == 3 * columns):
         return None
     if getattr(place.parent, "is_cross_attention", False):  # GPT-2 in transformers fuses only k and v there
@@ -191,6 +205,23 @@ def _halves(place: Place) -> Layout | None:
     return Layout(_view(place, (rows // 2,) * 2), FUSED, blocks)
 
 
+def _gated(place: Place) -> Layout | None:
+    """Recognize two blocks in one weight by the layers beside it: one reads half of the outputs, and none reads all.
+
+    So it is with inputs and gates in one product (ModernBERT's feed-forward layers, Mamba's two branches).
+    """
+    if not isinstance(place.owner, nn.Linear) or place.owner is place.parent or place.local != "weight":
+        return None
+    rows, columns = place.param.shape
+    beside = [layer for layer in place.parent.children() if layer is not place.owner]
+    reads = {getattr(layer, name, 0) for layer in beside for name in ("in_features", "in_channels", "input_size")}
+    back = [(2 * layer.in_features, layer.out_features) for layer in beside if isinstance(layer, nn.Linear)]
+    # In attention it may as well be a query and two smaller blocks.
+    if (rows, columns) not in back or rows in reads or ATTENTION.search(f"{place.name} {type(place.parent).__name__}"):
+        return None
+    return Layout(_view(place, (rows // 2,) * 2), FUSED)
+
+
 def _weight(place: Place) -> Layout | None:
     if not place.is_projection or place.param.ndim != 2:
         return None
@@ -199,19 +230,36 @@ def _weight(place: Place) -> Layout | None:
 
 def _bare(place: Place) -> Layout | None:
     """Recognize a parameter of a user's own module by its name."""
-    if place.param.ndim != 2 or type(place.owner).__module__.startswith("torch.nn"):
+    if place.param.ndim != 2 or not is_own(place.owner):
         return None
     if not WEIGHT_NAMES.fullmatch(place.local) or TABLE_NAMES.search(place.local):
         return None
     return Layout(_view(place), f"matrix by its name in {place.kind}")
 
 
-DETECTORS = (_lora, _gates, _attention, _experts, _convolution, _interleaved, _halves, _query_key_value, _weight, _bare)
+DETECTORS = (
+    _lora,
+    _gates,
+    _attention,
+    _experts,
+    _convolution,
+    _interleaved,
+    _halves,
+    _query_key_value,
+    _gated,
+    _weight,
+    _bare,
+)
 """The detectors of layouts, from the most specific to the least. The first that recognizes a parameter is right."""
 
 
 def _view(place: Place, split: tuple[int, ...] = ()) -> View:
     return View(tuple(place.param.shape), transpose=stores_inputs_first(place.owner), split=split)
+
+
+def _is_flat(place: Place) -> bool:
+    """Return whether a weight is one matrix: of two dimensions, or that of a convolution of single pixels."""
+    return place.param.ndim >= 2 and math.prod(place.param.shape[2:]) == 1
 
 
 def _named(pattern: re.Pattern[str], place: Place) -> bool:

@@ -1,4 +1,4 @@
-"""A survey of a model's parameters: which modules hold them, under which names, and which produce the outputs.
+"""A survey of a model's parameters: which modules hold them, and under which names.
 
 Routing decides by modules and positions, since a local name says little: there is a ``weight`` in every layer, but only
 one "weight of the Linear that is the last projection of the model".
@@ -7,15 +7,17 @@ one "weight of the Linear that is the last projection of the model".
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+GATE = re.compile(r"(^|_)(gates?|gating|selector|switch)(_|$)", re.IGNORECASE)
+"""Names of layers that choose among the modules beside them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,17 +75,12 @@ class Place:
     @property
     def is_lora(self) -> bool:
         """Whether the parameter is a factor of a low-rank adapter."""
-        return re.search(r"(^|\.)lora_[ab](\.|$)", self.name.lower()) is not None
+        return re.search(r"(^|[._])lora_(embedding_)?(a|b|down|up)(\.|$)", self.name.lower()) is not None
 
     @property
     def is_projection(self) -> bool:
         """Whether the parameter is the weight by which the owner multiplies its input."""
         return self.local == "weight" and self.param.ndim >= 2 and not (self.is_embedding or self.is_norm)
-
-    @property
-    def is_in_layers(self) -> bool:
-        """Whether the parameter belongs to one of several equal layers, such as the blocks of a transformer."""
-        return any(_is_list_of_layers(row, layer) for row, layer in zip(self.path, self.path[1:-1], strict=False))
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -107,6 +104,25 @@ class Leaf(Place):
         return next((place for place in self.places if not place.is_embedding), None)
 
 
+def joined(model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]) -> nn.Module:
+    """Return the one module that is given, or one that holds the given ones under their keys or indices.
+
+    >>> [name for name, _ in joined({"actor": nn.Linear(2, 3), "critic": nn.Linear(2, 1)}).named_parameters()]
+    ['actor.weight', 'actor.bias', 'critic.weight', 'critic.bias']
+    """
+    if isinstance(model, nn.Module):
+        return model
+    members = model if isinstance(model, Mapping) else dict(enumerate(model)) if isinstance(model, list | tuple) else {}
+    if not members or not all(isinstance(member, nn.Module) for member in members.values()):
+        raise TypeError(
+            f"model={type(model).__name__}: must be a module, or a list or dict of modules, since modules tell what a "
+            "parameter is; pass the model itself, not its parameters (which steepest.create takes)"
+        )
+    holder = nn.Module()
+    holder._modules |= {str(name): member for name, member in members.items()}  # names that add_module refuses, too
+    return holder
+
+
 def survey(model: nn.Module) -> list[Leaf]:
     """Return all parameters of a model, frozen ones included, in the order of ``named_parameters``.
 
@@ -121,23 +137,9 @@ def survey(model: nn.Module) -> list[Leaf]:
     return [Leaf(**vars(places[0]), places=tuple(places)) for places in leaves.values()]
 
 
-def find_heads(model: nn.Module, leaves: Sequence[Leaf]) -> dict[int, str]:
-    """Return the ids of the parameters that produce the model's outputs, each with how it was found.
-
-    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    >>> heads = find_heads(model, survey(model))
-    >>> [heads.get(id(p)) for p in model.parameters()]
-    [None, None, 'output head: the last projection', None]
-    """
-    # Places are put in the order of modules; a tied head has a place of its own, though its parameter comes first.
-    order = {id(module): i for i, module in enumerate(model.modules())}
-    projections = [place for leaf in leaves for place in leaf.places if place.is_projection and not place.is_lora]
-    projections.sort(key=lambda place: order[id(place.owner)])
-
-    heads = {id(place.param): "output head: its outputs feed nothing" for place in _unread(model, projections)}
-    if projections and not projections[-1].is_in_layers:
-        heads[id(projections[-1].param)] = "output head: the last projection"
-    return heads | _declared_heads(model)
+def is_in_layers(path: Sequence[nn.Module]) -> bool:
+    """Return whether the last module of a path is within one of several equal layers, as a transformer's blocks are."""
+    return any(_is_list_of_layers(row, layer) for row, layer in pairwise(path[:-1]))
 
 
 def stores_inputs_first(module: nn.Module) -> bool:
@@ -145,17 +147,54 @@ def stores_inputs_first(module: nn.Module) -> bool:
     return isinstance(module, TRANSPOSED_CONVOLUTIONS) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
-def count_experts(block: nn.Module) -> int | None:
-    """Return the number of experts directly in a block: modules in a list, or the leading dimension of 3-D weights."""
+def count_experts(block: nn.Module, gate: str = "") -> int | None:
+    """Return the number of experts directly in a block: modules in a list, or the leading dimension of 3-D weights.
+
+    A list of modules beside a layer that is named as a gate needs no name of its own.
+    """
+    if isinstance(block, nn.ModuleList):
+        return None  # names of its modules are indices
+    is_gate = GATE.search(gate) is not None
     for name, child in block.named_children():
-        if "expert" not in name.lower():
-            continue
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+        named = "expert" in name.lower()
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) and (named or is_gate):
             return len(child)
-        for param in child.parameters():
+        for param in child.parameters() if named else ():
             if param.ndim == 3:
                 return param.shape[0]
     return None
+
+
+def routes(holder: nn.Module, gate: Tensor, experts: Tensor) -> bool:
+    """Return whether a matrix has a row for each of a stack of experts, and reads what they read or make.
+
+    >>> import torch
+    >>> gate = nn.Linear(16, 4)
+    >>> routes(gate, gate.weight, torch.empty(4, 24, 16)), routes(gate, gate.weight, torch.empty(24, 4, 16))
+    (True, False)
+    """
+    if gate.ndim != 2 or experts.ndim != 3:
+        return False
+    shapes = (tuple(gate.shape), tuple(gate.mT.shape)) if is_own(holder) else (tuple(gate.shape),)
+    return any(rows == len(experts) and columns in experts.shape[1:] for rows, columns in shapes)
+
+
+def around(place: Place) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Yield the parameters of the modules around a place, and of the modules directly within these, and who holds them.
+
+    Lists of layers are left out, since those belong to others.
+    """
+    for block in place.path[-3:]:
+        for module in () if isinstance(block, nn.ModuleList) else (block, *block.children()):
+            for param in module._parameters.values():
+                if param is not None:
+                    yield module, param
+
+
+def is_own(module: nn.Module) -> bool:
+    """Return whether a module is a user's own, so that nothing but names and shapes tell of its parameters."""
+    known = isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
+    return not known and not type(module).__module__.startswith("torch.nn")
 
 
 def _places(module: nn.Module, prefix: str, above: tuple[nn.Module, ...]) -> Iterator[Place]:
@@ -179,52 +218,3 @@ def _is_list_of_layers(row: nn.Module, layer: nn.Module) -> bool:
     if not isinstance(row, nn.Sequential) or isinstance(layer, nn.Sequential):
         return False
     return sum(type(sibling) is type(layer) for sibling in row) > 1
-
-
-def _unread(model: nn.Module, projections: Sequence[Place]) -> list[Place]:
-    """Return the heads beside the last projection: they read the same features, and no layer reads their outputs.
-
-    This finds the policy of an actor-critic model beside its value, and heads that are defined before the body.
-    """
-    if not projections:
-        return []
-    last = projections[-1]
-    features = last.widths[0] if last.is_in_layers else last.widths[1]
-    holders = {id(_unwrapped(model)), id(last.parent)}
-    read = {place.widths[1] for place in projections}
-    return [
-        place
-        for place in projections
-        if isinstance(place.owner, nn.Linear) and not place.is_in_layers and id(place.parent) in holders
-        if place.widths[1] == features and read.isdisjoint(_readable_widths(place.widths[0]))
-    ]
-
-
-def _readable_widths(width: int) -> set[int]:
-    """Return the widths at which outputs may be read: all of them, fused gate and up, or fused query, key and value.
-
-    >>> sorted(_readable_widths(192))
-    [64, 96, 192]
-    """
-    return {width // parts for parts in (1, 2, 3) if width % parts == 0}
-
-
-def _declared_heads(model: nn.Module) -> dict[int, str]:
-    """Return the heads that Hugging Face models name in ``get_output_embeddings()``."""
-    heads: dict[int, str] = {}
-    for module in model.modules():
-        get_head = getattr(module, "get_output_embeddings", None)
-        head = None
-        # Backbones without text inherit the method, and raise.
-        with suppress(NotImplementedError, AttributeError):
-            head = get_head() if callable(get_head) else None
-        if isinstance(head, nn.Module):
-            heads |= {id(p): "output head: get_output_embeddings()" for p in head.parameters() if p.ndim >= 2}
-    return heads
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside wrappers (DDP, torch.compile, PEFT), which hold nothing but one module."""
-    while not model._parameters and len(children := list(model.children())) == 1 and list(children[0].children()):
-        model = children[0]
-    return model

@@ -45,6 +45,8 @@ class Row:
     """Whether weight decay applies: vectors, norms and biases are exempt."""
     options: Mapping[str, Any]
     """The options that overrides set for it."""
+    longest_basis: int | None = None
+    """The longest side that has a basis, where that is shorter than the rule's default."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,6 +139,8 @@ class Routing:
                 f"{misplaced[0]}={options[misplaced[0]]!r}: routing chooses views for each parameter; to choose one "
                 f"yourself, use overrides={{pattern: {{{misplaced[0]!r}: ...}}}}"
             )
+        _refuse_unknown(options, self.rule, self.elementwise, "it belongs into elementwise={...}")
+        _refuse_unknown(elementwise, self.elementwise, self.rule, "it doesn't belong into elementwise={...}")
         groups: list[tuple[dict[str, Any], list[tuple[str, Tensor]]]] = []
         for row in sorted(self.rows, key=lambda row: row.view is None):
             settings = self._settings(row, options, elementwise, decay_1d)
@@ -157,11 +161,10 @@ class Routing:
             settings |= elementwise
         if not (row.decays or decay_1d):
             settings["weight_decay"] = 0.0
+        if row.longest_basis is not None:
+            settings["max_precond_dim"] = min(row.longest_basis, settings.get("max_precond_dim", row.longest_basis))
         settings |= row.options
-        known = option_defaults(row.rule)
-        for name in settings:
-            if name not in known:
-                raise ValueError(f"{name}={settings[name]!r}: {row.rule} has no such option{nearest(name, known)}")
+        _refuse_unknown(settings, row.rule)
         return settings
 
     def _notes(self) -> list[str]:
@@ -175,6 +178,16 @@ class Routing:
             state = _bytes(sum(row.state_bytes for row in rows))
             notes.append(f"{rule}: {len(rows)} parameters, {_count(entries)} entries ({share}), state {state}")
         return notes + [f"warning: {text}" for text in self.warnings]
+
+
+def _refuse_unknown(options: Mapping[str, Any], rule: str, other: str = "", remedy: str = "") -> None:
+    """Raise a ValueError for an option that a rule doesn't have, with the remedy if the other rule has it."""
+    known = option_defaults(rule)
+    for name in options:
+        if name not in known:
+            misplaced = other and name in option_defaults(other)
+            hint = f", but {other} has: {remedy}" if misplaced else nearest(name, known)
+            raise ValueError(f"{name}={options[name]!r}: {rule} has no such option{hint}")
 
 
 def fold(rows: Sequence[Row]) -> list[list[Row]]:
