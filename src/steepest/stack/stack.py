@@ -129,7 +129,7 @@ class Stack:
     def __init__(self, rule: Rule, segments: Sequence[Segment], like: Tensor) -> None:
         """Allocate state for ``like [B, m, n]``, an empty tensor that has the state's dtype and device."""
         self.segments = list(segments)
-        self.groups = [segment.group for segment in segments for _ in range(segment.start, segment.stop)]
+        self.groups = _groups(segments)
         self.size = like.shape[0]
         self.shape = tuple(like.shape[1:])
         self.device = like.device
@@ -174,24 +174,32 @@ class Stack:
             offsets: for each slot, at which step of its period it refreshes.
         """
         clocks: list[int] = self.clock.tolist()
-        by_slot: list[Way] = [ways[number] for number in self.groups]  # type: ignore[misc]
-        kinds = list(zip(map(id, by_slot), clocks, offsets, strict=True))
-        known = dict(zip(kinds, by_slot, strict=True))
-        stages = {kind: way.rule.stage(kind[1]) for kind, way in known.items()}
-        is_due = {kind: way.rule.due(*kind[1:]) for kind, way in known.items()}
         runs = []
-        start = 0
-        while start < self.size:
-            way, stage, stop = by_slot[start], stages[kinds[start]], start + 1
-            while (
-                stop < self.size and live[stop] == live[start] and by_slot[stop] is way and stages[kinds[stop]] == stage
-            ):
-                stop += 1
-            if live[start]:
-                due = [i for i in range(start, stop) if is_due[kinds[i]]]
-                runs.append(Run(slice(start, stop), way, stage, _relative(due, start, self.device), due))
-            start = stop
+        for way, start, end in self._stretches(ways):
+            stages = {clock: way.rule.stage(clock) for clock in set(clocks[start:end])}
+            is_due = {
+                pair: way.rule.due(*pair) for pair in set(zip(clocks[start:end], offsets[start:end], strict=True))
+            }
+            while start < end:
+                stage, stop = stages[clocks[start]], start + 1
+                while stop < end and live[stop] == live[start] and stages[clocks[stop]] == stage:
+                    stop += 1
+                if live[start]:
+                    due = [i for i in range(start, stop) if is_due[clocks[i], offsets[i]]]
+                    runs.append(Run(slice(start, stop), way, stage, _relative(due, start, self.device), due))
+                start = stop
         return runs
+
+    def _stretches(self, ways: Sequence[Way | None]) -> list[tuple[Way, int, int]]:
+        """Return the ways in which the slots are stepped, each with the first and the last of its slots but one."""
+        found: list[tuple[Way, int, int]] = []
+        for number, start, stop in self.groups:
+            way = ways[number]
+            assert way is not None
+            if found and found[-1][0] is way:
+                start = found.pop()[1]
+            found.append((way, start, stop))
+        return found
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
@@ -252,6 +260,15 @@ def lay_out(ways: Sequence[Way | None], segments: Iterable[tuple[Segment, Tensor
         Stack(rule_of(ways, members[0]), members, torch.empty(members[-1].stop, m, n, dtype=dtype, device=device))
         for (_, m, n, device, _, dtype), members in stacked.items()
     ]
+
+
+def _groups(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
+    """Return the numbers of the groups that neighbouring segments belong to, and the slots of these segments."""
+    found: list[tuple[int, int, int]] = []
+    for segment in segments:
+        start = found.pop()[1] if found and found[-1][0] == segment.group else segment.start
+        found.append((segment.group, start, segment.stop))
+    return found
 
 
 def rule_of(ways: Sequence[Way | None], segment: Segment) -> Rule:
