@@ -21,6 +21,7 @@ from steepest.engine.elementwise import step_elementwise
 from steepest.engine.group import check_options, describe, option_defaults
 from steepest.engine.participants import Gradients
 from steepest.engine.step import apply, finish, safe_norm, step_stack
+from steepest.exchange import foreign
 from steepest.exchange.assign import assign, peers_of
 from steepest.exchange.bucket import Bucket, Tensors
 from steepest.exchange.peers import Peers
@@ -104,6 +105,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name} of dtype {p.dtype}: only real floating-point parameters can be optimized")
             if isinstance(p, Tensor) and issubclass(RULES[rule], Rule):
                 View.of(p, group)
+                foreign.refuse_flat(p, name, rule)
         super().add_param_group(group)
         for name in self.defaults.keys() - known.keys() - param_group.keys():
             del group[name]  # an option of the other rule, which torch fills in everywhere
@@ -283,11 +285,13 @@ class Optimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         known = self._devices
         if len(params) != len(known):
+            foreign.refuse_flattened(self.param_groups, [q.dim() for q, _ in known])
             raise RuntimeError(
                 f"the groups have {len(params)} parameters, and had {len(known)}: add parameters with add_param_group"
             )
         for p, (q, device) in zip(params, known, strict=True):
             if p is not q or p.device != device:
+                foreign.refuse_flattened(self.param_groups, [q.dim() for q, _ in known])
                 state = self.__getstate__()
                 new = {q: p for (q, _), p in zip(known, params, strict=True)}
                 self.__setstate__(state | {"state": {new[q]: named for q, named in state["state"].items()}})

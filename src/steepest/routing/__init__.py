@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from steepest.engine.optimizer import Optimizer
+from steepest.exchange.foreign import refuse_flat
 from steepest.optimizers import group_options
 from steepest.recipes import unfold_elementwise
 from steepest.routing import audit
@@ -49,7 +50,8 @@ def route(
             matrices are not applied to vectors.
 
     Raises:
-        ValueError: If a parameter is complex or lazy, a rule is unknown, or an override matches nothing.
+        ValueError: If a parameter is complex or lazy, or cut into flat parts and ``rule`` needs matrices; if a rule is
+            unknown, or an override matches nothing.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(64, 10))
@@ -64,6 +66,8 @@ def route(
     trainable = [leaf for leaf in leaves if leaf.param.requires_grad]
     for leaf in trainable:
         audit.refuse(leaf)
+        if is_matrix_rule(rule):
+            refuse_flat(leaf.param, leaf.name, rule)
     if not is_matrix_rule(rule):
         elementwise = rule
     heads = find_heads(model, leaves)
