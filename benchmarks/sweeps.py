@@ -73,12 +73,16 @@ WORKLOADS: dict[str, dict[str, tuple[str, ...]]] = {
 """By workload and contender, the axes of its grid."""
 
 
+def started(name: str) -> str:
+    """A contender as it stood when its first sweep began, as the command line takes it."""
+    return f"{name}({STARTS[name]})" if name in STARTS else name
+
+
 def command(name: str, workload: str, folder: Path) -> list[str]:
     """What runs one contender's sweep."""
     sweep = [word for axis in WORKLOADS[workload][name] for word in ("--sweep", axis)]
     where = ["--steps", "300"] if workload == "stdlib" else ["--workload", workload]
-    contender = f"{name}({STARTS[name]})" if name in STARTS else name
-    return ["steepest", "race", "--optimizers", contender, *sweep, *where, "--seeds", "1", "--out", str(folder)]
+    return ["steepest", "race", "--optimizers", started(name), *sweep, *where, "--seeds", "1", "--out", str(folder)]
 
 
 def collect(sweep: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:

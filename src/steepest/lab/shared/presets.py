@@ -59,7 +59,7 @@ def _soap(name: str, then: str, rule: str = "soap", **options: Any) -> Preset:
 
 
 FORGETFUL: Mapping[str, Any] = {"betas": (0.85, 0.95), "shampoo_beta": 0.7}
-"""Settings of KL-SOAP that end 0.0007 behind the best in sweeps.json at 300 steps, and ahead at 152, over 3 seeds."""
+"""Settings of KL-SOAP that end 0.0007 behind the best in sweeps.json at 300 steps, and ahead at 152 over 3 seeds."""
 LOW = (5e-3, 1e-2, 2e-2, 4e-2)
 HIGH = (1e-2, 2e-2, 4e-2, 8e-2)
 HIGHER = (2e-2, 4e-2, 8e-2, 1.6e-1)
