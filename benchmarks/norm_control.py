@@ -23,12 +23,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from sweeps import started
 from torch import Tensor, nn
 
 from steepest.engine.optimizer import Optimizer
 from steepest.lab.race.training import train
 from steepest.lab.race.trial import Trial
-from steepest.lab.shared.contenders import Contender, hidden_matrices, preset
+from steepest.lab.shared.contenders import Contender, hidden_matrices, parse_contenders, preset
 from steepest.lab.workloads.workload import load_workload
 from steepest.linalg.polar import polar_factor
 from steepest.rules.parts.scales import SCALES
@@ -108,9 +109,9 @@ class Controlled(Contender):
 
 
 def contender(name: str, lr: float) -> Contender:
-    """An optimizer at its preset but for the learning rate, controlled or not."""
+    """An optimizer as its first sweep began, but for the learning rate, controlled or not."""
     base, _, way = name.partition("+")
-    plain = preset(base).varied(lr=lr)
+    plain = parse_contenders(started(base))[0].varied(lr=lr)
     if not way:
         return plain
     return Controlled(**{**vars(plain), "label": name}, way=way)

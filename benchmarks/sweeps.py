@@ -8,8 +8,8 @@
 Each contender tries four learning rates times two values of the option that matters most to it, 300 steps on `stdlib`,
 one seed. On the other workloads the second axis is the learning rate of what is no hidden matrix, except for AdamW,
 where all have the same. Every trial's settings and final validation loss go to benchmarks/results/sweeps.json, those of
-other workloads to sweeps_WORKLOAD.json. Whatever is no axis is as in the presets. Those of SOAP's family and of Muon
-were changed after a second round, benchmarks/results/sweeps_memory.json: theirs don't come again to the digit.
+other workloads to sweeps_WORKLOAD.json. Whatever is no axis is as in the presets, or as in `STARTS`, which the presets
+had before a second round (benchmarks/results/sweeps_memory.json).
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ AXES: dict[str, tuple[str, ...]] = {
     "lion": ("lr=7.5e-4,1.5e-3,3e-3,6e-3", "betas=(0.7,0.8),(0.8,0.9)"),
 }
 
+OTHERS = "elementwise={'lr':5e-3,'betas':(0.9,0.95)}"
+STARTS = dict.fromkeys(("soap", "soap-f5", "soap-f10", "kl-soap", "rekls"), f"betas=(0.9,0.95),{OTHERS}") | {
+    "muon": f"momentum=0.9,{OTHERS}"
+}
+"""The settings of contenders whose presets have changed since."""
 
 BETAS = "betas=(0.8,0.95),(0.9,0.95)"
 REST_OF_CONVNET = "elementwise={'lr':4e-2},{'lr':8e-2}"
@@ -68,11 +73,16 @@ WORKLOADS: dict[str, dict[str, tuple[str, ...]]] = {
 """By workload and contender, the axes of its grid."""
 
 
+def started(name: str) -> str:
+    """A contender as it stood when its first sweep began, as the command line takes it."""
+    return f"{name}({STARTS[name]})" if name in STARTS else name
+
+
 def command(name: str, workload: str, folder: Path) -> list[str]:
     """What runs one contender's sweep."""
     sweep = [word for axis in WORKLOADS[workload][name] for word in ("--sweep", axis)]
     where = ["--steps", "300"] if workload == "stdlib" else ["--workload", workload]
-    return ["steepest", "race", "--optimizers", name, *sweep, *where, "--seeds", "1", "--out", str(folder)]
+    return ["steepest", "race", "--optimizers", started(name), *sweep, *where, "--seeds", "1", "--out", str(folder)]
 
 
 def collect(sweep: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:

@@ -91,6 +91,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}-{number}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
         )
+        dist.barrier()  # a rank that is done at once would leave while others still connect to it
         try:
             function = getattr(importlib.import_module(module), name)
             # An optimizer looks for DDP's modules among all live objects. Freezing hides the hundreds of thousands of

@@ -72,6 +72,15 @@ class Seen:
             and [group.get("param_names") for group in groups] == self.names
         )
 
+    def dims(self, groups: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the dimensions that each parameter had before, or, if it is new, the one in whose place it stands."""
+        dims = [len(shape) for shape, _, _ in self.kinds]
+        known = dict(zip(self.params, dims, strict=True))
+        params = [p for group in groups for p in group["params"]]
+        here = set(params)
+        places = [0 if p in here else before for p, before in known.items()]
+        return [known[p] if p in known else places[i] if i < len(places) else 0 for i, p in enumerate(params)]
+
     def same_state(self, state: Mapping[Any, Any]) -> bool:
         """Return whether the state has the same entries: under the same keys, the same objects."""
         if len(state) != len(self.keys) or not all(map(is_, state, self.keys)):

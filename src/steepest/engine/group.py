@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from steepest.exchange.foreign import refuse_flat
 from steepest.exchange.shards import local
 from steepest.rule import Rule, State, check, check_choice, nearest
 from steepest.rules import RULES
@@ -72,20 +73,24 @@ def check_options(group: Mapping[str, Any]) -> None:
     RULES[group["rule"]].from_group(group)
 
 
-def check_parameter(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
-    """Raise unless a parameter can be optimized under the options of its group."""
+def check_parameter(name: str, p: Tensor, group: Mapping[str, Any], dims: int = 0) -> None:
+    """Raise unless a parameter, which had ``dims`` dimensions before, can be optimized under its group's options."""
     if not p.is_floating_point():
         raise ValueError(f"{name} of dtype {p.dtype}: only real floating-point parameters can be optimized")
     if issubclass(RULES[group["rule"]], Rule):
         View.of(p, group)
+        refuse_flat(p, name, group["rule"], dims)
 
 
-def check_parameters(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise unless all parameters can be optimized, and each stands in one place, with a gradient of its shape."""
+def check_parameters(groups: Sequence[Mapping[str, Any]], dims: Sequence[int]) -> None:
+    """Raise unless all parameters can be optimized, and each stands in one place, with a gradient of its shape.
+
+    ``dims`` has the number of dimensions that each had before.
+    """
     params = [(p, group) for group in groups for p in group["params"]]
     places: set[Tensor] = set()
-    for (p, group), name in zip(params, parameter_names(groups), strict=True):
-        check_parameter(name, p, group)
+    for (p, group), name, before in zip(params, parameter_names(groups), dims, strict=True):
+        check_parameter(name, p, group, before)
         if p in places:
             raise ValueError(f"{name} is in the parameter groups twice: take it out of one place")
         if p.grad is not None and p.grad.shape != p.shape:

@@ -270,7 +270,7 @@ class Optimizer(torch.optim.Optimizer):
         """Lay all state out anew, since parameters or options that lay it out are others now, and fill it in."""
         groups, old = self.param_groups, self._roster
         names = renamed(groups, self._seen)
-        check_parameters(groups)
+        check_parameters(groups, self._seen.dims(groups))
         values = taken_over(groups, parameter_names(groups), self.state, old.laid)
         gone = stale(self.state, groups, old.laid)
         for number, of_group in names.items():

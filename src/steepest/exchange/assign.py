@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steepest.exchange.bucket import Bucket
-from steepest.exchange.layout import Layout, Rectangle
+from steepest.exchange.layout import Layout, Rectangle, fingerprint
 from steepest.exchange.local import LocalBucket
 from steepest.exchange.peers import Peers
 from steepest.exchange.plan import Job, make_plan
@@ -73,18 +73,28 @@ def assign(
 
 
 def peers_of(params: Sequence[Tensor]) -> dict[Tensor, Peers]:
-    """Return the ranks that hold shards or replicas of each parameter, for parameters that other ranks hold too."""
+    """Return the ranks that hold shards or replicas of each parameter, for parameters that other ranks hold too.
+
+    Raises:
+        RuntimeError: if parameters that DDP replicates come in different orders on different ranks.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return {}
     from steepest.exchange import dtensor
 
     replicated = dtensor.replicated()
+    places = {p: place for place, p in enumerate(replicated)}
     found: dict[Tensor, Peers] = {}
+    orders: dict[Peers, list[int]] = {}
     for p in params:
         if isinstance(p, dtensor.DTensor):
             found[p] = Peers.among(p.device_mesh.mesh.flatten().tolist())
         elif p in replicated:
             found[p] = Peers.over(replicated[p])
+            orders.setdefault(found[p], []).append(places[p])
+    for peers, order in orders.items():
+        first = min(order)  # one rank may have other models besides
+        peers.check_same(fingerprint([place - first for place in order]), "the order of the parameters")
     return {p: peers for p, peers in found.items() if peers.size > 1}
 
 

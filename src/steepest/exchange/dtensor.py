@@ -7,6 +7,7 @@ distributed checkpoints are shown a tensor that lives on one rank (`Owned`), and
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NoReturn
@@ -53,12 +54,20 @@ def replicated() -> dict[Tensor, dist.ProcessGroup]:
     DDP leaves no mark on a parameter, so its modules are looked up among all live objects. An optimizer that is made
     before its model is wrapped finds nothing, and then steps every matrix on every rank, which is slower and gives the
     same result. So does an optimizer that is made after `gc.freeze`, which hides objects from this search.
+
+    What a `ZeroRedundancyOptimizer` has is left out: it gives each rank's optimizer some of the parameters, and sends
+    the weights on.
     """
     found: dict[Tensor, dist.ProcessGroup] = {}
+    divided: set[Tensor] = set()
+    zero = getattr(sys.modules.get("torch.distributed.optim"), "ZeroRedundancyOptimizer", ())  # slow to import
     for thing in gc.get_objects():
-        if issubclass(type(thing), DistributedDataParallel):
-            found |= dict.fromkeys(thing.parameters(), thing.process_group)
-    return found
+        if issubclass(type(thing), (DistributedDataParallel, zero)):
+            if isinstance(thing, DistributedDataParallel):
+                found |= dict.fromkeys(thing.parameters(), thing.process_group)
+            else:
+                divided |= {p for group in thing.param_groups for p in group["params"]}
+    return {p: group for p, group in found.items() if p not in divided}
 
 
 class Owned(DTensor):

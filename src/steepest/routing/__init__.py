@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from steepest.engine.optimizer import Optimizer
+from steepest.exchange.foreign import refuse_flat
 from steepest.optimizers import group_options
 from steepest.recipes import unfold_elementwise
 from steepest.routing import audit
@@ -57,8 +58,8 @@ def route(
 
     Raises:
         TypeError: If the model is no module: its parameters alone don't tell what they are.
-        ValueError: If a parameter is complex, lazy or looked up with sparse gradients, a rule is unknown, or an
-            override matches nothing.
+        ValueError: If a parameter is complex, lazy, looked up with sparse gradients, or cut into flat parts where
+            ``rule`` needs matrices; if a rule is unknown, or an override matches nothing.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(64, 10))
@@ -74,6 +75,8 @@ def route(
     trainable = [leaf for leaf in leaves if leaf.param.requires_grad]
     for leaf in trainable:
         audit.refuse(leaf)
+        if is_matrix_rule(rule):
+            refuse_flat(leaf.param, leaf.name, rule)
     if not is_matrix_rule(rule):
         elementwise = rule
     heads = find_heads(model, leaves)

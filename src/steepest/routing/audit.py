@@ -53,7 +53,8 @@ def warnings(
                 f"{leaf.name} is an embedding and, as {head.name}, the output head; by override it goes to {row.rule}: "
                 f"matrix rules are known to do harm there"
             )
-    if hollow := [leaf.name for leaf in leaves if _has_lost_its_shape(leaf)]:
+    hollow = [leaf.name for leaf in leaves if _has_lost_its_shape(leaf)]
+    if hollow and rule != elementwise:
         yield (
             f"{_some(hollow)} stand without their shape (shards of ZeRO-3 or FSDP1?), so no matrices are seen; "
             "shard with FSDP2 (fully_shard), which keeps shapes"
@@ -95,13 +96,9 @@ def _doubts(
 
 
 def _has_lost_its_shape(leaf: Leaf) -> bool:
-    """Return whether a parameter is a placeholder: a partition of ZeRO-3, or a flat parameter of FSDP1."""
+    """Return whether a parameter is a part or a placeholder of what it should be."""
     weight = leaf.local == "weight" and isinstance(leaf.owner, (nn.Linear, nn.Embedding, *CONVOLUTIONS))
-    return (
-        type(leaf.param).__name__ == "FlatParameter"
-        or (weight and leaf.param.ndim < 2)
-        or (leaf.param.numel() == 0 and leaf.param.requires_grad)
-    )
+    return (weight and leaf.param.ndim < 2) or (leaf.param.numel() == 0 and leaf.param.requires_grad)
 
 
 def _shared_memory(leaves: Sequence[Leaf]) -> Iterator[str]:

@@ -38,37 +38,47 @@ class Preset:
 
 SWEEP = "best of 8 settings, 300 steps, one seed, 2026-11-22: python benchmarks/sweeps.py {name}"
 """Provenance of settings whose trials are in benchmarks/results/sweeps.json."""
-ROUNDS = "best of two rounds of 8 settings, and of 3 for other parameters, one seed, 2026-11-22"
-"""Provenance of settings whose trials, with their commands, are in sweeps.json and sweeps_memory.json there."""
+AGAIN = "; then of 8 more (benchmarks/results/sweeps_memory.json)"
+AND_OTHERS = ", and of 3 for the other parameters"
+LIKE_F5 = "; the rest as soap-f5"
+"""Provenance of settings that were changed after that sweep."""
 
 
-def _swept(name: str, options: Mapping[str, Any], rates: tuple[float, ...], rule: str = "", **more: Any) -> Preset:
-    """Return the preset with the best settings of a sweep."""
-    provenance = ROUNDS if more.get("elementwise") is TUNED else SWEEP.format(name=name)
+def _swept(
+    name: str, options: Mapping[str, Any], rates: tuple[float, ...], rule: str = "", then: str = "", **more: Any
+) -> Preset:
+    """Return the preset with the best settings of a sweep; ``then`` says what was changed after it."""
+    provenance = SWEEP.format(name=name) + then
     return Preset(rule or name, {**options, "weight_decay": WEIGHT_DECAY}, rates, provenance, **more)
 
 
-def _soap(name: str, rule: str = "soap", **options: Any) -> Preset:
+def _soap(name: str, then: str, rule: str = "soap", **options: Any) -> Preset:
     """Return a preset of SOAP's family, whose sweeps all found these settings best, or equal to the best."""
     shared = {"lr": 2e-2, "betas": (0.8, 0.95), "shampoo_beta": 0.9}
-    return _swept(name, shared | options, rates=LOW, rule=rule, elementwise=TUNED)
+    return _swept(name, shared | options, rates=LOW, rule=rule, then=then, elementwise=TUNED)
 
 
 FORGETFUL: Mapping[str, Any] = {"betas": (0.85, 0.95), "shampoo_beta": 0.7}
-"""Settings of KL-SOAP that end 0.0007 behind the best in sweeps.json at 300 steps, and ahead at 152, over 3 seeds."""
+"""Settings of KL-SOAP that end 0.0007 behind the best in sweeps.json at 300 steps, and ahead at 152 over 3 seeds."""
 LOW = (5e-3, 1e-2, 2e-2, 4e-2)
 HIGH = (1e-2, 2e-2, 4e-2, 8e-2)
 HIGHER = (2e-2, 4e-2, 8e-2, 1.6e-1)
 PRESETS: Mapping[str, Preset] = {
     "adamw": _swept("adamw", {"lr": 1e-2, "betas": (0.7, 0.95)}, rates=(2.5e-3, 5e-3, 1e-2, 2e-2), elementwise=None),
-    "soap": _soap("soap", precondition_frequency=1),
-    "soap-f5": _soap("soap-f5", precondition_frequency=5),
-    "soap-f10": _soap("soap-f10", precondition_frequency=10),
-    "kl-soap": _soap("kl-soap", precondition_frequency=1, use_kl_shampoo=True),
-    "kl-soap-f4": _soap("kl-soap-f4", precondition_frequency=4, use_kl_shampoo=True, **FORGETFUL),
-    "rekls": _soap("rekls", rule="rekls"),
+    "soap": _soap("soap", AGAIN + LIKE_F5, precondition_frequency=1),
+    "soap-f5": _soap("soap-f5", AGAIN + AND_OTHERS, precondition_frequency=5),
+    "soap-f10": _soap("soap-f10", LIKE_F5, precondition_frequency=10),
+    "kl-soap": _soap("kl-soap", AGAIN + LIKE_F5, precondition_frequency=1, use_kl_shampoo=True),
+    "kl-soap-f4": _soap("kl-soap-f4", LIKE_F5, precondition_frequency=4, use_kl_shampoo=True, **FORGETFUL),
+    "rekls": _soap("rekls", LIKE_F5, rule="rekls"),
     "moso": _swept("moso", {"lr": 2.5e-3, "inner": "rmsprop"}, rates=(6e-4, 1.25e-3, 2.5e-3, 5e-3)),
-    "muon": _swept("muon", {"lr": 6e-2, "momentum": 0.85}, rates=(1.5e-2, 3e-2, 6e-2, 1.2e-1), elementwise=TUNED),
+    "muon": _swept(
+        "muon",
+        {"lr": 6e-2, "momentum": 0.85},
+        rates=(1.5e-2, 3e-2, 6e-2, 1.2e-1),
+        then=AGAIN + AND_OTHERS,
+        elementwise=TUNED,
+    ),
     "normuon": _swept("normuon", {"lr": 4e-2, "momentum": 0.9}, rates=HIGH),
     "adamuon": _swept("adamuon", {"lr": 8e-2, "momentum": 0.8}, rates=HIGHER),
     "shampoo": _swept("shampoo", {"lr": 2e-2, "shampoo_beta": 0.9, "precondition_frequency": 5}, rates=LOW),
