@@ -259,9 +259,11 @@ class InverseRootSOAP(Optimizer):
     keeps 8mn + 8(m² + n²) bytes. Defaults are those that circulate with the formula.
 
     Args:
-        params, betas, eps, weight_decay, weight_decay_method, nesterov, correct_bias, correct_shampoo_beta_bias,
-            max_update_rms, fp32_matmul_prec, merge_dims: As for `SOAP`.
+        params, betas, eps, weight_decay, nesterov, correct_bias, correct_shampoo_beta_bias, max_update_rms,
+            fp32_matmul_prec, merge_dims: As for `SOAP`.
         lr: The learning rate. Without grafting it has the unit of the gradient.
+        weight_decay_method: As for `SOAP`, but with "l2" the covariances take ``wd·W`` in, too. Otherwise the roots
+            would lift the decay by ``damping`` to the power of ``-2/root`` where the gradient is zero.
         precondition_frequency: The number of steps from one computation of the roots to the next, or a function from
             the step to that number.
         max_precond_dim: Sides longer than this have no root. The default 1024 leaves out most matrices of large models.
