@@ -126,7 +126,7 @@ class Matrix:
             v = torch.maximum(v, m**2)
         τ = {"auto": 1e-2}.get(o["noise_floor"], o["noise_floor"]) if guarded else 0.0
         d = v.sqrt()
-        u = d * m / (d * (d + o["eps"]) + τ**2 * v.mean()) if τ else m / (d + o["eps"])
+        u = d * m / (d * (d + o["eps"]) + τ**2 / t**3 * v.mean()) if τ else m / (d + o["eps"])
         u = Q_L @ u @ Q_R.T
         rms = u.square().mean().sqrt()
         return u * min(1.0, float(o["max_update_rms"] / (rms + 1e-7))) if o["max_update_rms"] else u

@@ -1,5 +1,7 @@
 """With guards the first update is a polar factor, rounding does not change it, and no early update is too long."""
 
+import math
+
 import pytest
 import torch
 
@@ -77,3 +79,35 @@ def test_what_each_guard_is_for(guard, holds):
         assert relative(updates([grads[0] * (1 + 1e-6 * noise)], **guard)[0], moved[0]) < 0.1
     else:
         assert max(D.square().mean().sqrt() for D in moved) <= 1.0
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256)])
+def test_rounding_does_not_choose_the_updates_of_single_samples(shape):
+    """Gradients of rank one leave a null space for a hundred steps, where the projected gradient is rounding errors."""
+    columns, rows, noise = (torch.randn(20, d, generator=torch.Generator().manual_seed(d)) for d in (*shape, shape[0]))
+    grads, moved = ([x.outer(y) for x, y in zip(c, rows, strict=True)] for c in (columns, columns * (1 + 1e-6 * noise)))
+    for D, E in zip(updates(grads), updates(moved), strict=True):
+        assert relative(E, D) < 0.10
+    assert relative(updates(moved, noise_floor=0.0)[-1], updates(grads, noise_floor=0.0)[-1]) > 0.5
+
+
+def left_of_a_quadratic(condition, **options):
+    """What is left of a rotated quadratic after 400 steps, with a learning rate that falls to 0."""
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q for d in (24, 16))
+    a, b = (torch.logspace(0, -math.log10(condition) / 2, d, dtype=torch.float64) for d in (24, 16))
+    A, B = ((U * a) @ U.T).float(), ((V * b) @ V.T).float()
+    W, (T,) = torch.nn.Parameter(torch.zeros(24, 16)), gradients((24, 16))
+    opt = steepest.SOAP([W], lr=0.1, weight_decay=0.0, **options)
+    for step in range(400):
+        opt.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / 400))
+        W.grad = A @ (W.detach() - T) @ B
+        opt.step()
+    error = U.T @ (W.detach() - T).double() @ V
+    return (a[:, None] * b * error.square()).sum().item() / 2
+
+
+@pytest.mark.parametrize("condition", [1e8, 1e12])
+def test_the_noise_floor_costs_nothing_where_small_entries_count(condition):
+    """A constant floor leaves hundreds to tens of thousands of times as much. Rounding alone makes a factor of 2."""
+    assert left_of_a_quadratic(condition) < 10 * left_of_a_quadratic(condition, noise_floor=0.0)

@@ -106,6 +106,57 @@ def test_kl_shampoo_by_its_formula():
         torch.testing.assert_close(D, expected, rtol=1e-5, atol=1e-8)
 
 
+def l2_trajectory(rule, W, grads, wd, **options):
+    """Weights after each step of the engine, lr being 0.01."""
+    W, moved = torch.nn.Parameter(W.clone()), []
+    optimizer = Optimizer([W], rule, lr=0.01, weight_decay=wd, weight_decay_method="l2", **options)
+    for G in grads:
+        W.grad = G.clone()
+        optimizer.step()
+        moved.append(W.detach().clone())
+    return torch.stack(moved)
+
+
+@pytest.mark.parametrize("rule", ["shampoo", "kl_shampoo"])
+@pytest.mark.parametrize("shape", [(5, 5), (4, 5)])
+def test_l2_is_a_part_of_the_gradient_for_covariances_too(rule, shape):
+    """The naive equations with G + wd W for G, in every place: covariances, momentum and grafted norm."""
+    wd, lr, floor, eps, (beta1, beta2, beta) = 0.3, 0.01, 1e-3, 1e-6, (0.9, 0.95, 0.95)
+    kl, (m, n) = rule == "kl_shampoo", shape
+    power, options = (-0.5, {"kl_floor": floor}) if kl else (-0.25, {})
+    grads = [random(*shape, seed=t) for t in range(1, 7)]
+    W = random(*shape, seed=7)
+    moved = l2_trajectory(rule, W, grads, wd, betas=(beta1, beta2), eps=eps, graft="adam", solver="eigh", **options)
+    L, R = torch.zeros(m, m, dtype=W.dtype), torch.zeros(n, n, dtype=W.dtype)
+    M = v = torch.zeros_like(W)
+    for t, (G, ours) in enumerate(zip(grads, moved, strict=True), start=1):
+        G = G + wd * W
+        one_minus_beta = (1 - beta) / (1 - beta**t)
+        left, right = G @ G.T, G.T @ G
+        if kl:
+            rms = G.square().mean().sqrt()
+            left = G @ (_floored_inverse(R, floor) if t > 1 else torch.eye(n, dtype=W.dtype) / rms) @ G.T / n
+            right = G.T @ (_floored_inverse(L, floor) if t > 1 else torch.eye(m, dtype=W.dtype) / rms) @ G / m
+        L, R = L + one_minus_beta * (left - L), R + one_minus_beta * (right - R)
+        M, v = beta1 * M + (1 - beta1) * G, beta2 * v + (1 - beta2) * G**2
+        mean = M / (1 - beta1**t)
+        roots = [matrix_power(K, power, eps=eps, relative=True) for K in (L, R)]
+        D = roots[0] @ mean @ roots[1]
+        length = (mean / ((v / (1 - beta2**t)).sqrt() + 1e-8)).norm()
+        W = W - lr * length * D / D.norm()
+        torch.testing.assert_close(ours, W, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("graft", ["none", "sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize("shampoo_beta", [0.95, 1.0])
+@pytest.mark.parametrize("rule", ["shampoo", "kl_shampoo"])
+def test_l2_decays_where_the_gradient_is_zero(rule, shampoo_beta, graft):
+    W = random(6, 4)
+    moved = l2_trajectory(rule, W, [torch.zeros_like(W)] * 3, 0.5, shampoo_beta=shampoo_beta, graft=graft)
+    assert moved[0].norm() < 0.999 * W.norm()
+    assert moved[2].norm() < moved[1].norm() < moved[0].norm()
+
+
 def _floored_inverse(K, floor):
     eigenvalues, Q = torch.linalg.eigh(K)
     floored = eigenvalues.clamp(min=floor * eigenvalues.amax().item())

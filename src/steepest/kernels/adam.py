@@ -2,7 +2,7 @@
 
     M ← β₁ M + (1-β₁) g,   V ← β₂ V + (1-β₂) g²
     m̂ = M / (1-β₁ᵗ), with Nesterov β₁ M / (1-β₁ᵗ⁺¹) + (1-β₁) g / (1-β₁ᵗ);   v̂ = V / (1-β₂ᵗ), and at least m̂²
-    D = m̂ / (√v̂ + ε), with a noise floor m̂ √v̂ / (√v̂ (√v̂ + ε) + τ² mean(v̂))
+    D = m̂ / (√v̂ + ε), with a noise floor m̂ √v̂ / (√v̂ (√v̂ + ε) + τ²/t³ mean(v̂))
 
 The twin is `steepest.rules.parts.moments.adam`, which explains the symbols.
 
@@ -151,7 +151,8 @@ def _direction_kernel(  # type: ignore[no-untyped-def]
     batch = (program // blocks).to(tl.int64)
     t = tl.load(t_at + batch)
     which = tl.arange(0, PARTS)
-    floor = weight * tl.sum(tl.load(sums + batch * parts + which, mask=which < parts, other=0.0), axis=0) + tiny
+    total = tl.sum(tl.load(sums + batch * parts + which, mask=which < parts, other=0.0), axis=0)
+    floor = tl.div_rn(weight, t * t * t) * total + tiny
     entries = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = entries < size
     at = batch * size + entries

@@ -28,9 +28,10 @@ class Shampoo(Optimizer):
     factor, as Muon's is.
 
     Args:
-        params, weight_decay, weight_decay_method, fp32_matmul_prec, merge_dims: As for `SOAP`.
+        params, weight_decay, fp32_matmul_prec, merge_dims: As for `SOAP`.
         lr: The learning rate. With the default grafting it has AdamW's unit.
         betas: The decay rates of the momentum, and of the second moment that grafting uses.
+        weight_decay_method: As for `SOAP`, but with "l2" the covariances take ``wd·W`` in, too, as the authors' do.
         shampoo_beta: The decay rate of the covariances, whose bias is corrected. 1 means sums instead of averages, as
             in the first paper: updates shrink as AdaGrad's do.
         eps: The constant that is added to the covariances' eigenvalues.

@@ -16,10 +16,11 @@ class SOAPOptions(SharedOptions, total=False):
     """`SharedOptions`, and the single guards of `SOAP`, for papers and tests. Training needs ``guards`` only.
 
     Args:
-        noise_floor: Entries of the projected gradient far below this fraction of its root mean square are rounding
-            noise, and vanish quadratically. 1e-2, also called "auto", by default; 0 turns it off. It trains as well as
-            no floor; without it a relative change of the first gradient by 1e-6 changes the first update by more than
-            its own norm (docs/first-steps.md).
+        noise_floor: In the first update, entries of the projected gradient far below this fraction of its root mean
+            square count as rounding errors, and vanish quadratically; after t updates the fraction is
+            ``noise_floor / t^(3/2)``. 1e-2, also called "auto", by default; 0 turns it off. Without it a relative
+            change of the first gradient by 1e-6 changes the first update by more than its own norm
+            (docs/first-steps.md).
         momentum_floor: Whether Adam's second moment counts as no less than the squared first, so that no entry of an
             update exceeds 1, even right after the basis has turned. True by default.
         kl_floor: With ``use_kl_shampoo``, eigenvalues count as no less than this fraction of the largest one, and the
@@ -207,9 +208,8 @@ class MOSO(Optimizer):
             zero by zero.
         inner: "adam": bias-corrected Adam on the projected momentum. "rmsprop": the projected momentum divided by its
             root mean square, since Adam damps the momentum a second time.
-        noise_floor: For "adam", the fraction of the root mean square far below which entries vanish quadratically. A
-            gradient of low rank (few samples) is zero up to rounding in most directions of its own eigenbasis, and
-            Adam would take steps of full size there.
+        noise_floor: For "adam", as for `SOAP`. A gradient of low rank (few samples) is zero up to rounding in most
+            directions of its own eigenbasis, and Adam would take steps of full size there.
         power_iter_steps: The number of orthogonal iterations per step.
         max_precond_dim: Matrices whose smaller side is longer than this are not rotated.
         options: `SharedOptions`.
@@ -259,9 +259,11 @@ class InverseRootSOAP(Optimizer):
     keeps 8mn + 8(m² + n²) bytes. Defaults are those that circulate with the formula.
 
     Args:
-        params, betas, eps, weight_decay, weight_decay_method, nesterov, correct_bias, correct_shampoo_beta_bias,
-            max_update_rms, fp32_matmul_prec, merge_dims: As for `SOAP`.
+        params, betas, eps, weight_decay, nesterov, correct_bias, correct_shampoo_beta_bias, max_update_rms,
+            fp32_matmul_prec, merge_dims: As for `SOAP`.
         lr: The learning rate. Without grafting it has the unit of the gradient.
+        weight_decay_method: As for `SOAP`, but with "l2" the covariances take ``wd·W`` in, too. Otherwise the roots
+            would lift the decay by ``damping`` to the power of ``-2/root`` where the gradient is zero.
         precondition_frequency: The number of steps from one computation of the roots to the next, or a function from
             the step to that number.
         max_precond_dim: Sides longer than this have no root. The default 1024 leaves out most matrices of large models.

@@ -41,7 +41,7 @@ class Step:
     refresh: Slots | None = None
     """The matrices whose slow part (a basis, an inverse root) is due, or None."""
     penalty: Tensor | None = None
-    """Weight decay as a gradient (method "l2"), ``[B, m, n]``. Moments take it in; covariances do not."""
+    """Weight decay as a gradient (method "l2"), ``[B, m, n]``. Moments take it in, and covariances but SOAP's."""
     failures: Tensor | None = None
     """A count for each matrix, ``[B]``, of decompositions that every solver failed at. The rule adds to it in place."""
 

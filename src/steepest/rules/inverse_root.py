@@ -55,6 +55,7 @@ class InverseRoot(Refreshing[Factors]):
         return Factors(state, step.failures)
 
     def update_factors(self, G: Tensor, factors: Factors, step: Step) -> None:
+        G = G if step.penalty is None else G + step.penalty
         corrects = self.correct_bias if self.correct_shampoo_beta_bias is None else self.correct_shampoo_beta_bias
         factors.accumulate(G, corrected_beta(self.shampoo_beta, step.t) if corrects else self.shampoo_beta)
 

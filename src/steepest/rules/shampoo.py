@@ -113,6 +113,7 @@ class Shampoo(RootsInBasis):
 
     def update_factors(self, G: Tensor, factors: Factors, step: Step) -> None:
         beta, state = self.factor_beta(step.t), factors.state
+        G = G if step.penalty is None else G + step.penalty
         factors.accumulate(G, beta)
         g2 = factors.project(G).square()  # [B, m, n]; λ is linear in K, so it takes a gradient in as K does
         for side, energy in (("L", g2.sum(dim=-1)), ("R", g2.sum(dim=-2))):  # [B, m], [B, n]

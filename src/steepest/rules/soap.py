@@ -49,7 +49,7 @@ class AdamInBasis(Refreshing[F], ABC):
     use_adaptive_criteria: bool = flag(False)
     adaptive_update_tolerance: float = at_least(0, 1e-7)
     max_update_rms: float = at_least(0, 0.0, "0: no limit")
-    noise_floor: float = at_least(0, 1e-2)  # costs nothing in training, and makes first steps reproducible
+    noise_floor: float = at_least(0, 1e-2)  # makes first steps reproducible, and fades out
     momentum_floor: bool = flag(True)
     basis_timing: BasisTiming = one_of(BasisTiming, "before")
     refresh_async: bool = flag(False)

@@ -32,8 +32,8 @@ from steepest.rule import Rule, State
 BLOCK = 64
 """Entries of a row that share a scale: 1/16 byte an entry, and a lone outlier coarsens no more than 63 others."""
 BINADES = 24
-"""From the largest second moment of a block to the least above zero: 2⁻¹² as a step's denominator. SOAP's noise floor,
-2⁻⁷ of the whole matrix's, lies far above."""
+"""From the largest second moment of a block to the least above zero: 2⁻¹² as a step's denominator. SOAP's noise floor
+starts far above, at 2⁻⁷ of the whole matrix's."""
 LEVELS = 254
 PER_LEVEL = BINADES / LEVELS
 

@@ -44,8 +44,8 @@ def adam(
         nesterov: look one step ahead in the numerator (Dozat, 2016).
         momentum_floor: v̂ counts as no less than the squared numerator, so that no entry exceeds 1. For a steady
             gradient it changes nothing; right after a basis has turned, v̂ belongs to other directions, and it matters.
-        noise_floor: τ. With d = sqrt(v̂) the denominator becomes ``d + τ² mean(v̂)/d``, as in a Wiener filter: entries
-            far below τ times the root mean square vanish quadratically, the rest is untouched.
+        noise_floor: τ. With d = sqrt(v̂) and τ_t = τ / t^(3/2) the denominator becomes ``d + τ_t² mean(v̂)/d``, as in a
+            Wiener filter: entries far below τ_t times the root mean square vanish quadratically, the rest is untouched.
     """
     if (INTERPRETED or not g.is_cpu) and kernels.adam_pays(g, state["exp_avg"], state["exp_avg_sq"]):
         from steepest.kernels.adam import adam as fused  # on a GPU: the same in one pass or two
@@ -73,8 +73,8 @@ def adam(
     d = v.sqrt()
     if noise_floor == 0:
         return m / d.add_(eps)
-    floor = noise_floor**2 * v.mean(dim=(-2, -1), keepdim=True) + torch.finfo(g.dtype).tiny  # [B, 1, 1]; 0/0 is 0
-    denominator = torch.addcmul(floor, d, d + eps)  # d (d + eps) + τ² mean(v̂)
+    floor = noise_floor**2 / (t * t * t) * v.mean(dim=(-2, -1), keepdim=True)  # [B, 1, 1]
+    denominator = torch.addcmul(floor + torch.finfo(g.dtype).tiny, d, d + eps)  # d (d + eps) + τ_t² mean(v̂); 0/0 is 0
     return d.mul_(m).div_(denominator)
 
 
