@@ -215,7 +215,7 @@ TAMPERED: dict[str, tuple[Tamper, str]] = {
     "no params": (lambda s: s["param_groups"][0].pop("params"), "group 0 of the saved state is not a dict with"),
     "twice": (put([0], "param_groups", 1, "params"), "group 1 of the saved state repeats 0"),
     "names too many": (put(["a", "b"], "param_groups", 0, "param_names"), "one name for each"),
-    "lr a word": (put("high", "param_groups", 0, "lr"), "options of parameter group 0 of the saved state are damaged"),
+    "lr a word": (put("high", "param_groups", 0, "lr"), "lr='high'"),
     "lr NaN": (put(math.nan, "param_groups", 0, "lr"), "lr=nan"),
     "betas a number": (put(0.9, "param_groups", 0, "betas"), r"betas=0.9: must be two numbers"),
     "a bool a word": (put("no", "param_groups", 0, "nesterov"), "nesterov='no' in parameter group 0"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steepest.engine.step import safe_norm, write
+from steepest.engine.step import learning_rate, safe_norm, write
 from steepest.exchange.peers import Peers
 from steepest.exchange.shards import is_dtensor, local, meta_shard
 from steepest.linalg import attempts
@@ -102,7 +102,7 @@ def _apply(
         [W for W, _, _ in padded],
         [grad for _, grad, _ in padded],
         [state for _, _, state in padded],
-        group["lr"],
+        learning_rate(group, weights[0]),
         group["weight_decay"],
     )
     for (W, _, state), own, own_state in zip(padded, weights, states, strict=True):

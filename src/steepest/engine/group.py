@@ -2,35 +2,71 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steepest.exchange.shards import local
-from steepest.rule import Rule, State, check, check_choice, nearest
+from steepest.rule import Kind, Options, Rule, State, any_integer, as_number, at_least, counts, flag, nearest, number
+from steepest.rule import one_of, option
+from steepest.rule.words import DecayMethod, Nonfinite
 from steepest.rules import RULES
+from steepest.rules.aliases import ALIASES
 from steepest.stack.stack import ranges
-from steepest.view import OPTIONS as VIEW_OPTIONS
 
-DECAY_METHODS = ("decoupled", "independent", "palm", "cautious", "l2")
-OPTIONS: dict[str, Any] = {
-    "lr": None,
-    "weight_decay": 0.01,
-    "nonfinite": "skip",
-    "stochastic_rounding": False,
-    "rounding_seed": 0,
-}
-"""The options of every group, whatever its rule."""
-STACK_OPTIONS: dict[str, Any] = {
-    "weight_decay_method": "decoupled",
-    "stagger": False,
-    "compile": False,
-    "cuda_graph": False,
-    "block_size": 0,
-    **VIEW_OPTIONS,
-}
-"""The further options of groups whose rule steps matrices."""
+
+def _plain_rate(lr: Any) -> Any:
+    if not isinstance(lr, Tensor):
+        return as_number(lr)
+    return lr.detach() if lr.requires_grad else lr  # else the same tensor, because schedulers fill it in place
+
+
+def _is_rate(lr: Any) -> bool:
+    if not isinstance(lr, Tensor):
+        return number(lr) and lr >= 0
+    one = lr.numel() == 1 and lr.dtype != torch.bool and not lr.is_complex()
+    return one and (lr.is_meta or 0 <= float(lr) < math.inf)
+
+
+RATE = Kind(_plain_rate, _is_rate, "a finite number >= 0 or a tensor of one, from the group or from the optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions(Options):
+    """The options of every group, whatever its rule."""
+
+    lr: float | Tensor | None = option(None, RATE)
+    weight_decay: float = at_least(0, 0.01)
+    nonfinite: Nonfinite = one_of(Nonfinite, "skip")
+    stochastic_rounding: bool = flag(False)
+    rounding_seed: int = any_integer(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackOptions(Options):
+    """The further options of groups whose rule steps matrices; the last four are those of `steepest.view`."""
+
+    weight_decay_method: DecayMethod = one_of(DecayMethod, "decoupled")
+    stagger: bool = flag(False)
+    compile: bool = flag(False)
+    cuda_graph: bool = flag(False)
+    block_size: int = at_least(0, 0, "0 cuts nothing")
+    merge_dims: bool = flag(True)
+    transpose: bool = flag(False)
+    split: tuple[int, ...] = counts(())
+    heads: int = at_least(1, 1)
+
+
+OPTIONS, STACK_OPTIONS = GroupOptions.defaults(), StackOptions.defaults()
+TYPO = 0.85
+"""The similarity from which on an unknown entry of a group counts as a misspelt option."""
+UNSUPPORTED = {"maximize": "negate the loss", "differentiable": "steps have no gradient"}
+"""Options of torch.optim that would change every step, and what to do instead."""
 MOST_LINES = 8
 """The most lines that `describe` has for groups."""
 
@@ -44,27 +80,73 @@ def option_defaults(rule: str) -> dict[str, Any]:
     >>> option_defaults("adamw")["betas"]
     (0.9, 0.999)
     """
-    if rule not in RULES:
+    defaults = {"rule": rule}
+    for kind in _kinds(rule):
+        defaults |= kind.defaults()
+    return defaults
+
+
+def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every option of a group in its plain form: numbers, words, bools and tuples of Python.
+
+    Numbers of numpy, whole floats for integers, and numbers in strings, as YAML and command lines have them, are taken;
+    a tensor is taken for ``lr`` only, and stays the same one. Its value is read, which waits for an accelerator.
+
+    Raises:
+        ValueError: for an option that is missing or not allowed, or that counts only where a group is made. It names
+            the option, its value, and what is allowed.
+
+    >>> group = option_defaults("adamw") | {"lr": "1e-3", "betas": [0.9, 0.95], "initial_lr": 0.1}
+    >>> plain_options(group) == option_defaults("adamw") | {"lr": 0.001, "betas": (0.9, 0.95)}
+    True
+    >>> plain_options(group | {"amsgrad": "no"})
+    Traceback (most recent call last):
+    ValueError: amsgrad='no': must be a bool
+    """
+    for name, remedy in ALIASES.items():
+        if name in group:
+            raise ValueError(f"{name}={group[name]!r}: counts only where a group is made; {remedy}")
+    for name, remedy in UNSUPPORTED.items():
+        if group.get(name):
+            raise ValueError(f"{name}={group[name]!r}: not supported; {remedy}")
+    rule = group.get("rule")
+    plain = {"rule": rule}
+    for kind in _kinds(rule):
+        for name in kind.defaults():
+            if name not in group:
+                raise ValueError(f"{name}: the group has no longer this option of {rule}; set it")
+        plain |= kind.read(group)
+    return plain
+
+
+def check_names(group: Mapping[str, Any]) -> None:
+    """Raise a ValueError for an entry of a new group that is meant as an option, and is none of the group's rule.
+
+    Other entries may stay, as in torch: schedulers and trainers keep notes of their own in groups.
+
+    >>> check_names({"rule": "muon", "lr_scale": 0.5, "initial_lr": 0.1})
+    >>> check_names({"rule": "muon", "shampoo_beta": 0.9})
+    Traceback (most recent call last):
+    ValueError: shampoo_beta=0.9: muon has no such option, but inverse_root, kl_shampoo, kl_soap, moso, shampoo, soap
+    """
+    rule = group["rule"]
+    known = option_defaults(rule)
+    for name in group.keys() - known.keys() - {"params", "param_names", "format"}:
+        others = [other for other in RULES if name in option_defaults(other)]
+        if others:
+            raise ValueError(f"{name}={group[name]!r}: {rule} has no such option, but {', '.join(others)}")
+        if name in ALIASES:
+            raise ValueError(f"{name}={group[name]!r}: {rule} has no such option")
+        for near in difflib.get_close_matches(str(name), [*known, *ALIASES, "params"], n=1, cutoff=TYPO):
+            if f"_{near}_" not in f"_{name}_":  # a longer name, such as no_weight_decay, is one of its own
+                raise ValueError(f"{name}={group[name]!r}: {rule} has no such option (did you mean {near!r}?)")
+
+
+def _kinds(rule: Any) -> list[type[Options]]:
+    """Return the classes that hold the options of a group under ``rule``."""
+    if not isinstance(rule, str) or rule not in RULES:
         raise ValueError(f"rule={rule!r}: no such rule{nearest(rule, RULES)}")
-    engine = OPTIONS | (STACK_OPTIONS if issubclass(RULES[rule], Rule) else {})
-    return {"rule": rule} | engine | RULES[rule].defaults()
-
-
-def check_options(group: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names the first option of a group that is out of range."""
-    lr, wd, seed = group["lr"], group["weight_decay"], group["rounding_seed"]
-    if lr is None:
-        raise ValueError("lr=None: a group needs a learning rate, of its own or from the optimizer")
-    check(isinstance(lr, Tensor) or lr >= 0, "lr", lr, "a number >= 0")
-    check(not isinstance(lr, Tensor) or lr.numel() == 1, "lr", lr, "a number, or a tensor of one element")
-    check(wd >= 0, "weight_decay", wd, "a number >= 0")
-    check_choice("nonfinite", group["nonfinite"], ("skip", "raise"))
-    check(isinstance(seed, int) and not isinstance(seed, bool), "rounding_seed", seed, "an integer")
-    if "weight_decay_method" in group:
-        check_choice("weight_decay_method", group["weight_decay_method"], DECAY_METHODS)
-    for name in ("stochastic_rounding", "stagger", "compile", "cuda_graph", "merge_dims", "transpose"):
-        check(isinstance(group.get(name, False), bool), name, group.get(name), "a bool")
-    RULES[group["rule"]].from_group(group)
+    return [GroupOptions, *([StackOptions] if issubclass(RULES[rule], Rule) else []), RULES[rule]]
 
 
 def describe(name: str, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, State]) -> str:

@@ -9,6 +9,7 @@ different rules: matrices under one, embeddings and norms under another, in one 
 from __future__ import annotations
 
 import copy
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from steepest.engine import checkpoint, consolidate, participants
 from steepest.engine.elementwise import step_elementwise
-from steepest.engine.group import check_options, describe, option_defaults
+from steepest.engine.group import check_names, describe, option_defaults, plain_options
 from steepest.engine.participants import Gradients
 from steepest.engine.step import apply, finish, safe_norm, step_stack
 from steepest.exchange.assign import assign, peers_of
@@ -69,7 +70,8 @@ class Optimizer(torch.optim.Optimizer):
             if name not in known:
                 hint = nearest(name, [*known, *ALIASES])
                 raise ValueError(f"{name}={options[name]!r}: {rule} has no such option{hint}")
-        super().__init__(params, known | options)
+        plain = plain_options({"lr": 0.0} | known | {k: v for k, v in options.items() if k != "lr" or v is not None})
+        super().__init__(params, plain | {"lr": options.get("lr")})
 
     def _reset(self) -> None:
         """Forget all parameters, where they are, and how they are stepped."""
@@ -81,6 +83,7 @@ class Optimizer(torch.optim.Optimizer):
         self._offsets: dict[tuple[int, int], Offsets] = {}  # by group and period
         self._devices: list[tuple[Tensor, torch.device]] = []  # the parameters that state was laid out for
         self._skipped = torch.zeros((), dtype=torch.int64)
+        self._seen: dict[int, dict[str, Any]] = {}  # each group when its options were last checked
 
     def __repr__(self) -> str:
         return describe(type(self).__name__, self.param_groups, self.state)
@@ -91,21 +94,30 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f"param_group={param_group!r}: must be a dict")
         inherits = param_group.get("rule", self.defaults["rule"]) == self.defaults["rule"]
         param_group = resolve({"rule": self.defaults["rule"]} | param_group)
+        check_names(param_group)
         rule = param_group["rule"]
         known = option_defaults(rule)
         shared = self.defaults if inherits else {"lr": self.defaults["lr"]}
         group = known | shared | param_group
+        group |= plain_options(group)
         params = group["params"]
+        if isinstance(params, set | frozenset):
+            raise TypeError("params are a set, whose order differs from run to run: give a list")
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
-        check_options(group)
-        for item in group["params"]:
-            name, p = item if isinstance(item, tuple) else ("a parameter", item)
-            if isinstance(p, Tensor) and not p.is_floating_point():
+        names: dict[Tensor, str] = {}
+        for i, item in enumerate(group["params"]):
+            name, p = item if isinstance(item, tuple) else (f"parameter {i}", item)
+            if not isinstance(p, Tensor):
+                continue  # torch names its type
+            if p in names:
+                raise ValueError(f"{names[p]} and {name} are one parameter, of shape {list(p.shape)}: give it once")
+            names[p] = name
+            if not p.is_floating_point():
                 raise ValueError(f"{name} of dtype {p.dtype}: only real floating-point parameters can be optimized")
-            if isinstance(p, Tensor) and issubclass(RULES[rule], Rule):
+            if issubclass(RULES[rule], Rule):
                 View.of(p, group)
         super().add_param_group(group)
-        for name in self.defaults.keys() - known.keys() - param_group.keys():
+        for name in self.defaults.keys() - known.keys():
             del group[name]  # an option of the other rule, which torch fills in everywhere
         number = len(self.param_groups) - 1
         peers = self._note_group(number)
@@ -138,6 +150,7 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
+            self._check_options()
             self._rebind()
             rules = [RULES[group["rule"]].from_group(group) for group in self.param_groups]
             grads = self._participants()  # raises, if at all, before anything has changed
@@ -149,6 +162,14 @@ class Optimizer(torch.optim.Optimizer):
                     skipped = step_elementwise(rule, group, number, grads[number], self.state, self._peers)
                     self._skipped = skipped + self._skipped
         return loss
+
+    def _check_options(self) -> None:
+        """Check the options of groups that have changed since the last step."""
+        for number, group in enumerate(self.param_groups):
+            seen = self._seen.get(number, {})
+            if len(seen) != len(group) or not all(map(operator.is_, group.values(), seen.values())):
+                group |= plain_options(group)
+                self._seen[number] = dict(group)
 
     def _step_bucket(self, bucket: Bucket, rule: Rule | Elementwise, grads: Tensors) -> Iterator[None]:
         """Step the matrices of a bucket; pause wherever tensors travel between ranks."""

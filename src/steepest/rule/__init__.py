@@ -1,18 +1,23 @@
 """What a rule is: options that check themselves, gradients in, directions out."""
 
 from steepest.rule.options import (
+    Kind,
     Options,
+    any_integer,
+    as_number,
     at_least,
     beta,
     betas,
     check,
-    check_choice,
     checked,
+    counts,
     flag,
     frequency,
     nearest,
     number,
     one_of,
+    option,
+    python,
 )
 from steepest.rule.refreshing import THE_END, Refreshing
 from steepest.rule.rule import Elementwise, LowRank, Rule, Slots, State, Step, whole
@@ -20,6 +25,7 @@ from steepest.rule.rule import Elementwise, LowRank, Rule, Slots, State, Step, w
 __all__ = [
     "THE_END",
     "Elementwise",
+    "Kind",
     "LowRank",
     "Options",
     "Refreshing",
@@ -27,16 +33,20 @@ __all__ = [
     "Slots",
     "State",
     "Step",
+    "any_integer",
+    "as_number",
     "at_least",
     "beta",
     "betas",
     "check",
-    "check_choice",
     "checked",
+    "counts",
     "flag",
     "frequency",
     "nearest",
     "number",
     "one_of",
+    "option",
+    "python",
     "whole",
 ]
