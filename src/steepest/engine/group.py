@@ -90,11 +90,12 @@ def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return every option of a group in its plain form: numbers, words, bools and tuples of Python.
 
     Numbers of numpy, whole floats for integers, and numbers in strings, as YAML and command lines have them, are taken;
-    a tensor is taken for ``lr`` only, and stays the same one. Its value is read, which waits for an accelerator.
+    a tensor is taken for ``lr`` only, and stays the same one. Its value is read, which waits for an accelerator. An
+    option that the group lacks, as one of an older steepest may, has its default.
 
     Raises:
-        ValueError: for an option that is missing or not allowed, or that counts only where a group is made. It names
-            the option, its value, and what is allowed.
+        ValueError: for an option that is not allowed, or that counts only where a group is made. It names the option,
+            its value, and what is allowed.
 
     >>> group = option_defaults("adamw") | {"lr": "1e-3", "betas": [0.9, 0.95], "initial_lr": 0.1}
     >>> plain_options(group) == option_defaults("adamw") | {"lr": 0.001, "betas": (0.9, 0.95)}
@@ -112,9 +113,6 @@ def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
     rule = group.get("rule")
     plain = {"rule": rule}
     for kind in _kinds(rule):
-        for name in kind.defaults():
-            if name not in group:
-                raise ValueError(f"{name}: the group has no longer this option of {rule}; set it")
         plain |= kind.read(group)
     return plain
 

@@ -196,9 +196,10 @@ class Options:
 
     @classmethod
     def read(cls, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that a parameter group has, plain and checked."""
-        options = cls(**{name: group[name] for name in _names(cls)})  # type: ignore[arg-type]
-        return {name: getattr(options, name) for name in _names(cls)}  # type: ignore[arg-type]
+        """The options that stand in a parameter group, checked and plain; those that it lacks have their defaults."""
+        names: tuple[str, ...] = _names(cls)  # type: ignore[arg-type]
+        options = cls(**{name: group[name] for name in names if name in group})
+        return {name: getattr(options, name) for name in names}
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> Self:
