@@ -70,8 +70,9 @@ class Optimizer(torch.optim.Optimizer):
             if name not in known:
                 hint = nearest(name, [*known, *ALIASES])
                 raise ValueError(f"{name}={options[name]!r}: {rule} has no such option{hint}")
-        plain = plain_options({"lr": 0.0} | known | {k: v for k, v in options.items() if k != "lr" or v is not None})
-        super().__init__(params, plain | {"lr": options.get("lr")})
+        defaults = known | options
+        stand_in = {"lr": 0.0} if defaults["lr"] is None else {}  # each group may have a rate of its own
+        super().__init__(params, plain_options(defaults | stand_in) | dict.fromkeys(stand_in))
 
     def _reset(self) -> None:
         """Forget all parameters, where they are, and how they are stepped."""

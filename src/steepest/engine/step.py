@@ -211,15 +211,16 @@ def decay_factor(group: Mapping[str, Any], W: Tensor, D: Tensor) -> float | Tens
 
 
 def learning_rate(group: Mapping[str, Any], W: Tensor) -> float | Tensor:
-    """Return a group's learning rate: a number, or a 0-d tensor that multiplies tensors like ``W``.
+    """Return a group's learning rate: a number, or a 0-d tensor that multiplies ``W``, at least as precise as that.
 
-    >>> learning_rate({"lr": torch.tensor([0.5])}, torch.ones(2))
+    >>> learning_rate({"lr": torch.tensor([0.5], dtype=torch.bfloat16)}, torch.ones(2))
     tensor(0.5000)
     """
     lr: float | Tensor = group["lr"]
     if not isinstance(lr, Tensor):
         return lr
-    return lr.reshape(()) if attempts.at_hand(lr) else lr.reshape(()).to(W.device)
+    device = lr.device if attempts.at_hand(lr) else W.device  # every device takes a number from the host
+    return lr.reshape(()).to(device, torch.promote_types(lr.dtype, W.dtype))
 
 
 def write(

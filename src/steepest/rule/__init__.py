@@ -18,8 +18,8 @@ from steepest.rule.options import (
     nearest,
     number,
     one_of,
-    option,
     python,
+    rate,
 )
 from steepest.rule.refreshing import THE_END, Refreshing
 from steepest.rule.rule import Elementwise, LowRank, Rule, Slots, State, Step, whole
@@ -50,7 +50,7 @@ __all__ = [
     "nearest",
     "number",
     "one_of",
-    "option",
     "python",
+    "rate",
     "whole",
 ]

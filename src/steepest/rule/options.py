@@ -11,6 +11,7 @@ from functools import cache, lru_cache
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self, get_args
 
+import torch
 from torch import Tensor
 
 
@@ -70,6 +71,25 @@ def at_least(low: float, default: Any, meaning: str = "") -> Any:
     if isinstance(default, int):
         return option(default, Kind(as_integer, lambda x: integer(x) and x >= low, f"an integer >= {low}{because}"))
     return checked(default, lambda x: number(x) and x >= low, f"a finite number >= {low}{because}")
+
+
+def rate(default: None) -> Any:
+    """An option that is a learning rate: a number, or a tensor of one element. A value of a tensor is waited for."""
+
+    def plain(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return as_number(x)
+        return x.detach() if x.requires_grad else x  # else the same tensor, because schedulers fill it in place
+
+    def holds(x: Any) -> bool:
+        if isinstance(x, Tensor):
+            if x.numel() != 1 or x.is_complex() or x.dtype == torch.bool:
+                return False
+            x = 0.0 if x.is_meta else float(x)
+        return number(x) and x >= 0
+
+    allowed = "a finite number >= 0 or a tensor of one, from the group or from the optimizer"
+    return option(default, Kind(plain, holds, allowed))
 
 
 def any_integer(default: int) -> Any:

@@ -47,18 +47,19 @@ def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
     Traceback (most recent call last):
     ValueError: use_eigh=True contradicts solver='qr': give one of them
     """
-    options = dict(options)
-    rule = options.get("rule")
+    options, rule = dict(options), options.get("rule")
+    if not isinstance(rule, str):
+        return options
     if rule in (*SOAPS, "inverse_root") and (decay := options.pop("preconditioner_decay", None)) is not None:
-        _set(options, "preconditioner_decay", decay, {"shampoo_beta": Soap.kind("shampoo_beta").read("preconditioner_decay", decay)})
+        beta = Soap.kind("shampoo_beta").read("preconditioner_decay", decay)
+        _set(options, "preconditioner_decay", decay, {"shampoo_beta": beta})
     if rule not in SOAPS + SHAMPOOS:
         return options
 
     if "refresh" in options:
         raise ValueError(f"refresh={options['refresh']!r}: the option is called solver")
     if "use_kl_shampoo" in options:
-        kl = _flag(options, "use_kl_shampoo")
-        if kl:
+        if _flag(options, "use_kl_shampoo"):
             options["rule"] = rule = f"kl_{rule.removeprefix('kl_')}"
         elif rule.startswith("kl_"):
             raise ValueError(f"use_kl_shampoo=False contradicts rule={rule!r}: give one of them")
@@ -71,7 +72,7 @@ def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
             _set(options, "use_eigh", True, {"solver": "eigh"})
         elif options.setdefault("solver", defaults["solver"]) == "eigh":
             raise ValueError("use_eigh=False contradicts solver='eigh': give one of them")
-    if options.get("noise_floor") == "auto":
+    if isinstance(floor := options.get("noise_floor"), str) and floor == "auto":
         options["noise_floor"] = defaults["noise_floor"]
     if "guards" in options:
         floors = {name: value for name, value in UNGUARDED.items() if name in defaults}
