@@ -83,9 +83,7 @@ def rate(default: None) -> Any:
 
     def holds(x: Any) -> bool:
         if isinstance(x, Tensor):
-            if x.numel() != 1 or x.is_complex() or x.dtype == torch.bool:
-                return False
-            x = 0.0 if x.is_meta else float(x)
+            x = None if x.numel() != 1 or x.is_complex() or x.dtype == torch.bool or x.is_meta else float(x)
         return number(x) and x >= 0
 
     allowed = "a finite number >= 0 or a tensor of one, from the group or from the optimizer"
