@@ -20,6 +20,7 @@ import steepest
 from steepest import Optimizer
 from steepest.engine.group import STACK_OPTIONS, option_defaults, plain_options
 from steepest.optimizers import NAMES
+from steepest.optimizers.shared import ABSENT
 from steepest.rule.words import DecayMethod
 from steepest.rules import RULES
 from steepest.rules.aliases import ALIASES
@@ -336,6 +337,14 @@ def test_two_spellings_that_contradict_each_other_are_refused_by_both_names(name
         options = {alias: options[alias]}
     with pytest.raises(ValueError, match=rf"{alias}.* contradicts {target}"):
         steepest.create(name, parameters(), **options)
+
+
+@pytest.mark.parametrize("optimizer", CLASSES)
+def test_what_stays_out_of_the_options_is_the_rules_default_anyway(optimizer: type[Optimizer]) -> None:
+    group, given = optimizer(parameters()).param_groups[0], arguments(optimizer)
+    for name in ABSENT & given.keys() & inspect.signature(optimizer).parameters.keys():
+        assert given[name] == {"guards": True, "preconditioner_decay": given[name]}.get(name, group.get(name, False))
+    assert given.get("preconditioner_decay") in (None, group.get("shampoo_beta"))
 
 
 def test_a_group_may_turn_an_alias_back() -> None:

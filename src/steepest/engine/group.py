@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -26,6 +27,11 @@ class GroupOptions(Options):
     nonfinite: Nonfinite = one_of(Nonfinite, "skip")
     stochastic_rounding: bool = flag(False)
     rounding_seed: int = any_integer(0)
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> Self:
+        """As of every group, but nothing is remembered: rates change at every step, tensors even in place."""
+        return cls(**{name: group[name] for name in cls.defaults() if name in group})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +100,7 @@ def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
     kinds = _kinds(group.get("rule"))
     plain: dict[str, Any] = {"rule": kinds[-1].name}
     for kind in kinds:
-        plain |= kind.read(group)
+        plain |= kind.from_group(group).as_dict()
     return plain
 
 
@@ -110,15 +116,20 @@ def check_names(group: Mapping[str, Any]) -> None:
     """
     rule = group["rule"]
     known = option_defaults(rule)
-    of_others = {name for other in RULES for name in option_defaults(other)} | ALIASES.keys()
     for name, value in group.items():
         if name in known or name in ("params", "param_names", "format"):
             continue
-        if name in of_others:
+        if name in _all_options():
             raise ValueError(f"{name}={value!r}: {rule} has no such option")
         for near in difflib.get_close_matches(str(name), [*known, *ALIASES, "params"], n=1, cutoff=TYPO):
             if f"_{near}_" not in f"_{name}_":  # a longer name, such as no_weight_decay, is one of its own
                 raise ValueError(f"{name}={value!r}: {rule} has no such option (did you mean {near!r}?)")
+
+
+@cache
+def _all_options() -> set[str]:
+    """Return the options of all rules, and their other names."""
+    return {name for rule in RULES for name in option_defaults(rule)} | ALIASES.keys()
 
 
 def _kinds(rule: Any) -> list[type[Options]]:

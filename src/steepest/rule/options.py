@@ -200,7 +200,7 @@ class Options:
 
     @classmethod
     def kind(cls, name: str) -> Kind:
-        """The kind of one option."""
+        """The kind of an option."""
         kind: Kind = cls.__dataclass_fields__[name].metadata["kind"]
         return kind
 
@@ -213,30 +213,27 @@ class Options:
         return {}
 
     @classmethod
-    def read(cls, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that stand in a parameter group, checked and plain; those that it lacks have their defaults."""
-        names: tuple[str, ...] = _names(cls)  # type: ignore[arg-type]
-        options = cls(**{name: group[name] for name in names if name in group})
-        return {name: getattr(options, name) for name in names}
-
-    @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> Self:
-        """The rule that a parameter group describes.
+        """The options that stand in a parameter group; those that it lacks have their defaults.
 
         Raises:
-            ValueError: for an option that is out of range.
+            ValueError: for an option that is not allowed.
         """
-        names: tuple[str, ...] = _names(cls)  # type: ignore[arg-type]
-        values = [group[name] for name in names]
+        names: dict[str, Any] = _names(cls)  # type: ignore[arg-type]
+        values = [group.get(name, default) for name, default in names.items()]
         try:
             return _built(cls, *values)  # type: ignore[arg-type, return-value]
         except TypeError:  # a list, say, which has no hash
             return cls(**dict(zip(names, values, strict=True)))
 
+    def as_dict(self) -> dict[str, Any]:
+        """The options by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
 
 @cache
-def _names(cls: type[Options]) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(cls))
+def _names(cls: type[Options]) -> dict[str, Any]:
+    return {f.name: f.default for f in fields(cls)}
 
 
 @lru_cache(maxsize=256, typed=True)  # typed: True is not 1, and has to be checked anew
