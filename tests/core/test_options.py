@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import math
-from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
 from itertools import cycle
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from plain_groups import CLASSES, arguments, expect_same, parameters, snapshot
 from torch import Tensor, nn
 
 import steepest
 from steepest import Optimizer
 from steepest.engine.group import STACK_OPTIONS, option_defaults, plain_options
-from steepest.optimizers import NAMES
-from steepest.optimizers.shared import ABSENT
 from steepest.rule.words import DecayMethod
 from steepest.rules import RULES
-from steepest.rules.aliases import ALIASES
 from steepest.view import OPTIONS as VIEW_OPTIONS
 
 DECAY_METHODS = DecayMethod.__args__
-
-
-def parameters(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
-    """Parameters with gradients, the same ones at every call."""
-    generator = torch.Generator().manual_seed(0)
-    made = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes or [(6, 4)]]
-    for p in made:
-        p.grad = torch.randn(p.shape, generator=generator)
-    return made
-
-
-def snapshot(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All weights and states, as copies."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = [*params, *(x for p in params for _, x in sorted(optimizer.state[p].items()))]
-    return [x.detach().clone() for x in tensors]
-
-
-def expect_same(optimizer: torch.optim.Optimizer, before: list[Tensor]) -> None:
-    for x, y in zip(snapshot(optimizer), before, strict=True):
-        assert torch.equal(x, y)
 
 
 # What is refused, for every option of every rule.
@@ -79,6 +54,7 @@ def wrong(name: str, default: Any) -> list[Any]:
         return NO_PAIRS
     if isinstance(default, str):
         return NO_WORDS
+    # a tensor may be a learning rate
     return [*NO_NUMBERS[: None if name != "lr" else -4], -1.0, *may_be_none]
 
 
@@ -108,17 +84,6 @@ def test_an_option_that_is_wrong_is_refused_by_name(rule: str, name: str) -> Non
     expect_same(optimizer, before)
     optimizer.step()
     assert not torch.equal(snapshot(optimizer)[0], before[0])
-
-
-def arguments(optimizer: type[Optimizer]) -> Mapping[str, Any]:
-    """The arguments of a class beside its parameters, with their defaults; None for those that are in ``options``."""
-    found = inspect.signature(optimizer).parameters
-    (options,) = get_type_hints(optimizer.__init__, include_extras=True)["options"].__args__
-    rest = dict.fromkeys(get_type_hints(options))
-    return rest | {name: p.default for name, p in found.items() if name not in ("params", "options")}
-
-
-CLASSES = [entry.optimizer for entry in NAMES.values() if inspect.isclass(entry.optimizer)]
 
 
 @pytest.mark.parametrize("optimizer", CLASSES)
@@ -312,120 +277,6 @@ def test_a_tensor_that_is_no_rate_is_refused(lr: Tensor) -> None:
     with pytest.raises(ValueError, match="lr="):
         optimizer.step()
     expect_same(optimizer, before)
-
-
-# Names: other spellings, misspellings, and entries that are no options.
-
-CONTRADICTIONS = [
-    ("soap", {"use_eigh": True, "solver": "qr"}),
-    ("soap", {"use_eigh": True, "solver": "auto"}),
-    ("soap", {"use_eigh": False, "solver": "eigh"}),
-    ("soap", {"preconditioner_decay": 0.9, "shampoo_beta": 0.95}),
-    ("soap", {"guards": False, "noise_floor": "auto"}),
-    ("soap", {"guards": False, "momentum_floor": True}),
-    ("kl-soap", {"guards": False, "kl_floor": 1e-4}),
-    ("rekls", {"use_eigh": False, "rule": "solver"}),
-    ("inverse-root-soap", {"preconditioner_decay": 0.9, "shampoo_beta": 0.95}),
-]
-
-
-@pytest.mark.parametrize(("name", "options"), CONTRADICTIONS)
-def test_two_spellings_that_contradict_each_other_are_refused_by_both_names(name: str, options: dict[str, Any]) -> None:
-    alias, target = options
-    if "rule" in options:
-        target = options["rule"]
-        options = {alias: options[alias]}
-    with pytest.raises(ValueError, match=rf"{alias}.* contradicts {target}"):
-        steepest.create(name, parameters(), **options)
-
-
-@pytest.mark.parametrize("optimizer", CLASSES)
-def test_what_stays_out_of_the_options_is_the_rules_default_anyway(optimizer: type[Optimizer]) -> None:
-    group, given = optimizer(parameters()).param_groups[0], arguments(optimizer)
-    for name in ABSENT & given.keys() & inspect.signature(optimizer).parameters.keys():
-        assert given[name] == {"guards": True, "preconditioner_decay": given[name]}.get(name, group.get(name, False))
-    assert given.get("preconditioner_decay") in (None, group.get("shampoo_beta"))
-
-
-def test_a_group_may_turn_an_alias_back() -> None:
-    W, V = parameters((6, 4), (4, 4))
-    optimizer = steepest.SOAP([{"params": [W]}, {"params": [V], "guards": True, "use_eigh": False}], guards=False)
-    here, there = optimizer.param_groups
-    assert (here["noise_floor"], here["momentum_floor"]) == (0, False)
-    defaults = option_defaults("soap")
-    for name in ("noise_floor", "momentum_floor", "solver"):
-        assert there[name] == defaults[name]
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("alias", ALIASES)
-def test_an_alias_that_is_set_in_training_is_refused(rule: str, alias: str) -> None:
-    optimizer = Optimizer(parameters(), rule, lr=0.1)
-    optimizer.step()
-    before = snapshot(optimizer)
-    optimizer.param_groups[0][alias] = False
-    with pytest.raises(ValueError, match=rf"{alias}=False: counts only where a group is made; \w+"):
-        optimizer.step()
-    expect_same(optimizer, before)
-
-
-FOREIGN = [
-    *("initial_lr", "lr_scale", "lr_mult", "max_lr", "min_lr", "base_momentum", "max_momentum", "swanlab", "name"),
-    *("weight_decay_scale", "no_weight_decay", "layer_decay", "lr_decay", "group_name", "fused", "foreach", "wd_mult"),
-]
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_entries_that_are_no_options_stay(rule: str) -> None:
-    (W,) = parameters()
-    optimizer = Optimizer([{"params": [W]} | dict.fromkeys(FOREIGN, 0.5)], rule, lr=0.1)
-    optimizer.step()
-    assert all(optimizer.param_groups[0][name] == 0.5 for name in FOREIGN)
-    assert not plain_options(optimizer.param_groups[0]).keys() & {"params", *FOREIGN}
-
-
-@pytest.mark.parametrize(
-    ("rule", "entries", "message"),
-    [
-        ("soap", {"weight_dekay": 0.1}, "weight_dekay=0.1: soap has no such option .did you mean 'weight_decay'"),
-        ("soap", {"beta": (0.9, 0.9)}, "beta=.*did you mean 'betas'"),
-        ("soap", {"use_egh": True}, "did you mean 'use_eigh'"),
-        ("muon", {"shampoo_beta": 0.9}, "shampoo_beta=0.9: muon has no such option"),
-        ("muon", {"guards": False}, "guards=False: muon has no such option"),
-        ("adamw", {"stagger": True}, "stagger=True: adamw has no such option"),
-        ("lion", {"heads": 2}, "heads=2: lion has no such option"),
-        ("soap", {"amsgrad": True}, "amsgrad=True: soap has no such option"),
-        ("adamw", {"maximize": True}, "maximize=True: not supported"),
-        ("soap", {"differentiable": True}, "differentiable=True: not supported"),
-    ],
-)
-def test_an_entry_that_is_meant_as_an_option_is_refused(rule: str, entries: dict[str, Any], message: str) -> None:
-    optimizer = Optimizer(parameters(), "soap", lr=0.1)
-    with pytest.raises(ValueError, match=message):
-        optimizer.add_param_group({"params": parameters(), "rule": rule, **entries})
-    assert len(optimizer.param_groups) == 1
-
-
-def test_a_misspelt_params_is_named() -> None:
-    with pytest.raises(ValueError, match="did you mean 'params'"):
-        Optimizer([{"param": parameters()}], lr=0.1)
-
-
-# Parameters.
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_a_parameter_is_given_once_and_in_order(rule: str) -> None:
-    W, V = parameters((6, 4), (4, 4))
-    for unordered in ({W, V}, frozenset([W])):
-        with pytest.raises(TypeError, match="set"):
-            Optimizer([{"params": unordered}], rule, lr=0.1)
-    with pytest.raises(ValueError, match=r"parameter 0 and parameter 2 are one parameter, of shape \[6, 4\]"):
-        Optimizer([W, V, W], rule, lr=0.1)
-    with pytest.raises(ValueError, match=r"embed and head are one parameter"):
-        Optimizer([("embed", W), ("head", W)], rule, lr=0.1)
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        Optimizer([{"params": [W]}, {"params": [V, W]}], rule, lr=0.1)
 
 
 # Checkpoints.

@@ -126,6 +126,29 @@ def check_names(group: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name}={value!r}: {rule} has no such option (did you mean {near!r}?)")
 
 
+def listed(params: Any) -> list[Any]:
+    """Return the parameters of a new group, tensors or ``(name, tensor)`` pairs, as a list.
+
+    Raises:
+        ValueError: for a parameter that is given twice, or whose numbers are not real.
+        TypeError: for a set, as in torch.
+    """
+    if isinstance(params, set | frozenset):
+        raise TypeError("params are a set, whose order differs from run to run: give a list")
+    items = [params] if isinstance(params, Tensor) else list(params)
+    names: dict[Tensor, str] = {}
+    for i, item in enumerate(items):
+        name, p = item if isinstance(item, tuple) else (f"parameter {i}", item)
+        if not isinstance(p, Tensor):
+            continue  # torch refuses it by its type
+        if p in names:
+            raise ValueError(f"{names[p]} and {name} are one parameter, of shape {list(p.shape)}: give it once")
+        if not p.is_floating_point():
+            raise ValueError(f"{name} of dtype {p.dtype}: only real floating-point parameters can be optimized")
+        names[p] = name
+    return items
+
+
 @cache
 def _all_options() -> set[str]:
     """Return the options of all rules, and their other names."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steepest.engine import checkpoint, consolidate, participants
 from steepest.engine.elementwise import step_elementwise
-from steepest.engine.group import check_names, describe, option_defaults, plain_options
+from steepest.engine.group import check_names, describe, listed, option_defaults, plain_options
 from steepest.engine.participants import Gradients
 from steepest.engine.step import apply, finish, safe_norm, step_stack
 from steepest.exchange.assign import assign, peers_of
@@ -101,21 +101,10 @@ class Optimizer(torch.optim.Optimizer):
         shared = self.defaults if inherits else {"lr": self.defaults["lr"]}
         group = known | shared | param_group
         group |= plain_options(group)
-        params = group["params"]
-        if isinstance(params, set | frozenset):
-            raise TypeError("params are a set, whose order differs from run to run: give a list")
-        group["params"] = [params] if isinstance(params, Tensor) else list(params)
-        names: dict[Tensor, str] = {}
-        for i, item in enumerate(group["params"]):
-            name, p = item if isinstance(item, tuple) else (f"parameter {i}", item)
-            if not isinstance(p, Tensor):
-                continue  # torch names its type
-            if p in names:
-                raise ValueError(f"{names[p]} and {name} are one parameter, of shape {list(p.shape)}: give it once")
-            names[p] = name
-            if not p.is_floating_point():
-                raise ValueError(f"{name} of dtype {p.dtype}: only real floating-point parameters can be optimized")
-            if issubclass(RULES[rule], Rule):
+        group["params"] = listed(group["params"])
+        for item in group["params"]:
+            p = item[1] if isinstance(item, tuple) else item
+            if isinstance(p, Tensor) and issubclass(RULES[rule], Rule):
                 View.of(p, group)
         super().add_param_group(group)
         for name in self.defaults.keys() - known.keys():
