@@ -72,7 +72,7 @@ def race(
         request = command.Request(
             optimizers, workload, full, sweep or [], steps, seeds, poison, processes, out, _typed()
         )
-        raise typer.Exit(command.run(request, Console()))
+        raise typer.Exit(command.run(request, _console()))
 
 
 @app.command(epilog="Example: steepest check torch.optim:AdamW --lr 1e-3 --option 'betas=(0.9, 0.95)'")
@@ -93,7 +93,7 @@ def check(
         from steepest.lab.listing import check as command
 
         options = ({} if lr is None else {"lr": lr}) | command.parse_options(option or [])
-        kept = command.run(optimizer, options, Console(), dtype, device, slow, as_json)
+        kept = command.run(optimizer, options, _console(), dtype, device, slow, as_json)
         raise typer.Exit(0 if kept else 1)
 
 
@@ -103,7 +103,7 @@ def optimizers() -> None:
     with _errors_in_one_line():
         from steepest.lab.listing import command
 
-        command.print_optimizers(Console())
+        command.print_optimizers(_console())
 
 
 @app.command(epilog="Example: steepest routes my_model.py --rule kl-soap")
@@ -112,7 +112,7 @@ def routes(model_file: Annotated[str, MODEL_FILE], rule: Rule = "soap") -> None:
     with _errors_in_one_line():
         from steepest.lab.listing import command
 
-        command.print_routes(model_file, rule, Console())
+        command.print_routes(model_file, rule, _console())
 
 
 @app.command(epilog="Example: steepest plan --params 7b --world 64 --layout hsdp:8x8 --gpu h100")
@@ -143,7 +143,7 @@ def plan(
         request = command.Request(
             model_file, params, optimizer, options, world, layout, block_size, tokens, dtype, gpu, mfu
         )
-        command.run(request, Console(), as_json)
+        command.run(request, _console(), as_json)
 
 
 @app.command(epilog="Example: steepest spike --device cpu --seed 1")
@@ -156,7 +156,7 @@ def spike(
     with _errors_in_one_line():
         from steepest.lab.spike import command
 
-        command.run(device, seed, out, _typed(), Console())
+        command.run(device, seed, out, _typed(), _console())
 
 
 @app.command(epilog="Example: steepest bench --optimizers 'soap-f10, soap-f10(stagger=True), muon' --steps 20")
@@ -178,7 +178,7 @@ def bench(
         request = command.Request(
             shapes, optimizers, peers, compiled, steps, warmup, depth, device, out, command=_typed()
         )
-        command.run(request, Console())
+        command.run(request, _console())
 
 
 def main() -> None:
@@ -195,6 +195,10 @@ def main() -> None:
         typer.echo(f"steepest: {message()} (see {command} --help)", err=True)
         status = BAD_INPUT
     sys.exit(status)
+
+
+def _console() -> Console:
+    return Console(emoji=False)  # else ":SOAP:" in a name is a picture
 
 
 @contextmanager

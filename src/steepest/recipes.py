@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steepest.rule import nearest
+from steepest.rules.aliases import TARGETS
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def unfold(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if not is_recipe(name):
         return name, dict(options)
     found = recipe(name)
-    return found.optimizer, {**found.options, **options}
+    meant = {target for alias in options for target in TARGETS.get(alias, ())}
+    return found.optimizer, {k: v for k, v in found.options.items() if k not in meant} | dict(options)
 
 
 def unfold_elementwise(name: str, elementwise: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from steepest.rule import check
+from steepest.rule import as_integer, as_number, check, integer, number
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LinearSchedule:
     transition_steps: int
 
     def __post_init__(self) -> None:
-        _check_ends(self.start, self.end, self.transition_steps)
+        _check_ends(self)
 
     def __call__(self, step: int) -> int:
         done = min(step / self.transition_steps, 1.0)
@@ -49,7 +49,7 @@ class CosineSchedule:
     transition_steps: int
 
     def __post_init__(self) -> None:
-        _check_ends(self.start, self.end, self.transition_steps)
+        _check_ends(self)
 
     def __call__(self, step: int) -> int:
         done = (1 - math.cos(math.pi * min(step / self.transition_steps, 1.0))) / 2
@@ -69,16 +69,21 @@ class StepSchedule:
     frequencies: Mapping[int, int] = field(default_factory=lambda: {0: 1})
 
     def __post_init__(self) -> None:
-        check(0 in self.frequencies, "frequencies", dict(self.frequencies), "a mapping with a frequency from step 0 on")
-        for step, frequency in self.frequencies.items():
-            check(step >= 0, "a step of frequencies", step, ">= 0")
-            check(frequency >= 1, f"frequencies[{step}]", frequency, ">= 1")
+        given = self.frequencies
+        plain = {as_integer(step): as_integer(every) for step, every in dict(given).items()}
+        check(0 in plain, "frequencies", given, "a mapping with a frequency from step 0 on")
+        for step, every in plain.items():
+            check(integer(step) and step >= 0, "a step of frequencies", step, "an integer >= 0")
+            check(integer(every) and every >= 1, f"frequencies[{step}]", every, "an integer >= 1")
+        object.__setattr__(self, "frequencies", plain)
 
     def __call__(self, step: int) -> int:
         return self.frequencies[max(start for start in self.frequencies if start <= step)]
 
 
-def _check_ends(start: int, end: int, transition_steps: int) -> None:
-    check(start >= 1, "start", start, ">= 1")
-    check(end >= 1, "end", end, ">= 1")
-    check(transition_steps >= 1, "transition_steps", transition_steps, ">= 1")
+def _check_ends(schedule: LinearSchedule | CosineSchedule) -> None:
+    for name in ("start", "end", "transition_steps"):
+        value = getattr(schedule, name)
+        plain = as_number(value)
+        check(number(plain) and plain >= 1, name, value, "a finite number >= 1")
+        object.__setattr__(schedule, name, plain)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from steepest.cli import app
+from steepest.lab.listing import check as command
+from steepest.testing import check_optimizer
 
 
 def check(*arguments: str) -> Any:
@@ -18,6 +21,16 @@ def test_ours_pass() -> None:
     done = check("soap", "--lr", "1e-2", "--option", "precondition_frequency=2")
     assert done.exit_code == 0, done.output
     assert "soap: 56 clauses kept, 0 broken, 0 not applicable" in done.output
+
+
+@pytest.mark.parametrize("name", ["SOAP", "Muon", "Lion"])
+def test_a_class_goes_by_its_path_which_is_no_emoji(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "check_optimizer", partial(check_optimizer, only=["closure"]))
+    done = check(f"steepest:{name}")
+    assert done.exit_code == 0, done.output
+    first, *_, last = done.output.splitlines()
+    assert first.startswith(f"steepest:{name}  steepest ")
+    assert last == f"steepest:{name}: 1 clauses kept, 0 broken, 0 not applicable"
 
 
 def test_others_break_something() -> None:

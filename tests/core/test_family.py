@@ -118,7 +118,7 @@ def test_a_saved_run_goes_on_bit_for_bit(optimizer):
         ("muon", "momentum", 1.0, r"momentum=1.0: must be a number in \[0, 1\)"),
         ("muon", "scale", "spectral", "scale='spectral': must be one of 'none', 'original'"),
         ("muon", "ns", "keler", "ns='keler': must be one of 'keller'"),
-        ("muon", "eps", -1.0, "eps=-1.0: must be a number >= 0"),
+        ("muon", "eps", -1.0, "eps=-1.0: must be a finite number >= 0"),
         ("normuon", "axis", "both", "axis='both': must be one of 'rows', 'columns'"),
         ("dion", "rank_fraction", 0.0, "rank_fraction=0.0: must be a number in"),
         ("dion", "orthonormalize", "svd", "orthonormalize='svd': must be one of 'qr', 'rcqr'"),

@@ -209,5 +209,6 @@ def test_the_inverse_root_formula_has_one_decay_by_two_names() -> None:
     W = [nn.Parameter(torch.zeros(2, 2))]
     assert steepest.InverseRootSOAP(W, preconditioner_decay=0.7).defaults["shampoo_beta"] == 0.7
     assert steepest.Optimizer(W, "inverse_root", lr=0.1, preconditioner_decay=0.7).defaults["shampoo_beta"] == 0.7
+    assert steepest.InverseRootSOAP(W, shampoo_beta=0.7).defaults["shampoo_beta"] == 0.7  # type: ignore[call-arg]
     with pytest.raises(ValueError, match=r"preconditioner_decay=0\.95 contradicts shampoo_beta=0\.9"):
-        steepest.InverseRootSOAP(W, shampoo_beta=0.9)  # type: ignore[call-arg]
+        steepest.InverseRootSOAP(W, preconditioner_decay=0.95, shampoo_beta=0.9)  # type: ignore[call-arg]

@@ -8,6 +8,7 @@ compares objects by identity. The rest of this module is for the steps before wh
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Seen:
     def __init__(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> None:
         self.groups = list(groups)
         self.options = [(list(group), list(group.values())) for group in groups]
+        self.rates = [n for n, group in enumerate(groups) if isinstance(group["lr"], Tensor) and group["lr"].is_cpu]
         self.params = [p for group in groups for p in group["params"]]
         self.kinds = [(p.shape, p.dtype, p.device) for p in self.params]
         self.names = [group.get("param_names") and list(group["param_names"]) for group in groups]
@@ -54,6 +56,9 @@ class Seen:
             if len(group) != len(values) or not all(map(is_, group.values(), values)) or group is not then:
                 old = dict(zip(names, values, strict=True)) if group is then else {}
                 changed[n] = {k for k in group.keys() | old.keys() if group.get(k, ABSENT) is not old.get(k, ABSENT)}
+        for n in self.rates:  # these may be filled in place
+            if isinstance(rate := groups[n]["lr"], Tensor) and not 0 <= float(rate) < math.inf:
+                changed.setdefault(n, set()).add("lr")
         return changed
 
     def note(self, groups: Sequence[dict[str, Any]], numbers: Iterable[int]) -> None:
@@ -144,11 +149,12 @@ def changed_form(laid: Mapping[Tensor, Laid], group: Mapping[str, Any], names: C
 
 def check_rule(number: int, group: Mapping[str, Any], laid: Mapping[Tensor, Laid]) -> None:
     """Raise if the state of parameters was laid out under another rule than their group has now."""
+    rule = group.get("rule")
     for p in group["params"]:
-        then = dict(laid[p].form)["rule"] if p in laid else group["rule"]
-        if then != group["rule"]:
+        then = dict(laid[p].form)["rule"] if p in laid else rule
+        if isinstance(rule, str) and rule != then:
             raise ValueError(
-                f"rule={group['rule']!r} in parameter group {number}, which was under {then!r}: build another "
+                f"rule={rule!r} in parameter group {number}, which was under {then!r}: build another "
                 "optimizer; steepest.adopt takes over what carries"
             )
 

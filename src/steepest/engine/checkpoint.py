@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steepest.engine.group import check_options, option_defaults
+from steepest.engine.group import option_defaults, plain_options
 from steepest.exchange.shards import fits, local
 from steepest.rule import Elementwise, State
 from steepest.rules import RULES
@@ -201,7 +201,7 @@ def _check_options(number: int, group: Mapping[str, Any], new: Mapping[str, Any]
             wanted = "a bool" if plain is bool else "a plain value"
             raise ValueError(f"{name}={value!r} in parameter group {number} of the saved state: must be {wanted}")
     try:
-        check_options({**group, **new})
+        plain_options({**group, **new})
     except ValueError:
         raise
     except Exception as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steepest.engine.roster import Roster
-from steepest.engine.step import safe_norm, write
+from steepest.engine.step import learning_rate, safe_norm, write
 from steepest.exchange.bucket import Tensors
 from steepest.exchange.shards import is_dtensor, local, meta_shard
 from steepest.linalg import attempts
@@ -118,7 +118,7 @@ def _apply(
         [W for W, _, _ in padded],
         [grad for _, grad, _ in padded],
         [state for _, _, state in padded],
-        group["lr"],
+        learning_rate(group, entries[0].stepped),
         group["weight_decay"],
     )
     for (W, _, state), entry in zip(padded, entries, strict=True):

@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
 
 from torch import Tensor
 
 from steepest.exchange.foreign import refuse_flat
 from steepest.exchange.shards import local
-from steepest.rule import Rule, State, check, check_choice, nearest
+from steepest.rule import Options, Rule, State, any_integer, at_least, counts, flag, nearest, one_of, rate
+from steepest.rule.words import DecayMethod, Nonfinite
 from steepest.rules import RULES
+from steepest.rules.aliases import ALIASES
 from steepest.stack.names import parameter_names
 from steepest.stack.stack import ranges
-from steepest.view import OPTIONS as VIEW_OPTIONS
 from steepest.view import View
 
-DECAY_METHODS = ("decoupled", "independent", "palm", "cautious", "l2")
-OPTIONS: dict[str, Any] = {
-    "lr": None,
-    "weight_decay": 0.01,
-    "nonfinite": "skip",
-    "stochastic_rounding": False,
-    "rounding_seed": 0,
-}
-"""The options of every group, whatever its rule."""
-STACK_OPTIONS: dict[str, Any] = {
-    "weight_decay_method": "decoupled",
-    "stagger": False,
-    "compile": False,
-    "cuda_graph": False,
-    "block_size": 0,
-    **VIEW_OPTIONS,
-}
-"""The further options of groups whose rule steps matrices."""
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions(Options):
+    """The options of every group, whatever its rule."""
+
+    lr: float | Tensor | None = rate(None)
+    weight_decay: float = at_least(0, 0.01)
+    nonfinite: Nonfinite = one_of(Nonfinite, "skip")
+    stochastic_rounding: bool = flag(False)
+    rounding_seed: int = any_integer(0)
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> Self:
+        """As of every group, but nothing is remembered: rates change at every step, tensors even in place."""
+        return cls(**{name: group[name] for name in cls.defaults() if name in group})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackOptions(Options):
+    """The further options of groups whose rule steps matrices; the last four are those of `steepest.view`."""
+
+    weight_decay_method: DecayMethod = one_of(DecayMethod, "decoupled")
+    stagger: bool = flag(False)
+    compile: bool = flag(False)
+    cuda_graph: bool = flag(False)
+    block_size: int = at_least(0, 0, "0 cuts nothing")
+    merge_dims: bool = flag(True)
+    transpose: bool = flag(False)
+    split: tuple[int, ...] = counts(())
+    heads: int = at_least(1, 1)
+
+
+OPTIONS, STACK_OPTIONS = GroupOptions.defaults(), StackOptions.defaults()
+TYPO = 0.85
+"""The similarity from which on an unknown entry of a group counts as a misspelt option."""
+UNSUPPORTED = {"maximize": "negate the loss", "differentiable": "steps have no gradient"}
+"""Options of torch.optim that would change every step, and what to do instead."""
 MOST_LINES = 8
 """The most lines that `describe` has for groups."""
 
@@ -47,30 +70,100 @@ def option_defaults(rule: str) -> dict[str, Any]:
     >>> option_defaults("adamw")["betas"]
     (0.9, 0.999)
     """
-    if rule not in RULES:
+    defaults = {"rule": rule}
+    for kind in _kinds(rule):
+        defaults |= kind.defaults()
+    return defaults
+
+
+def plain_options(group: Mapping[str, Any], changed: Collection[str] | None = None) -> dict[str, Any]:
+    """Return every option of a group in its plain form: numbers, words, bools and tuples of Python.
+
+    If only some entries have ``changed``, options that belong to none of them may be left out.
+
+    Numbers of numpy, whole floats for integers, and numbers in strings, as YAML and command lines have them, are taken;
+    a tensor is taken for ``lr`` only, and stays the same one. Its value is read, which waits for an accelerator. An
+    option that the group lacks, as one of an older steepest may, has its default.
+
+    Raises:
+        ValueError: for an option that is not allowed, or that counts only where a group is made. It names the option,
+            its value, and what is allowed.
+
+    >>> group = option_defaults("adamw") | {"lr": "1e-3", "betas": [0.9, 0.95], "initial_lr": 0.1}
+    >>> plain_options(group) == option_defaults("adamw") | {"lr": 0.001, "betas": (0.9, 0.95)}
+    True
+    >>> plain_options(group | {"amsgrad": "no"})
+    Traceback (most recent call last):
+    ValueError: amsgrad='no': must be a bool
+    """
+    for name, remedy in ALIASES.items():
+        if name in group:
+            raise ValueError(f"{name}={group[name]!r}: counts only where a group is made; {remedy}")
+    for name, remedy in UNSUPPORTED.items():
+        if group.get(name):
+            raise ValueError(f"{name}={group[name]!r}: not supported; {remedy}")
+    kinds = _kinds(group.get("rule"))
+    plain: dict[str, Any] = {"rule": kinds[-1].name}
+    for kind in kinds:
+        if changed is None or not kind.defaults().keys().isdisjoint(changed):
+            plain |= kind.from_group(group).as_dict()
+    return plain
+
+
+def check_names(group: Mapping[str, Any]) -> None:
+    """Raise a ValueError for an entry of a new group that is meant as an option, and is none of the group's rule.
+
+    Other entries may stay, as in torch: schedulers and trainers keep notes of their own in groups.
+
+    >>> check_names({"rule": "muon", "lr_scale": 0.5, "initial_lr": 0.1})
+    >>> check_names({"rule": "muon", "shampoo_beta": 0.9})
+    Traceback (most recent call last):
+    ValueError: shampoo_beta=0.9: muon has no such option
+    """
+    rule = group["rule"]
+    known = option_defaults(rule)
+    for name, value in group.items():
+        if name in known or name in ("params", "param_names", "format"):
+            continue
+        if name in _all_options():
+            raise ValueError(f"{name}={value!r}: {rule} has no such option")
+        for near in difflib.get_close_matches(str(name), [*known, *ALIASES, "params"], n=1, cutoff=TYPO):
+            if f"_{near}_" not in f"_{name}_":  # a longer name, such as no_weight_decay, is one of its own
+                raise ValueError(f"{name}={value!r}: {rule} has no such option (did you mean {near!r}?)")
+
+
+def listed(params: Any) -> list[Any]:
+    """Return the parameters of a new group, tensors or ``(name, tensor)`` pairs, as a list.
+
+    Raises:
+        ValueError: for a parameter that is given twice.
+        TypeError: for a set, as in torch.
+    """
+    if isinstance(params, set | frozenset):
+        raise TypeError("params are a set, whose order differs from run to run: give a list")
+    items = [params] if isinstance(params, Tensor) else list(params)
+    names: dict[Tensor, str] = {}
+    for i, item in enumerate(items):
+        name, p = item if isinstance(item, tuple) else (f"parameter {i}", item)
+        if not isinstance(p, Tensor):
+            continue  # torch refuses it by its type
+        if p in names:
+            raise ValueError(f"{names[p]} and {name} are one parameter, of shape {list(p.shape)}: give it once")
+        names[p] = name
+    return items
+
+
+@cache
+def _all_options() -> set[str]:
+    """Return the options of all rules, and their other names."""
+    return {name for rule in RULES for name in option_defaults(rule)} | ALIASES.keys()
+
+
+def _kinds(rule: Any) -> list[type[Options]]:
+    """Return the classes that hold the options of a group under ``rule``."""
+    if not isinstance(rule, str) or rule not in RULES:
         raise ValueError(f"rule={rule!r}: no such rule{nearest(rule, RULES)}")
-    engine = OPTIONS | (STACK_OPTIONS if issubclass(RULES[rule], Rule) else {})
-    return {"rule": rule} | engine | RULES[rule].defaults()
-
-
-def check_options(group: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names the first option of a group that is out of range."""
-    for name in option_defaults(group["rule"]):
-        if name not in group:
-            raise ValueError(f"a parameter group has no {name!r}, which {group['rule']} needs: put it back")
-    lr, wd, seed = group["lr"], group["weight_decay"], group["rounding_seed"]
-    if lr is None:
-        raise ValueError("lr=None: a group needs a learning rate, of its own or from the optimizer")
-    check(isinstance(lr, Tensor) or lr >= 0, "lr", lr, "a number >= 0")
-    check(not isinstance(lr, Tensor) or lr.numel() == 1, "lr", lr, "a number, or a tensor of one element")
-    check(wd >= 0, "weight_decay", wd, "a number >= 0")
-    check_choice("nonfinite", group["nonfinite"], ("skip", "raise"))
-    check(isinstance(seed, int) and not isinstance(seed, bool), "rounding_seed", seed, "an integer")
-    if "weight_decay_method" in group:
-        check_choice("weight_decay_method", group["weight_decay_method"], DECAY_METHODS)
-    for name in ("stochastic_rounding", "stagger", "compile", "cuda_graph", "merge_dims", "transpose"):
-        check(isinstance(group.get(name, False), bool), name, group.get(name), "a bool")
-    RULES[group["rule"]].from_group(group)
+    return [GroupOptions, *([StackOptions] if issubclass(RULES[rule], Rule) else []), RULES[rule]]
 
 
 def check_parameter(name: str, p: Tensor, group: Mapping[str, Any], dims: int = 0) -> None:

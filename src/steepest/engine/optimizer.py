@@ -19,7 +19,15 @@ from torch import Tensor
 from steepest.engine import checkpoint, consolidate, participants
 from steepest.engine.changes import Seen, changed_form, check_rule, remove, renamed, stale, taken_over
 from steepest.engine.elementwise import step_elementwise
-from steepest.engine.group import check_options, check_parameter, check_parameters, describe, option_defaults
+from steepest.engine.group import (
+    check_names,
+    check_parameter,
+    check_parameters,
+    describe,
+    listed,
+    option_defaults,
+    plain_options,
+)
 from steepest.engine.roster import Roster
 from steepest.engine.step import apply, finish, step_stack
 from steepest.exchange.bucket import Bucket, Move, Tensors
@@ -65,10 +73,12 @@ class Optimizer(torch.optim.Optimizer):
             if name not in known:
                 hint = nearest(name, [*known, *ALIASES])
                 raise ValueError(f"{name}={options[name]!r}: {rule} has no such option{hint}")
+        defaults = known | options
+        stand_in = {"lr": 0.0} if defaults["lr"] is None else {}  # each group may have a rate of its own
         self._roster = Roster()
         self._elsewhere: dict[Peers, int] = {}  # the updates that other ranks have skipped
         self._built = False  # state is laid out when all groups are there
-        super().__init__(params, known | options)
+        super().__init__(params, plain_options(defaults | stand_in) | dict.fromkeys(stand_in))
         self._built = True
         self._enter(range(len(self.param_groups)))
 
@@ -87,19 +97,19 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f"param_group={param_group!r}: must be a dict")
         inherits = param_group.get("rule", self.defaults["rule"]) == self.defaults["rule"]
         param_group = resolve({"rule": self.defaults["rule"]} | param_group)
+        check_names(param_group)
         rule = param_group["rule"]
         known = option_defaults(rule)
         shared = self.defaults if inherits else {"lr": self.defaults["lr"]}
         group = known | shared | param_group
-        params = group["params"]
-        group["params"] = [params] if isinstance(params, Tensor) else list(params)
-        check_options(group)
-        for item in group["params"]:
-            name, p = item if isinstance(item, tuple) else ("a parameter", item)
+        group |= plain_options(group)
+        group["params"] = listed(group["params"])
+        for i, item in enumerate(group["params"]):
+            name, p = item if isinstance(item, tuple) else (f"parameter {i}", item)
             if isinstance(p, Tensor):
                 check_parameter(name, p, group)
         super().add_param_group(group)
-        for name in self.defaults.keys() - known.keys() - param_group.keys():
+        for name in self.defaults.keys() - known.keys():
             del group[name]  # an option of the other rule, which torch fills in everywhere
         if self._built:
             self._enter([len(self.param_groups) - 1])
@@ -236,7 +246,8 @@ class Optimizer(torch.optim.Optimizer):
         for number, names in changed.items():
             if "rule" in names:
                 check_rule(number, groups[number], roster.laid)
-            check_options(groups[number])
+        for number, plain in [(n, plain_options(groups[n], names)) for n, names in changed.items()]:
+            groups[number].update(plain)
         if not same_parameters or any(changed_form(roster.laid, groups[n], names) for n, names in changed.items()):
             self._lay_out_anew()
             self._show()
@@ -363,6 +374,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[key] = checkpoint.copied(entries, read)
         for group, new in zip(self.param_groups, options, strict=True):
             group.update(new)
+            group.update(plain_options(group))
         roster.read_options(self.param_groups, range(len(self.param_groups)))
         self._show()
         for hook in self._optimizer_load_state_dict_post_hooks.values():

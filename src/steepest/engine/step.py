@@ -197,7 +197,7 @@ def decay_factor(group: Mapping[str, Any], W: Tensor, D: Tensor) -> float | Tens
     >>> decay_factor(options | {"weight_decay_method": "cautious"}, torch.ones(2), torch.tensor([1.0, -1.0]))
     tensor([0.9500, 1.0000])
     """
-    lr: float | Tensor = group["lr"]
+    lr = learning_rate(group, W)
     wd: float = group["weight_decay"]
     method: str = group["weight_decay_method"]
     if wd == 0 or method == "l2":
@@ -205,6 +205,19 @@ def decay_factor(group: Mapping[str, Any], W: Tensor, D: Tensor) -> float | Tens
     if method == "cautious":
         return 1 - (lr * wd) * (D * W >= 0).to(W.dtype)
     return 1 - wd * {"decoupled": lr, "independent": 1.0, "palm": lr * lr}[method]
+
+
+def learning_rate(group: Mapping[str, Any], W: Tensor) -> float | Tensor:
+    """Return a group's learning rate: a number, or a 0-d tensor that multiplies ``W``, at least as precise as that.
+
+    >>> learning_rate({"lr": torch.tensor([0.5], dtype=torch.bfloat16)}, torch.ones(2))
+    tensor(0.5000)
+    """
+    lr: float | Tensor = group["lr"]
+    if not isinstance(lr, Tensor):
+        return lr
+    device = lr.device if attempts.at_hand(lr) else W.device  # every device takes a number from the host
+    return lr.reshape(()).to(device, torch.promote_types(lr.dtype, W.dtype))
 
 
 def write(
@@ -228,7 +241,7 @@ def write(
 
 def _descend(group: Mapping[str, Any], weights: list[Tensor], steps: list[Tensor], decay_follows: bool) -> None:
     """Move tensors of one dtype in place: ``W ← factor · W - lr · D``."""
-    lr = group["lr"]
+    lr = learning_rate(group, weights[0])
     factors: Any
     if group["weight_decay_method"] == "cautious":
         factors = [decay_factor(group, W, D) for W, D in zip(weights, steps, strict=True)]

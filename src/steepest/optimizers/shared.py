@@ -11,11 +11,15 @@ from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
 from steepest.rule.words import Nonfinite
+from steepest.rules.aliases import ALIASES, TARGETS
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 """The parameters of an optimizer: tensors, dicts that define parameter groups, or ``(name, tensor)`` pairs."""
 
 Init = TypeVar("Init", bound=Callable[..., None])
+
+ABSENT = {*ALIASES, *(target for targets in TARGETS.values() for target in targets)}
+"""Arguments that stay out of the options where a caller leaves them out."""
 
 
 def sets_options(rule: str, **fixed: Any) -> Callable[[Init], Init]:
@@ -31,9 +35,12 @@ def sets_options(rule: str, **fixed: Any) -> Callable[[Init], Init]:
         def construct(*args: Any, **kwargs: Any) -> None:
             init(*args, **kwargs)  # for missing arguments, this raises Python's own TypeError, which names the class
             bound = signature.bind(*args, **kwargs)
+            given = set(bound.arguments)
             bound.apply_defaults()
             arguments = bound.arguments
             self, params, options = (arguments.pop(name) for name in ("self", "params", "options"))
+            for name in ABSENT - given:  # the rule has these defaults, which an alias that is given may contradict
+                arguments.pop(name, None)
             Optimizer.__init__(self, params, rule, **arguments, **fixed, **options)
 
         return cast(Init, construct)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from steepest.engine.group import StackOptions
 from steepest.optimizers import group_options
 from steepest.routing.layout import TABLE_NAMES, Layout, find_layout
 from steepest.routing.survey import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Leaf, around, count_experts, is_own, routes
@@ -173,8 +174,9 @@ def _hidden_layout(leaf: Leaf, heads: Mapping[int, str]) -> tuple[Layout | None,
 
 def _adjusted(leaf: Leaf, layout: Layout, view_options: Mapping[str, Any]) -> Layout:
     try:
-        return Layout(replace(layout.view, **view_options), layout.why)
-    except (TypeError, ValueError) as error:
+        plain = {name: StackOptions.kind(name).read(name, value) for name, value in view_options.items()}
+        return Layout(replace(layout.view, **plain), layout.why)
+    except ValueError as error:
         raise ValueError(f"{leaf.name}: {error}") from error
 
 

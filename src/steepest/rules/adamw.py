@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from steepest.linalg.attempts import at_hand
 from steepest.rule import Elementwise, State, at_least, betas, flag, lays_out
 
 
@@ -52,7 +53,7 @@ class AdamW(Elementwise):
             amsgrad=self.amsgrad,
             beta1=self.betas[0],
             beta2=self.betas[1],
-            lr=lr,
+            lr=lr if not isinstance(lr, Tensor) or at_hand(lr) else lr.float(),  # which CUDA's kernel reads
             weight_decay=weight_decay,
             eps=self.eps,
             maximize=False,

@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from steepest.rule import check
+from steepest.rule import as_number, check, python
+from steepest.rules.kl_soap import KLSoap
 from steepest.rules.soap import Soap
 
 SOAPS = ("soap", "kl_soap")
 SHAMPOOS = ("shampoo", "kl_shampoo")
 UNGUARDED = {"noise_floor": 0.0, "momentum_floor": False, "kl_floor": 0.0}
 """What ``guards=False`` means."""
-ALIASES = ("guards", "preconditioner_decay", "use_eigh", "use_kl_shampoo")
-"""Names that are no options of a rule, but that `resolve` knows."""
+ALIASES = {
+    "guards": "set noise_floor, momentum_floor and, for KL, kl_floor",
+    "preconditioner_decay": "set shampoo_beta",
+    "refresh": "set solver",
+    "use_eigh": "set solver",
+    "use_kl_shampoo": "name the rule of a new group",
+}
+"""Names that are no options of a rule, but that `resolve` knows; and what to do instead once a group is there."""
+TARGETS = {"guards": tuple(UNGUARDED), "preconditioner_decay": ("shampoo_beta",), "use_eigh": ("solver",)}
+"""The options that an alias sets."""
 
 
 def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,9 +30,10 @@ def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
 
     ==========================  =======================================================================
     ``use_kl_shampoo=True``     rule "kl_soap" or "kl_shampoo"
-    ``use_eigh=True``           ``solver="eigh"``
+    ``use_eigh=True``           ``solver="eigh"``; False: the default, if no solver is named
     ``preconditioner_decay=b``  ``shampoo_beta=b``
-    ``guards=False``            ``noise_floor=0``, ``momentum_floor=False``, and for KL ``kl_floor=0``
+    ``guards=False``            ``noise_floor=0``, ``momentum_floor=False``, and for KL ``kl_floor=0``; True: their
+                                defaults, if they are not named
     ``noise_floor="auto"``      its default
     ==========================  =======================================================================
 
@@ -37,47 +47,52 @@ def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
     Traceback (most recent call last):
     ValueError: use_eigh=True contradicts solver='qr': give one of them
     """
-    options = dict(options)
-    rule = options.get("rule")
+    options, rule = dict(options), options.get("rule")
+    if not isinstance(rule, str):
+        return options
     if rule in (*SOAPS, "inverse_root") and (decay := options.pop("preconditioner_decay", None)) is not None:
-        _set(options, "preconditioner_decay", decay, "shampoo_beta", decay, free=(0.95,))
+        beta = Soap.kind("shampoo_beta").read("preconditioner_decay", decay)
+        _set(options, "preconditioner_decay", decay, {"shampoo_beta": beta})
     if rule not in SOAPS + SHAMPOOS:
         return options
 
     if "refresh" in options:
         raise ValueError(f"refresh={options['refresh']!r}: the option is called solver")
     if "use_kl_shampoo" in options:
-        kl = _flag(options, "use_kl_shampoo")
-        if kl:
+        if _flag(options, "use_kl_shampoo"):
             options["rule"] = rule = f"kl_{rule.removeprefix('kl_')}"
         elif rule.startswith("kl_"):
             raise ValueError(f"use_kl_shampoo=False contradicts rule={rule!r}: give one of them")
     if rule not in SOAPS:
         return options
 
-    if "use_eigh" in options and _flag(options, "use_eigh"):
-        _set(options, "use_eigh", True, "solver", "eigh", free=("auto",))
-    if options.get("noise_floor") == "auto":
-        options["noise_floor"] = Soap.defaults()["noise_floor"]
-    if "guards" in options and not _flag(options, "guards"):
-        for name, value in UNGUARDED.items():
-            if name != "kl_floor" or rule == "kl_soap":
-                _set(options, "guards", False, name, value)
+    defaults = (KLSoap if rule == "kl_soap" else Soap).defaults()
+    if "use_eigh" in options:
+        if _flag(options, "use_eigh"):
+            _set(options, "use_eigh", True, {"solver": "eigh"})
+        elif options.setdefault("solver", defaults["solver"]) == "eigh":
+            raise ValueError("use_eigh=False contradicts solver='eigh': give one of them")
+    if isinstance(floor := options.get("noise_floor"), str) and floor == "auto":
+        options["noise_floor"] = defaults["noise_floor"]
+    if "guards" in options:
+        floors = {name: value for name, value in UNGUARDED.items() if name in defaults}
+        if _flag(options, "guards"):
+            options = {name: defaults[name] for name in floors} | options
+        else:
+            _set(options, "guards", False, floors)
     return options
 
 
 def _flag(options: dict[str, Any], name: str) -> bool:
     value = options.pop(name)
-    check(isinstance(value, bool), name, value, "a bool")
-    return bool(value)
+    plain = python(value)
+    check(isinstance(plain, bool), name, value, "a bool")
+    return bool(plain)
 
 
-def _set(
-    options: dict[str, Any], alias: str, given: Any, name: str, value: Any = None, free: tuple[Any, ...] = ()
-) -> None:
-    """Set an option to what its alias says, unless it was given otherwise; ``free`` values count as not given."""
-    value = given if value is None else value
-    there = options.get(name, value)
-    if there != value and there not in free:
-        raise ValueError(f"{alias}={given!r} contradicts {name}={there!r}: give one of them")
-    options[name] = value
+def _set(options: dict[str, Any], alias: str, given: Any, meant: Mapping[str, Any]) -> None:
+    """Set the options that an alias means, unless they are given otherwise."""
+    for name, value in meant.items():
+        if as_number(options.get(name, value)) != value:
+            raise ValueError(f"{alias}={given!r} contradicts {name}={options[name]!r}: give one of them")
+        options[name] = value

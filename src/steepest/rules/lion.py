@@ -45,7 +45,6 @@ class Lion(Elementwise):
         lr: float | Tensor,
         weight_decay: float,
     ) -> None:
-        lr = lr.view(()) if isinstance(lr, Tensor) else lr
         momenta = [state["exp_avg"] for state in states]
         if params[0].device.type == "cpu":  # one at a time: what was just computed is still in the cache
             for W, g, m in zip(params, grads, momenta, strict=True):

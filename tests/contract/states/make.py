@@ -2,8 +2,8 @@
 
     python tests/contract/states/make.py format_1.pt
 
-The files are made once: later versions must load them as they are. test_loading.py trains on from them, and makes them
-anew beside.
+The files are made once: later versions must load them as they are. Where a later version trains on otherwise, only the
+weights at the end are renewed. test_loading.py trains on from the files, and makes them anew beside.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from steepest.lab.bench import text
 from steepest.lab.bench.entrants import DEFAULT, Entrant, parse_entrants
@@ -78,7 +79,7 @@ def run(request: Request, console: Console) -> None:
     for shapes, (entrants, _) in zip(sets, rosters, strict=True):
         warmup = request.warmup or 1 + max(one.family.frequency for one in entrants)
         with one_thread(), console.status("") as status:
-            found = bench(shapes, entrants, device, request.steps, warmup, lambda what: status.update(escape(what)))
+            found = bench(shapes, entrants, device, request.steps, warmup, lambda what: status.update(Text(what)))
         content["sets"].append(found)
         _show(found, console)
     write(request.out / "results.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str))

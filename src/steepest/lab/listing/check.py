@@ -42,7 +42,7 @@ def run(
         raise BadInput(f"dtype {dtype!r}: there are {', '.join(DTYPES)}")
     factory = find(spec, options)
     try:
-        with console.status(f"checking {spec}"):
+        with console.status(Text(f"checking {spec}")):
             report = check_optimizer(factory, name=spec, dtype=DTYPES[dtype], device=device, slow=slow)
     except (RuntimeError, ValueError) as error:
         raise BadInput(f"{spec}: {one_line(error)}") from error
@@ -54,11 +54,11 @@ def run(
         told = {"optimizer": spec, "versions": found, **counts, "refused": report.refused, "clauses": clauses}
         console.print_json(json.dumps(told))
         return report.ok
-    console.print(f"[bold]{spec}[/]  [dim]{', '.join(map(' '.join, found.items()))}[/]", highlight=False)
+    console.print(Text.assemble((spec, "bold"), "  ", (", ".join(map(" ".join, found.items())), "dim")))
     console.print(table(report))
     for line in report.omissions:
-        console.print(line, style="dim", markup=False, highlight=False)
-    console.print(report.summary, style="bold", markup=False, highlight=False)
+        console.print(Text(line, style="dim"))
+    console.print(Text(report.summary, style="bold"))
     return report.ok
 
 

@@ -54,7 +54,8 @@ def run(request: Request, console: Console, as_json: bool = False) -> None:
     if as_json:
         console.print_json(json.dumps([_facts(one) for one in found]))
         return
-    console.print(f"{request.optimizer} on {request.world} ranks, {request.layout}, {request.tokens:,} tokens a step")
+    title = f"{request.optimizer} on {request.world} ranks, {request.layout}, {request.tokens:,} tokens a step"
+    console.print(title, markup=False)
     console.print()
     console.print(text.shares(found).for_console(gap=0))
     console.print("\n" + text.NOTE + text.BLOCKS_NOTE * any(one.block_size for one in found), style="dim")

@@ -14,7 +14,7 @@ class ProgressBars:
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self.display = progress.Progress(
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(bar_width=None),
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[losses]}"),
@@ -25,7 +25,7 @@ class ProgressBars:
             transient=True,
             disable=not console.is_terminal,
         )
-        self.race = self.display.add_task("[bold]steps of finished runs", total=total_steps, losses="")
+        self.race = self.display.add_task("steps of finished runs", total=total_steps, losses="")
         self.trials: dict[str, progress.TaskID] = {}
 
     def skipped(self, trial: Trial) -> None:
@@ -35,7 +35,7 @@ class ProgressBars:
     def started(self, trial: Trial) -> None:
         """Add a bar."""
         name = str(trial)
-        self.trials[name] = self.display.add_task(escape(name), total=trial.steps, losses="starting")
+        self.trials[name] = self.display.add_task(name, total=trial.steps, losses="starting")
 
     def progress(self, trial: Trial, step: int, train: float, validation: float | None) -> None:
         """Advance the trial's bar to this step, and show its last losses."""

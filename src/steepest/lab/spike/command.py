@@ -8,6 +8,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from steepest.lab.shared.charts import GREY, blank, curve
 from steepest.lab.shared.device import one_thread, pick_device
@@ -30,7 +31,7 @@ def run(device: str, seed: int, out: Path, command: str, console: Console) -> No
     setup = Setup(seed=seed, device=str(pick_device(device, allow_auto=True)))
     make_folder(out)
     with one_thread(), console.status("") as status:
-        found = study(setup, lambda case: status.update(escape(case)))
+        found = study(setup, lambda case: status.update(Text(case)))
     m, n = setup.shape
     spike = f"step {setup.spike_at + 1} ×{setup.scale:g}"
     lines = [
