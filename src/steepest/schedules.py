@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from steepest.rule import check
+from steepest.rule.intervals import integral
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,16 @@ class StepSchedule:
     def __post_init__(self) -> None:
         check(0 in self.frequencies, "frequencies", dict(self.frequencies), "a mapping with a frequency from step 0 on")
         for step, frequency in self.frequencies.items():
-            check(step >= 0, "a step of frequencies", step, ">= 0")
-            check(frequency >= 1, f"frequencies[{step}]", frequency, ">= 1")
+            check(integral(step) and step >= 0, "a step of frequencies", step, "an integer >= 0")
+            check(integral(frequency) and frequency >= 1, f"frequencies[{step}]", frequency, "an integer >= 1")
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.frequencies.items()))
 
     def __call__(self, step: int) -> int:
         return self.frequencies[max(start for start in self.frequencies if start <= step)]
 
 
 def _check_ends(start: int, end: int, transition_steps: int) -> None:
-    check(start >= 1, "start", start, ">= 1")
-    check(end >= 1, "end", end, ">= 1")
-    check(transition_steps >= 1, "transition_steps", transition_steps, ">= 1")
+    for name, value in (("start", start), ("end", end), ("transition_steps", transition_steps)):
+        check(integral(value) and value >= 1, name, value, "an integer >= 1")

@@ -78,7 +78,7 @@ class Optimizer(torch.optim.Optimizer):
         self._distributed = False  # whether there are peers or DTensors
         self._elsewhere: dict[Peers, int] = {}  # the updates that other ranks have skipped
         self._frozen: list[tuple[int, int]] = []  # groups and positions of parameters that have no state yet
-        self._offsets: dict[tuple[int, int], Offsets] = {}  # by group and period
+        self._offsets: dict[int, tuple[Any, Offsets]] = {}  # by group, with the frequency that they are for
         self._devices: list[tuple[Tensor, torch.device]] = []  # the parameters that state was laid out for
         self._skipped = torch.zeros((), dtype=torch.int64)
 
@@ -140,7 +140,8 @@ class Optimizer(torch.optim.Optimizer):
         with torch.no_grad():
             self._rebind()
             rules = [RULES[group["rule"]].from_group(group) for group in self.param_groups]
-            grads = self._participants()  # raises, if at all, before anything has changed
+            grads = self._participants()  # raises, if at all, before anything has changed, and so does the next line
+            self._check_schedules(rules)
             _interleave(
                 [self._step_bucket(bucket, rules[bucket.group], grads[bucket.group]) for bucket in self._buckets]
             )
@@ -204,16 +205,24 @@ class Optimizer(torch.optim.Optimizer):
             self._adopt([(n, i) for n, i in self._frozen if grads[n][i] is not None])
         return grads
 
-    def _refresh_offsets(self, stack: Stack, group: Mapping[str, Any], rule: Rule) -> Sequence[int]:
-        """Return for each slot of a stack the step of its period in which it refreshes."""
+    def _refresh_offsets(self, stack: Stack, group: Mapping[str, Any], rule: Rule) -> Sequence[float]:
+        """Return for each slot of a stack the fraction of its period after which it refreshes."""
         if not group["stagger"]:
-            return [0] * stack.size
-        period = rule.period(int(stack.clock[0]))
-        key = (stack.group, period)
-        if key not in self._offsets:
+            return [0.0] * stack.size
+        every, offsets = self._offsets.get(stack.group, (None, {}))
+        if every != group.get("precondition_frequency", 1):
             frozen = {i for number, i in self._frozen if number == stack.group}
-            self._offsets[key] = group_offsets(rule, group, period, frozen)
-        return slot_offsets(self._offsets[key], stack)
+            every, offsets = group.get("precondition_frequency", 1), group_offsets(rule, group, frozen)
+            self._offsets[stack.group] = every, offsets
+        return slot_offsets(offsets, stack)
+
+    def _check_schedules(self, rules: Sequence[Rule | Elementwise]) -> None:
+        """Raise if a schedule of refreshes gives nonsense for this step."""
+        for bucket in self._buckets:
+            rule = rules[bucket.group]
+            assert isinstance(rule, Rule)
+            for stack in bucket.stacks:
+                rule.due(max(stack.clock.tolist()), 0.0)
 
     # What was skipped, and what failed.
 

@@ -20,6 +20,7 @@ from typing import Generic, TypeVar, final
 from torch import Tensor
 
 from steepest.linalg.precision import fp32_matmul_precision
+from steepest.rule.intervals import intervals, steps_between
 from steepest.rule.options import at_least, flag, frequency, one_of
 from steepest.rule.rule import Rule, Slots, State, Step
 from steepest.rule.words import BasisTiming, Precision
@@ -35,7 +36,8 @@ class Refreshing(Rule, ABC, Generic[Factors]):
     """A rule that refreshes bases or roots of Kronecker factors every ``precondition_frequency`` steps.
 
     Each matrix counts its own updates, its ``clock``. Its first refresh comes at the clock ``first_refresh`` (0 unless
-    the rule warms up), whatever the frequency.
+    the rule warms up), whatever the frequency. If that is a function, a refresh is due as soon as so many steps as it
+    gives for the clock have passed since the last refresh.
     """
 
     precondition_frequency: int | Callable[[int], int] = frequency(1)
@@ -137,7 +139,7 @@ class Refreshing(Rule, ABC, Generic[Factors]):
     def period(self, clock: int) -> int:
         """The number of steps between refreshes, at this clock."""
         every = self.precondition_frequency
-        return every(clock) if callable(every) else int(every)
+        return steps_between(every, clock) if callable(every) else int(every)
 
     @property
     def last_period(self) -> int:
@@ -145,11 +147,18 @@ class Refreshing(Rule, ABC, Generic[Factors]):
         return self.period(THE_END)
 
     @final
-    def due(self, clock: int, offset: int) -> bool:
-        """At the first refresh, and then when the clock is at the matrix's offset in the period."""
+    def due(self, clock: int, offset: float) -> bool:
+        """At the first refresh, and then where the clock passes the matrix's offset in the interval between refreshes.
+
+        Raises:
+            ValueError: if ``precondition_frequency`` gives nonsense for this clock or an earlier one.
+        """
         if clock <= self.first_refresh:
             return clock == self.first_refresh
-        return clock % self.period(clock) == offset
+        every = self.precondition_frequency
+        if callable(every):
+            return intervals(every, self.first_refresh).passes(clock, offset)
+        return clock % int(every) == round(offset * every) % int(every)
 
     def refresh_cost(self, m: int, n: int) -> float:
         """The relative cost of a refresh: cubic in each side that has a factor."""

@@ -141,10 +141,10 @@ class Stack:
             torch._foreach_copy_(targets, sources)
         return out
 
-    def runs(self, rule: Rule, live: Sequence[bool], offsets: Sequence[int]) -> list[Run]:
+    def runs(self, rule: Rule, live: Sequence[bool], offsets: Sequence[float]) -> list[Run]:
         """Cut the slots that are ``live`` into runs; usually there is one run, which is the whole stack.
 
-        ``offsets`` says for each slot at which step of its period it refreshes.
+        ``offsets`` says for each slot after which fraction of its period it refreshes.
         """
         clocks: list[int] = self.clock.tolist()
         stages = {clock: rule.stage(clock) for clock in set(clocks)}
