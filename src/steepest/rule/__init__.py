@@ -14,7 +14,7 @@ from steepest.rule.options import (
     number,
     one_of,
 )
-from steepest.rule.refreshing import THE_END, Refreshing
+from steepest.rule.refreshing import THE_END, Refreshing, revive
 from steepest.rule.rule import Elementwise, LowRank, Rule, Slots, State, Step, whole
 
 __all__ = [
@@ -38,5 +38,6 @@ __all__ = [
     "nearest",
     "number",
     "one_of",
+    "revive",
     "whole",
 ]

@@ -27,6 +27,15 @@ from steepest.rule.words import BasisTiming, Precision
 
 Factors = TypeVar("Factors")
 
+
+def revive(state: State) -> None:
+    """Make bases and roots that are zero the identity again, in place, as somebody may have zeroed all of the state."""
+    for name, Q in state.items():
+        if name.startswith(("Q_", "P_")):
+            dead = Q.abs().amax(dim=(-2, -1)) == 0  # [B]
+            Q.diagonal(dim1=-2, dim2=-1).add_(dead.unsqueeze(-1))
+
+
 THE_END = 10**9
 """A clock at which every schedule of refresh frequencies has reached its last value."""
 
@@ -86,6 +95,8 @@ class Refreshing(Rule, ABC, Generic[Factors]):
     @final
     def update(self, G: Tensor, state: State, step: Step) -> Tensor | None:
         """Update factors, refresh what is due, and return the direction; None if the gradient only seeds the basis."""
+        if step.stage != "steady" or step.refresh is not None:
+            revive(state)
         factors, D = self.factors(state, step), None
         with fp32_matmul_precision(self.fp32_matmul_prec):
             if self.basis_timing == "after" and not (step.stage == "first" and self.seeds):
