@@ -167,17 +167,9 @@ def first(shape: tuple[int, int]) -> list[dict[str, Any]]:
             W.grad = torch.randn(shape, generator=generator)
             times.append(timed(optimizer.step, "cpu")[1])
         without = min(times[1::2])
-        row = {
-            "shape": list(shape),
-            "rule": rule,
-            "ms_first": times[0] - without,
-            "ms_later": min(times[2::2]) - without,
-        }
-        row["ratio"] = row["ms_first"] / row["ms_later"]
-        print(
-            f"{'x'.join(map(str, shape)):>10}  {rule:12}{row['ms_first']:9.1f}{row['ms_later']:9.1f}{row['ratio']:7.1f}"
-        )
-        rows.append(row)
+        start, later = times[0] - without, min(times[2::2]) - without
+        print(f"{'x'.join(map(str, shape)):>10}  {rule:12}{start:9.1f}{later:9.1f}{start / later:7.1f}")
+        rows.append({"shape": shape, "rule": rule, "ms_first": start, "ms_later": later, "ratio": start / later})
     return rows
 
 
