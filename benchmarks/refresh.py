@@ -3,6 +3,7 @@
     python benchmarks/refresh.py --json benchmarks/results/refresh.json
     python benchmarks/refresh.py --device cuda --sides 256,1024,4096 --batch 8
     python benchmarks/refresh.py --kl --json benchmarks/results/refresh_kl.json
+    python benchmarks/refresh.py --first --shapes 512x512,8x4096
     python benchmarks/refresh.py --study --widths 64,128 --steps 100
 
 Matrices drift as in training: K is an average (β = 0.95) of ``G Gᵀ`` for gradients whose singular values fall as
@@ -12,6 +13,9 @@ own, in turn, one refresh each; times are medians, of CPU time of one thread, or
 
 ``--kl`` measures what KL-Shampoo's covariances cost, on eight matrices of a GPT: SOAP without them and with them, a
 step each in turn. Eight periods are measured, or twenty steps where each refreshes.
+
+``--first`` compares the first refresh of one matrix, a decomposition, with later ones, for each rule that has both. A
+step without a refresh is subtracted from each.
 
 The study trains the race's GPT at several widths with refreshes every so many steps, in lockstep and staggered.
 """
@@ -152,6 +156,23 @@ def kl(every: int, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
+def first(shape: tuple[int, int]) -> list[dict[str, Any]]:
+    """A row for each rule: milliseconds of the first refresh, and of a later one."""
+    rows = []
+    for rule in ("soap", "kl_soap", "shampoo", "kl_shampoo"):
+        W = torch.nn.Parameter(torch.zeros(shape))
+        optimizer = steepest.Optimizer([W], rule, lr=1e-3, precondition_frequency=2)
+        generator, times = torch.Generator().manual_seed(0), []
+        for _ in range(6):
+            W.grad = torch.randn(shape, generator=generator)
+            times.append(timed(optimizer.step, "cpu")[1])
+        without = min(times[1::2])
+        start, later = times[0] - without, min(times[2::2]) - without
+        print(f"{'x'.join(map(str, shape)):>10}  {rule:12}{start:9.1f}{later:9.1f}{start / later:7.1f}")
+        rows.append({"shape": shape, "rule": rule, "ms_first": start, "ms_later": later, "ratio": start / later})
+    return rows
+
+
 def study(width: int, steps: int, seed: int) -> list[dict[str, Any]]:
     """A row for each frequency: loss on held-out text, and the optimizer's CPU time for a step."""
     workload = StandardLibrary()
@@ -198,6 +219,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="matrices at a time")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--kl", action="store_true", help="what KL-Shampoo's covariances cost")
+    parser.add_argument("--first", action="store_true", help="the first refresh beside later ones")
+    parser.add_argument("--shapes", default="64x64,256x256,512x512,1024x1024,2048x2048,8x4096", help="for --first")
     parser.add_argument("--study", action="store_true", help="train instead")
     parser.add_argument("--widths", type=integers, default=[64, 128, 256])
     parser.add_argument("--steps", type=int, default=300, help="of training")
@@ -212,6 +235,12 @@ def main() -> None:
         print(f"{'every':>6}  {'factors':18}{'ms mean':>9}{'median':>9}{'ratios':>9}")
         for every in args.every:
             rows += kl(every, steps=8 * every if every > 1 else 20)
+    elif args.first:
+        first((32, 32))  # whatever is imported and allocated once
+        print(f"{'shape':>10}  {'rule':12}{'ms first':>9}{'later':>9}{'ratio':>7}")
+        for shape in args.shapes.split(","):
+            m, n = map(int, shape.split("x"))
+            rows += first((m, n))
     elif args.study:
         print(f"{'width':>6}  {'refreshes':18}{'loss':>8}{'ms mean':>9}{'ms max':>9}")
         for width in args.widths:

@@ -77,6 +77,9 @@ class StepSchedule:
             check(integer(every) and every >= 1, f"frequencies[{step}]", every, "an integer >= 1")
         object.__setattr__(self, "frequencies", plain)
 
+    def __hash__(self) -> int:
+        return hash(frozenset(self.frequencies.items()))
+
     def __call__(self, step: int) -> int:
         return self.frequencies[max(start for start in self.frequencies if start <= step)]
 

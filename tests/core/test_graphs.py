@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -222,3 +223,28 @@ def test_compiled_replays_on_a_gpu() -> None:
         compiled.eventful(number)
         expect_same(both, compiled)
     assert both.recordings()
+
+
+def test_options_that_change_in_every_step_do_not_compile_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(graphs, "_compile", lambda rule: made.append(rule) or rule.update)
+    monkeypatch.setattr(graphs, "_compiled", deque())
+    monkeypatch.setattr(graphs, "_changes", {})
+    training = Training("muon", compile=True)
+    training.step()
+    shapes = len(made)
+    for k in range(1, graphs.MOST):
+        training.optimizer.param_groups[0]["momentum"] = 0.8 + k / 100
+        training.step()
+    assert len(made) == shapes * graphs.MOST
+    for k in range(20):
+        training.optimizer.param_groups[0]["momentum"] = 0.9 + k / 1000
+        if k == 0:
+            with pytest.warns(UserWarning, match="options of muon have changed 8 times in a row"):
+                training.step()
+        else:
+            training.step()
+    assert len(made) == shapes * graphs.MOST
+    for _ in range(3):  # once they stay
+        training.step()
+    assert len(made) == shapes * (graphs.MOST + 1)

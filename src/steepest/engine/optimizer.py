@@ -153,6 +153,7 @@ class Optimizer(torch.optim.Optimizer):
         with torch.no_grad():
             self._heed()
             grads = self._participants()  # raises, if at all, before anything has changed
+            self._roster.check_schedules()  # likewise
             _interleave([self._step_bucket(bucket, grads) for bucket in self._roster.buckets])
             if self._roster.elementwise:
                 self._skipped += step_elementwise(self._roster, self.param_groups, grads)
@@ -294,6 +295,8 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _fill(self, values: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """Lay out state for all parameters, and fill in these values."""
+        for group in self.param_groups:
+            group.update(plain_options(group))  # an older pickle has fewer
         self._roster = roster = Roster()
         self._elsewhere = {}
         roster.enter(self.param_groups, range(len(self.param_groups)), values)

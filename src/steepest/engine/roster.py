@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,9 @@ from steepest.exchange.shards import is_dtensor, local
 from steepest.rule import Elementwise, Rule, State
 from steepest.rules import RULES
 from steepest.stack.names import parameter_names
-from steepest.stack.stack import Stack, Way, state_dtype, way_of
-from steepest.stack.stagger import Offsets, group_offsets
+from steepest.stack.stack import Stack, Way, shared, state_dtype
+from steepest.stack.stagger import Job, Offsets, dealt, slot_offsets
+from steepest.view import View
 
 
 class Roster:
@@ -45,7 +47,7 @@ class Roster:
         """The ranks that hold shards of a parameter, where other ranks do."""
         self.distributed = False
         """Whether there are such parameters, or DTensors."""
-        self._offsets: dict[tuple[int, int], Offsets] = {}  # by group and period
+        self._offsets: Offsets = {}
 
     @property
     def stacks(self) -> list[Stack]:
@@ -92,10 +94,12 @@ class Roster:
             rule, way = RULES[group["rule"]].from_group(group), None
             if isinstance(rule, Rule):
                 penalty = group["weight_decay"] if group["weight_decay_method"] == "l2" else 0.0
-                way = way_of(rule, penalty, group["compile"], group["cuda_graph"], group["stagger"])
+                way = Way(rule, penalty, group["compile"], group["cuda_graph"], group["stagger"])
+                with suppress(TypeError):  # a schedule of refreshes may have no hash
+                    way = shared(way)
             self.rules[number : number + 1] = [rule]
             if way is not (self.ways[number] if number < len(self.ways) else None):
-                self._offsets.clear()
+                self._offsets = {}
             self.ways[number : number + 1] = [way]
 
     def adopt(self, groups: Sequence[Mapping[str, Any]], indices: Iterable[int]) -> None:
@@ -115,7 +119,7 @@ class Roster:
             # step, ranks would send in different orders, and wait for each other.
             self.buckets += buckets
             self.buckets.sort(key=lambda b: (b.communicates, () if b.peers is None else b.peers.ranks))
-            self._offsets.clear()
+            self._offsets = {}
         for i, state in made.items():
             self.laid[self.params[i]] = Laid.of(self.params[i], form_of(groups[self.numbers[i]]), state)
         self.frozen -= made.keys()
@@ -140,24 +144,33 @@ class Roster:
             for p, grad, way in zip(self.params, grads, ways, strict=True)
         ]
 
-    def refresh_offsets(self, stack: Stack, groups: Sequence[Mapping[str, Any]]) -> Sequence[int]:
-        """Return for each slot of a stack the step of its period in which it refreshes."""
-        if not any((way := self.ways[segment.group]) is not None and way.stagger for segment in stack.segments):
-            return [0] * stack.size
-        found: list[int] = []
-        for segment in stack.segments:
-            way, slots = self.ways[segment.group], range(segment.stop - segment.start)
-            if way is None or not way.stagger:
-                found += [0 for _ in slots]
-                continue
-            number, first = segment.group, self.numbers.index(segment.group)
-            period = way.rule.period(int(stack.clock[segment.start]))
-            if (number, period) not in self._offsets:
-                frozen = {index - first for index in self.frozen}
-                self._offsets[number, period] = group_offsets(way.rule, groups[number], period, frozen)
-            offsets = self._offsets[number, period]
-            found += [offsets[segment.index - first, segment.piece, segment.first + k] for k in slots]
-        return found
+    def refresh_offsets(self, stack: Stack, groups: Sequence[Mapping[str, Any]]) -> Sequence[float]:
+        """Return for each slot of a stack the fraction of its period after which it refreshes."""
+        if not any(way is not None and way.stagger for way in self.ways):
+            return [0.0] * stack.size
+        if not self._offsets:
+            self._offsets = self._dealt(groups)
+        return slot_offsets(self._offsets, stack)
+
+    def _dealt(self, groups: Sequence[Mapping[str, Any]]) -> Offsets:
+        """Deal offsets to the matrices of all groups; those that are stepped in the same way share the period."""
+        orders = [name for group in groups for name in group.get("param_names") or range(len(group["params"]))]
+        jobs: dict[int, tuple[Way, list[Job]]] = {}
+        for index, (p, number) in enumerate(zip(self.params, self.numbers, strict=True)):
+            way = self.ways[number]
+            if way is not None and way.stagger and index not in self.frozen:
+                order = (number, orders[index]) if isinstance(orders[index], int) else (0, orders[index])
+                jobs.setdefault(id(way), (way, []))[1].append((order, index, View.of(p, groups[number])))
+        return {key: offset for way, of_way in jobs.values() for key, offset in dealt(way.rule, of_way).items()}
+
+    def check_schedules(self) -> None:
+        """Raise if a schedule of refreshes gives nonsense for this step."""
+        scheduled = [way.rule for way in self.ways if way and callable(getattr(way.rule, "precondition_frequency", 0))]
+        if scheduled:
+            for stack in self.stacks:
+                for number, start, stop in stack.groups:
+                    if (way := self.ways[number]) and way.rule in scheduled:
+                        way.rule.due(max(stack.clock[start:stop].tolist()), 0.0)
 
 
 def _on_all(peers: Iterable[Peers], holds: bool) -> bool:

@@ -25,7 +25,7 @@ from steepest.stack.undo import undoing
 
 
 def step_stack(
-    stack: Stack, grads: Pieces, weights: Pieces | None, ways: Sequence[Way | None], offsets: Sequence[int]
+    stack: Stack, grads: Pieces, weights: Pieces | None, ways: Sequence[Way | None], offsets: Sequence[float]
 ) -> Directions | None:
     """Update the state of a stack by its gradients, and return directions; None if no matrix moves.
 
@@ -34,7 +34,7 @@ def step_stack(
         grads: the gradients of its pieces; a piece without a gradient takes no part in the step.
         weights: the weights of pieces, where weight decay is part of the gradient.
         ways: the way in which each group is stepped.
-        offsets: for each slot, the step of its period in which it refreshes.
+        offsets: for each slot, the fraction of its period after which it refreshes.
     """
     stack.deferred.clear()  # a step that raised may have left something
     live = [segment.key in grads for segment in stack.segments for _ in range(segment.start, segment.stop)]

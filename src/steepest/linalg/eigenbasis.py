@@ -8,7 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steepest.linalg.attempts import attempt
+from steepest.linalg.attempts import at_hand, attempt, one_by_one
+from steepest.linalg.orthonormal import gaussian
+
+THIN = 4
+"""The number of times that a rank must go into the number of rows for `eigenvectors` to make use of it."""
+EXTRA = 8
+"""A number of columns beyond the rank in the sketch of a matrix of low rank."""
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -49,15 +55,54 @@ def eigh_with_fallback(K: Tensor, force_double: bool = False, eps: float | None 
     return values.flip(-1).to(K), vectors.flip(-1).to(K)
 
 
-def eigenvectors(K: Tensor, force_double: bool = False) -> Tensor:
+def eigenvectors(K: Tensor, force_double: bool = False, rank: int | None = None) -> Tensor:
     """Compute eigenvectors as `eigh_with_fallback` does, but give NaN, not an exception, where every solver fails.
+
+    Args:
+        K: symmetric matrices ``[..., d, d]``.
+        force_double: compute in float64.
+        rank: what K's rank probably is. On a CPU, where it is at most a quarter of d, it saves most of the time. A
+            matrix of higher rank is found out, and decomposed in full.
 
     Example:
         >>> eigenvectors(torch.stack([torch.eye(2), torch.full((2, 2), torch.nan)])).isnan().any(dim=(-2, -1))
         tensor([False,  True])
     """
-    Q = attempt(lambda K: torch.linalg.eigh(K).eigenvectors, K.double() if force_double else K)
-    return Q.flip(-1).to(K)
+    if rank is None or not is_thin(K, rank):
+        return attempt(_full, K.double() if force_double else K).to(K)
+    limit = 32 * torch.finfo(K.dtype).eps
+    return attempt(lambda K: one_by_one(lambda one: _of_low_rank(one, rank, limit), K), K.double()).to(K)
+
+
+def is_thin(K: Tensor, rank: int) -> bool:
+    """Whether `eigenvectors` makes use of this rank of ``K [..., d, d]``."""
+    return at_hand(K) and THIN * rank <= K.shape[-1]
+
+
+def _full(K: Tensor) -> Tensor:
+    Q: Tensor = torch.linalg.eigh(K).eigenvectors
+    return Q.flip(-1)
+
+
+def _of_low_rank(K: Tensor, rank: int, limit: float) -> Tensor:
+    """The eigenvectors of one matrix ``[1, d, d]``, from a sketch of its columns that a QR completes to a basis.
+
+    Those of the null space are arbitrary, but move little if K does. More than the fraction ``limit`` of the trace
+    outside of the sketch is more than K's rounding, and then the matrix is decomposed in full.
+    """
+    d, s = K.shape[-1], min(rank + EXTRA, K.shape[-1])
+    trace = K.diagonal(dim1=-2, dim2=-1).sum()
+    scaled = K / trace if trace > 0 else K  # numbers whose products neither overflow nor vanish
+    sketch = torch.linalg.qr(scaled @ gaussian(d, s, K)).Q  # [1, d, s]
+    reflectors, scales = torch.geqrf(scaled @ sketch)  # again, which leaves less of K's rounding in the sketch
+    zeros = K.new_zeros(1, d, d - s)
+    Q: Tensor = torch.linalg.householder_product(torch.cat([reflectors, zeros], dim=-1), scales)
+    front = Q[..., :s]
+    C = front.mT @ scaled @ front  # [1, s, s]
+    if scaled.diagonal(dim1=-2, dim2=-1).sum() - C.diagonal(dim1=-2, dim2=-1).sum() > limit:
+        return _full(K)
+    Q[..., :s] = front @ _full(C)
+    return Q
 
 
 def conjugate(a: Tensor, p: Tensor, diag: bool = False) -> Tensor:

@@ -64,9 +64,12 @@ def turn(K: Tensor, solver: str = "qr", steps: int = 1) -> Turn:
     return Turn(by_columns(U), order, K)
 
 
-def decomposed(K: Tensor, in_float64: bool = False) -> Turn:
-    """Compute the turn onto the eigenvectors of K by a full decomposition; its columns continue no particular axis."""
-    U = eigenvectors(K, in_float64)
+def decomposed(K: Tensor, in_float64: bool = False, rank: int | None = None) -> Turn:
+    """Compute the turn onto the eigenvectors of K by a full decomposition; its columns continue no particular axis.
+
+    ``rank`` is what `steepest.linalg.eigenbasis.eigenvectors` may make use of.
+    """
+    U = eigenvectors(K, in_float64, rank)
     with fp32_matmul_precision("highest"):
         return Turn(U, None, _conjugated(K, U))
 

@@ -22,7 +22,7 @@ from steepest.rule.options import (
     python,
     rate,
 )
-from steepest.rule.refreshing import THE_END, Refreshing
+from steepest.rule.refreshing import THE_END, Refreshing, revive
 from steepest.rule.rule import Elementwise, LowRank, Rule, Slots, State, Step, whole
 
 __all__ = [
@@ -54,5 +54,6 @@ __all__ = [
     "one_of",
     "python",
     "rate",
+    "revive",
     "whole",
 ]

@@ -20,11 +20,21 @@ from typing import Generic, TypeVar, final
 from torch import Tensor
 
 from steepest.linalg.precision import fp32_matmul_precision
+from steepest.rule.intervals import intervals, steps_between
 from steepest.rule.options import at_least, flag, frequency, lays_out, one_of
 from steepest.rule.rule import Rule, Slots, State, Step
 from steepest.rule.words import BasisTiming, Precision
 
 Factors = TypeVar("Factors")
+
+
+def revive(state: State) -> None:
+    """Make bases and roots that are zero the identity again, in place, as somebody may have zeroed all of the state."""
+    for name, Q in state.items():
+        if name.startswith(("Q_", "P_")):
+            dead = Q.abs().amax(dim=(-2, -1)) == 0  # [B]
+            Q.diagonal(dim1=-2, dim2=-1).add_(dead.unsqueeze(-1))
+
 
 THE_END = 10**9
 """A clock at which every schedule of refresh frequencies has reached its last value."""
@@ -35,7 +45,8 @@ class Refreshing(Rule, ABC, Generic[Factors]):
     """A rule that refreshes bases or roots of Kronecker factors every ``precondition_frequency`` steps.
 
     Each matrix counts its own updates, its ``clock``. Its first refresh comes at the clock ``first_refresh`` (0 unless
-    the rule warms up), whatever the frequency.
+    the rule warms up), whatever the frequency. If that is a function, a refresh is due as soon as so many steps as it
+    gives for the clock have passed since the last refresh.
     """
 
     precondition_frequency: int | Callable[[int], int] = frequency(1)
@@ -84,6 +95,8 @@ class Refreshing(Rule, ABC, Generic[Factors]):
     @final
     def update(self, G: Tensor, state: State, step: Step) -> Tensor | None:
         """Update factors, refresh what is due, and return the direction; None if the gradient only seeds the basis."""
+        if step.stage != "steady" or step.refresh is not None:
+            revive(state)
         factors, D = self.factors(state, step), None
         with fp32_matmul_precision(self.fp32_matmul_prec):
             if self.basis_timing == "after" and not (step.stage == "first" and self.seeds):
@@ -137,7 +150,7 @@ class Refreshing(Rule, ABC, Generic[Factors]):
     def period(self, clock: int) -> int:
         """The number of steps between refreshes, at this clock."""
         every = self.precondition_frequency
-        return every(clock) if callable(every) else int(every)
+        return steps_between(every, clock) if callable(every) else int(every)
 
     @property
     def last_period(self) -> int:
@@ -145,11 +158,18 @@ class Refreshing(Rule, ABC, Generic[Factors]):
         return self.period(THE_END)
 
     @final
-    def due(self, clock: int, offset: int) -> bool:
-        """At the first refresh, and then when the clock is at the matrix's offset in the period."""
+    def due(self, clock: int, offset: float) -> bool:
+        """At the first refresh, and then where the clock passes the matrix's offset in the interval between refreshes.
+
+        Raises:
+            ValueError: if ``precondition_frequency`` gives nonsense for this clock or an earlier one.
+        """
         if clock <= self.first_refresh:
             return clock == self.first_refresh
-        return clock % self.period(clock) == offset
+        every = self.precondition_frequency
+        if callable(every):
+            return intervals(every, self.first_refresh).passes(clock, offset)
+        return clock % int(every) == round(offset * every) % int(every)
 
     def refresh_cost(self, m: int, n: int) -> float:
         """The relative cost of a refresh: cubic in each side that has a factor."""

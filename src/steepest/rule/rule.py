@@ -114,8 +114,11 @@ class Rule(Options, ABC):
         """The stage of a matrix that has had ``clock`` updates. Matrices in different stages are updated apart."""
         return "steady"
 
-    def due(self, clock: int, offset: int) -> bool:
-        """Whether a matrix that has had ``clock`` updates refreshes now; ``offset`` in [0, period) staggers it."""
+    def due(self, clock: int, offset: float) -> bool:
+        """Whether a matrix that has had ``clock`` updates refreshes now.
+
+        ``offset``, a fraction of a period in [0, 1), staggers it.
+        """
         return False
 
     def period(self, clock: int) -> int:

@@ -44,15 +44,23 @@ class Dion(Rule):
     orthonormalize: Orthonormalizer = one_of(Orthonormalizer, "rcqr")
 
     def init(self, G: Tensor) -> State:
-        short = min(G.shape[1:])
-        Q = gaussian(short, self.rank(*G.shape[1:]), G)  # [n, r]
-        return {"momentum_buffer": torch.zeros_like(G), "Q": Q.repeat(len(G), 1, 1)}
+        return {"momentum_buffer": torch.zeros_like(G), "Q": self.first_basis(G).repeat(len(G), 1, 1)}
+
+    def first_basis(self, G: Tensor) -> Tensor:
+        """What Q starts at, for each matrix, ``[n, r]``."""
+        return gaussian(min(G.shape[1:]), self.rank(*G.shape[1:]), G)
+
+    def stage(self, clock: int) -> str:
+        return "first" if clock == 0 else "steady"
 
     def rank(self, m: int, n: int) -> int:
         return math.ceil(self.rank_fraction * min(m, n))
 
     def update(self, G: Tensor, state: State, step: Step) -> LowRank:
         M = state["momentum_buffer"].add_(G if step.penalty is None else G + step.penalty)
+        if step.stage == "first":  # where somebody has zeroed all of the state, Q starts anew
+            dead = state["Q"].abs().amax(dim=(-2, -1), keepdim=True) == 0  # [B, 1, 1]
+            state["Q"].copy_(torch.where(dead, self.first_basis(G), state["Q"]))
         wide = G.shape[1] < G.shape[2]
         P, Q = self.follow(M.mT if wide else M, state["Q"], step)
         Q = Q * SCALES[self.scale](*G.shape[1:])

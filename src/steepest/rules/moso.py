@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from steepest.linalg.precision import fp32_matmul_precision
-from steepest.rule import Rule, State, Step, at_least, beta, betas, lays_out, one_of
+from steepest.rule import Rule, State, Step, at_least, beta, betas, lays_out, one_of, revive
 from steepest.rule.words import MosoInner, Precision
 from steepest.rules.parts.factors import Factors
 from steepest.rules.parts.moments import adam, clip_rms, corrected_beta
@@ -58,6 +58,7 @@ class Moso(Rule):
         G = G if step.penalty is None else G + step.penalty
         with fp32_matmul_precision(self.fp32_matmul_prec):
             M = state["momentum_buffer"].lerp_(G, 1 - self.momentum)
+            revive(state)
             factors = Factors(state, step.failures)
             if not factors.identity:
                 factors.accumulate(M, corrected_beta(self.shampoo_beta, step.t))

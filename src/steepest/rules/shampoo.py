@@ -30,7 +30,7 @@ from steepest.linalg.roots import spectral_power
 from steepest.linalg.solvers import orthogonal_iteration
 from steepest.rule import Refreshing, Slots, State, Step, at_least, betas, checked, flag, lays_out, number, one_of
 from steepest.rule.words import Graft
-from steepest.rules.parts.factors import SIDES, Factors
+from steepest.rules.parts.factors import SIDES, Factors, announce
 from steepest.rules.parts.moments import corrected_beta, correction
 from steepest.rules.parts.scales import frobenius, with_norm
 
@@ -67,11 +67,15 @@ class RootsInBasis(Refreshing[Factors], ABC):
 
     def update_bases(self, factors: Factors, slots: Slots, step: Step) -> None:
         state, first = factors.state, step.stage == "first"
-        for side, _ in SIDES:
+        for side, dim in SIDES:
             if side in state:
                 K, Q = state[side][slots], state[f"Q_{side}"][slots]
-                if first or self.solver == "eigh":
-                    new = eigenvectors(K, force_double=first)
+                if first:
+                    rank = state["exp_avg"].shape[-3 - dim]
+                    announce(K, rank)
+                    new = eigenvectors(K, force_double=True, rank=rank)
+                elif self.solver == "eigh":
+                    new = eigenvectors(K)
                 else:
                     new = orthogonal_iteration(K, Q, self.power_iter_steps)
                 state[f"Q_{side}"][slots] = Q = step.found(new, Q, slots)

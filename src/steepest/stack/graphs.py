@@ -37,14 +37,33 @@ BACKEND: Any = "inductor"
 """The backend of torch.compile."""
 
 
+MOST = 8
+"""Changes of options in a row, each of which compiles anew, after which updates run without until options stay."""
+
 _compiled: deque[tuple[Rule, torch.Size, Any, Update]] = deque(maxlen=128)
+_changes: dict[tuple[type[Rule], torch.Size], tuple[int, Rule]] = {}  # in a row, and the last rule
 
 
 def compiled(rule: Rule, G: Tensor) -> Update:
-    """Return ``rule.update`` compiled for stacks of G's shape; equal rules share one graph."""
+    """Return ``rule.update`` compiled for stacks of G's shape; equal rules share one graph.
+
+    Options that a scheduler moves in every step would make every step compile. Those run as they are.
+    """
+    key = type(rule), G.shape
     for other, shape, backend, update in _compiled:
         if other == rule and shape == G.shape and backend is BACKEND:
+            _changes.pop(key, None)
             return update
+    changes, last = _changes.get(key, (0, None))
+    _changes[key] = changes + 1, rule
+    if changes >= MOST and rule != last:
+        if changes == MOST:
+            warnings.warn(
+                f"compile=True: options of {rule.name} have changed {MOST} times in a row, and each change compiles "
+                "anew; updates run without torch.compile until the options stay",
+                stacklevel=2,
+            )
+        return rule.update
     update = _compile(rule)
     _compiled.append((rule, G.shape, BACKEND, update))
     return update

@@ -31,7 +31,7 @@ Pieces = Mapping[tuple[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Way:
-    """The way in which the matrices of a parameter group are stepped; equal ways are the same object, see `way_of`."""
+    """The way in which the matrices of a parameter group are stepped."""
 
     rule: Rule
     penalty: float
@@ -42,9 +42,9 @@ class Way:
 
 
 @lru_cache(maxsize=1024)
-def way_of(rule: Rule, penalty: float, compile: bool, cuda_graph: bool, stagger: bool) -> Way:
-    """Return the way that groups of these options share."""
-    return Way(rule, penalty, compile, cuda_graph, stagger)
+def shared(way: Way) -> Way:
+    """Return the object that stands for all ways equal to this one, which are then told apart by identity."""
+    return way
 
 
 @dataclass(frozen=True)
@@ -165,13 +165,13 @@ class Stack:
             torch._foreach_copy_(targets, sources)
         return out
 
-    def runs(self, ways: Sequence[Way | None], live: Sequence[bool], offsets: Sequence[int]) -> list[Run]:
+    def runs(self, ways: Sequence[Way | None], live: Sequence[bool], offsets: Sequence[float]) -> list[Run]:
         """Cut the slots that are ``live`` into runs; usually there is one run, which is the whole stack.
 
         Args:
             ways: the way in which each group is stepped.
             live: for each slot, whether it takes part in the step.
-            offsets: for each slot, at which step of its period it refreshes.
+            offsets: for each slot, after which fraction of its period it refreshes.
         """
         clocks: list[int] = self.clock.tolist()
         runs = []

@@ -6,17 +6,22 @@ eigenvectors ``Q_L`` and ``Q_R``. A side that the state does not hold is the ide
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from steepest.linalg import attempts
-from steepest.linalg.eigenbasis import eigenbasis_error, eigenvectors
+from steepest.linalg.eigenbasis import eigenbasis_error, eigenvectors, is_thin
 from steepest.linalg.solvers import SOLVERS, choose, reordered
 from steepest.linalg.symmetric import accumulate_gram
 from steepest.rule import Slots, State
 
 SIDES = (("L", -2), ("R", -1))
 """Each side's name in the state, and the dimension of ``G`` that it is a covariance of."""
+
+SLOW = 2048
+"""The number of rows from which a first decomposition takes seconds on one thread of a CPU; see docs/first-steps.md."""
 
 
 class Factors:
@@ -83,14 +88,21 @@ class Factors:
         u = torch.bmm(state["Q_L"], u) if "Q_L" in state else u
         return torch.bmm(u, state["Q_R"].mT) if "Q_R" in state else u
 
-    def start(self, slots: Slots, in_float64: bool = False) -> None:
-        """Compute the first bases of these slots by full decompositions; ``exp_avg`` turns into them.
+    def start(self, slots: Slots, in_float64: bool = False, gradients: int = 1) -> None:
+        """Compute the first bases of these slots by decompositions; ``exp_avg`` turns into them.
 
         They are computed in float64 where they are to project the very gradient that they come from: off the
         diagonal, their rounding is then all that Adam sees. Second moments have no order to follow yet, and stay.
+        ``gradients``, the number of those that the covariances hold, limits the rank of the longer side.
         """
         part = {name: x[slots] for name, x in self.state.items()}
-        self._turn(slots, part, {side: eigenvectors(part[side], in_float64) for side, _ in SIDES if side in part})
+        bases = {}
+        for side, dim in SIDES:
+            if side in part:
+                rank = gradients * part["exp_avg_sq"].shape[-3 - dim]
+                announce(part[side], rank)
+                bases[side] = eigenvectors(part[side], in_float64, rank)
+        self._turn(slots, part, bases)
 
     def refresh(self, slots: Slots, solver: str = "auto", steps: int = 1, match_columns: bool = True) -> None:
         """Let the bases of these slots follow their covariances; ``exp_avg`` turns, ``exp_avg_sq`` is reordered.
@@ -148,6 +160,16 @@ class Factors:
             self.state[name][slots] = torch.where(found, x, self.state[name][slots])
         if self.failures is not None:
             self.failures[slots] += failed
+
+
+def announce(K: Tensor, rank: int) -> None:
+    """Say so, once, if the first decompositions of ``K [b, d, d]``, whose rank is known, will take seconds."""
+    if attempts.at_hand(K) and len(K) * K.shape[-1] ** 3 >= SLOW**3 and not is_thin(K, rank):
+        warnings.warn(
+            "the first eigenbases of large matrices take seconds or minutes on a CPU: max_precond_dim leaves out long "
+            'sides, block_size cuts them into shorter ones, and with solver="qr" SOAP begins at the identity instead',
+            stacklevel=1,  # the same place for all of them, which Python shows once
+        )
 
 
 def into(x: Tensor, Q_L: Tensor | None, Q_R: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from steepest.linalg.symmetric import accumulate_gram
 from steepest.linalg.turning import Turn, decomposed, turn, turned
 from steepest.linalg.whitening import root_mean_square, whitening_weights
 from steepest.rule import Slots, State
-from steepest.rules.parts.factors import SIDES, Factors, into
+from steepest.rules.parts.factors import SIDES, Factors, announce, into
 
 MARK = "in_basis"
 """An entry of the state, ``[B]``, whose presence says that ``L`` and ``R`` stand in their bases' coordinates."""
@@ -88,10 +88,15 @@ class KLFactors(Factors):
             self._stale = None
         return P
 
-    def start(self, slots: Slots, in_float64: bool = False) -> None:
-        """Compute the first bases of these slots by full decompositions; see `Factors.start`."""
-        sides = [side for side, _ in SIDES if side in self.state]
-        self._turn_by(slots, {side: decomposed(self.state[side][slots], in_float64) for side in sides})
+    def start(self, slots: Slots, in_float64: bool = False, gradients: int = 1) -> None:
+        """Compute the first bases of these slots by decompositions; see `Factors.start`."""
+        turns: dict[str, Turn] = {}
+        for side, dim in SIDES:
+            if side in self.state:
+                K, rank = self.state[side][slots], gradients * self.state["exp_avg_sq"].shape[-3 - dim]
+                announce(K, rank)
+                turns[side] = decomposed(K, in_float64, rank)
+        self._turn_by(slots, turns)
 
     def refresh(self, slots: Slots, solver: str = "auto", steps: int = 1, match_columns: bool = True) -> None:
         """Let the bases of these slots follow their factors, which turn along; see `Factors.refresh`."""
