@@ -2,19 +2,22 @@
 PYTHON  ?= python3
 WORKERS ?= 2
 TORCH   ?= $(shell grep '^torch==' constraints.txt)
+# The versions of torch that a release is tested with: the oldest that pyproject.toml allows, to the newest.
+TORCHES ?= 2.9.1 2.11.0 2.13.0 2.14.1
 # uv chooses the build of torch for the machine. Without it, pip takes the default: with CUDA, on Linux.
 UV      ?= $(shell command -v uv 2>/dev/null)
 BIN     := .venv/bin
 RACE    := $(if $(wildcard .venv/.ready),.venv,.venv-race)
 PYTEST   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help race quick test lint types slow clean
+.PHONY: help race quick test lint types slow torch-versions $(TORCHES:%=torch-%) clean
 
 help:
 	@echo 'make race    train the contenders of the default race, and write runs/race/report.html'
 	@echo 'make quick   lint, and the tests of the core'
 	@echo 'make test    lint, types, all tests, and all examples in the documentation'
 	@echo 'make slow    the long tests'
+	@echo 'make torch-versions   the tests of the optimizers with each of torch $(TORCHES)'
 	@echo 'make clean   delete what the others have made'
 
 race: $(RACE)/.ready
@@ -30,6 +33,13 @@ test: lint types
 slow: .venv/.ready
 	$(PYTEST) -m slow
 
+torch-versions: $(TORCHES:%=torch-%)
+
+$(TORCHES:%=torch-%): torch-%: .venv-torch-%/.ready
+	$(PYTEST) tests/core tests/reference tests/contract tests/linalg tests/distributed
+
+$(TORCHES:%=torch-%): BIN = .venv-$@/bin
+
 lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,10 +52,22 @@ types: .venv/.ready
 .venv-race/.ready: EXTRAS := race
 .venv-race/.ready: SIZE   := 0.1 GB to download, 0.4 GB on disk
 
-PIP = $(@D)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+VERSIONED := $(TORCHES:%=.venv-torch-%/.ready)
+$(VERSIONED): EXTRAS := lab,dev
+$(VERSIONED): SIZE   := 0.4 GB to download, 1.5 GB on disk
+$(VERSIONED): TORCH   = torch==$(@D:.venv-torch-%=%)
+$(VERSIONED): PINS    = $(@D)/pins.txt
+$(VERSIONED): .venv-torch-%/.ready: .venv-torch-%/pins.txt
+
+.venv-torch-%/pins.txt: constraints.txt
+	mkdir -p $(@D)
+	grep -vE '^(torch|triton)==' $< > $@
+
+PINS := constraints.txt
+PIP   = $(@D)/bin/python -m pip install --disable-pip-version-check -c $(PINS)
 
 # torch goes first and exactly: a range would fetch the newest build with its GPU libraries.
-.venv/.ready .venv-race/.ready: pyproject.toml constraints.txt
+.venv/.ready .venv-race/.ready $(VERSIONED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 		"Python 3.11 or newer is needed; name one: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	@echo '== 1/3 A virtual environment in $(@D)'
@@ -57,4 +79,4 @@ PIP = $(@D)/bin/python -m pip install --disable-pip-version-check -c constraints
 	touch $@
 
 clean:
-	rm -rf .venv .venv-race build dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-race .venv-torch-* build dist runs .pytest_cache .mypy_cache .ruff_cache

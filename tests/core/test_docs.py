@@ -165,8 +165,8 @@ def test_paths_and_commands_exist(page):
     made = {title(block) for block in blocks(EXAMPLE)} if page == EXAMPLE else set()
     for path in re.findall(r"\b(?:src|tests|docs|benchmarks|examples)/[\w/.-]*\w", text_of(page)):
         assert path in made | DRAWN or (ROOT / path).exists(), f"{page}: there is no {path}"
-    targets = re.findall(r"^(\w+):", text_of("Makefile"), re.MULTILINE)
-    for target in re.findall(r"(?:^|`)make (\w+)", text_of(page), re.MULTILINE):
+    targets = re.findall(r"^([\w-]+):", text_of("Makefile"), re.MULTILINE)
+    for target in re.findall(r"(?:^|`)make (\w[\w-]*)", text_of(page), re.MULTILINE):
         assert target in targets, f"{page}: make has no {target}"
 
 

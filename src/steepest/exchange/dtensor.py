@@ -18,11 +18,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor as DTensor
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
 from steepest.exchange.layout import Rectangle
+
+try:
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+except ImportError as error:
+    raise ImportError(f"steepest can't read the layout of DTensors in torch {torch.__version__}: {error}") from error
 
 REMEDY = (
     "use torch.distributed.checkpoint (dcp.save with get_optimizer_state_dict): it writes every rank's part, and "
@@ -96,7 +100,7 @@ class Owned(DTensor):
 
     def clone(self, *, memory_format: torch.memory_format = torch.preserve_format) -> Owned:  # type: ignore[override]
         """Return a copy on the same rank."""
-        local = self._local_tensor
+        local = self.to_local()
         mine = local.clone(memory_format=memory_format) if self.owner == dist.get_rank() else None
         return Owned.wrap(mine, self.owner, self, local.device.type)
 

@@ -22,9 +22,9 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it imports no compiler until there is one
 
 from steepest.kernels.precision import INTERPRETED, product_precision
+from steepest.linalg.untraced import untraced
 
 MODES = ("auto", "never", "always")
 HAS_TRITON = find_spec("triton") is not None
@@ -164,7 +164,7 @@ def _candidate(x: Tensor) -> bool:
     return device and type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
 
 
-@_disable_dynamo  # asked once per device, and no part of a graph
+@untraced  # asked once per device, and no part of a graph
 def _works(device: torch.device) -> bool:
     """Return whether Triton compiles and runs kernels on this device, tried once. It may lack a C compiler, say."""
     if device not in _working:

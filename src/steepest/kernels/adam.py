@@ -26,9 +26,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from steepest.kernels.symmetric import current_device
+from steepest.linalg.untraced import untraced
 
 BLOCK, WARPS = 2048, 8
 PARTS = 1024
@@ -166,7 +166,7 @@ def _direction_kernel(  # type: ignore[no-untyped-def]
     tl.store(direction + at, tl.div_rn(root * m, root * (root + eps) + floor), mask=mask)
 
 
-@_disable_dynamo
+@untraced
 def adam(
     g: Tensor,
     exp_avg: Tensor,

@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from steepest.kernels.symmetric import current_device
+from steepest.linalg.untraced import untraced
 
 BLOCK, WARPS = 8192, 8
 
@@ -37,7 +37,7 @@ def _put_back_kernel(source, target, finite, size, blocks, BLOCK: tl.constexpr):
         tl.store(target + at, tl.load(source + at, mask=mask), mask=mask)
 
 
-@_disable_dynamo
+@untraced
 def put_back(source: Tensor, target: Tensor, finite: Tensor) -> None:
     """Copy the slots of ``source`` where ``finite`` is False to ``target``, in place.
 

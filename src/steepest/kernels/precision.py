@@ -6,13 +6,14 @@ import os
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it imports no compiler until there is one
+
+from steepest.linalg.untraced import untraced
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 """Whether Triton interprets kernels, on the CPU and by NumPy. Triton reads this variable when a kernel is defined."""
 
 
-@_disable_dynamo  # torch's setting is no constant of the traced code
+@untraced  # torch's setting is no constant of the traced code
 def product_precision(X: Tensor) -> str:
     """Return the precision in which products of X are computed: "bfloat16", "tf32" or "float32", as in `Gates`.
 

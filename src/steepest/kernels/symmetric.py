@@ -38,9 +38,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from steepest.kernels.precision import INTERPRETED, product_precision
+from steepest.linalg.untraced import untraced
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _symmetric_kernel(  # type: ignore[no-untyped-def]
     tl.store(mirror, tl.trans(result), mask=upper)
 
 
-@_disable_dynamo  # a graph break: torch.compile does not trace the launch
+@untraced  # a graph break: torch.compile does not trace the launch
 def ema_syrk(K: Tensor, X: Tensor, beta: float | Tensor, alpha: float | Tensor) -> None:
     """Compute ``K ← β K + α X Xᵀ`` in place.
 
@@ -162,7 +162,7 @@ def ema_syrk(K: Tensor, X: Tensor, beta: float | Tensor, alpha: float | Tensor) 
     _launch(K, None if isinstance(beta, float | int) and beta == 0 else K, X, X, beta, alpha)
 
 
-@_disable_dynamo
+@untraced
 def symmetric_product(X: Tensor, Y: Tensor, old: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
     """Return ``β O + α X Yᵀ`` where ``X Yᵀ`` is symmetric, as ``[B, d, d]`` in X's dtype.
 

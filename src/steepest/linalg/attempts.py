@@ -11,13 +11,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it imports no compiler until there is one
+
+from steepest.linalg.untraced import untraced
 
 calls = 0
 """How often `attempt` was called: a step that calls it can't be recorded for replays (`steepest.stack.graphs`)."""
 
 
-@_disable_dynamo  # solvers don't compile, and what surrounds them would be compiled anew for each shape
+@untraced  # solvers don't compile, and what surrounds them would be compiled anew for each shape
 def attempt(solve: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
     """Return ``solve(A)``; matrices for which it fails are tried again alone, in float64, and in float64 on the CPU.
 

@@ -15,11 +15,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # as in `steepest.linalg.attempts`
 
 from steepest.linalg.attempts import at_hand, attempt, each, succeeded
 from steepest.linalg.eigenbasis import conjugate, eigenvectors
 from steepest.linalg.precision import fp32_matmul_precision
+from steepest.linalg.untraced import untraced
 
 Follow = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """The signature of a solver: ``(K, Q, iterations)`` to ``(Q, order)``."""
@@ -140,7 +140,7 @@ def ordered_iteration(
     return Q, order
 
 
-@_disable_dynamo
+@untraced
 def householder_qr(A: Tensor) -> tuple[Tensor, Tensor]:
     """`householder`, and a matrix ``[..., d, d]`` whose upper triangle is R; its lower triangle has no meaning.
 
@@ -242,7 +242,7 @@ def full(K: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
 SOLVERS: dict[str, Follow] = {"qr": ordered_iteration, "cholesky": cholesky, "first_order": first_order, "eigh": full}
 
 
-@_disable_dynamo
+@untraced
 def cholesky_qr(A: Tensor, passes: int = 3) -> Tensor:
     """Orthonormalize the columns of ``A [..., d, d]`` as ``A R⁻¹`` with ``RᵀR = AᵀA``.
 

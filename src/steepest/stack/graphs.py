@@ -21,6 +21,7 @@ from torch import Tensor
 from steepest.linalg import attempts
 from steepest.linalg.precision import fp32_matmul_precision
 from steepest.rule import LowRank, Rule, State, Step
+from steepest.stack.compiling import inductor
 
 Output = Tensor | LowRank | None
 """What a rule's update returns."""
@@ -33,7 +34,7 @@ Capture = Callable[[Callable[[], None], torch.device], Callable[[], None]]
 
 # torch.compile.
 
-BACKEND: Any = "inductor"
+BACKEND: Any = inductor
 """The backend of torch.compile."""
 
 
