@@ -64,7 +64,7 @@ def distributed(
         raise message[0]
 
     def read(x: Tensor) -> Tensor:
-        x = x.detach().cpu().contiguous() if first else torch.empty(x.shape, dtype=x.dtype)
+        x = x.detach().cpu().contiguous() if first else torch.empty(x.shape, dtype=x.dtype, device="cpu")
         dist.broadcast(x, 0, group)
         return x
 
@@ -89,7 +89,7 @@ def _on_rank_0(x: Tensor) -> Tensor:
         return x.to_local().cpu()
     if x.owner == dist.get_rank():
         dist.send(x.to_local().cpu().contiguous(), 0, group)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     if dist.get_rank() == 0:
         dist.recv(out, x.owner, group)
     return out
@@ -98,7 +98,7 @@ def _on_rank_0(x: Tensor) -> Tensor:
 def _without_values(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state_dict with tensors that have the same shapes and take no memory."""
     state = {
-        key: {name: torch.zeros((), dtype=x.dtype).expand(x.shape) for name, x in named.items()}
+        key: {name: torch.zeros((), dtype=x.dtype, device="cpu").expand(x.shape) for name, x in named.items()}
         for key, named in state_dict["state"].items()
     }
     return {"state": state, "param_groups": state_dict["param_groups"]}

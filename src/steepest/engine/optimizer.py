@@ -25,6 +25,7 @@ from steepest.exchange.assign import assign, peers_of
 from steepest.exchange.bucket import Bucket, Tensors
 from steepest.exchange.peers import Peers
 from steepest.exchange.shards import copy_into, is_dtensor, local
+from steepest.linalg.surroundings import undisturbed
 from steepest.rule import Elementwise, Rule, nearest
 from steepest.rules import RULES
 from steepest.rules.aliases import ALIASES, resolve
@@ -80,11 +81,12 @@ class Optimizer(torch.optim.Optimizer):
         self._frozen: list[tuple[int, int]] = []  # groups and positions of parameters that have no state yet
         self._offsets: dict[tuple[int, int], Offsets] = {}  # by group and period
         self._devices: list[tuple[Tensor, torch.device]] = []  # the parameters that state was laid out for
-        self._skipped = torch.zeros((), dtype=torch.int64)
+        self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def __repr__(self) -> str:
         return describe(type(self).__name__, self.param_groups, self.state)
 
+    @undisturbed
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own; options that the group leaves out are filled in."""
         if not isinstance(param_group, dict):
@@ -137,18 +139,21 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            self._rebind()
-            rules = [RULES[group["rule"]].from_group(group) for group in self.param_groups]
-            grads = self._participants()  # raises, if at all, before anything has changed
-            _interleave(
-                [self._step_bucket(bucket, rules[bucket.group], grads[bucket.group]) for bucket in self._buckets]
-            )
-            for number, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
-                if isinstance(rule, Elementwise):
-                    skipped = step_elementwise(rule, group, number, grads[number], self.state, self._peers)
-                    self._skipped = skipped + self._skipped
+        self._step()
         return loss
+
+    @undisturbed
+    @torch.no_grad()
+    def _step(self) -> None:
+        """Take one step with the gradients that are there."""
+        self._rebind()
+        rules = [RULES[group["rule"]].from_group(group) for group in self.param_groups]
+        grads = self._participants()  # raises, if at all, before anything has changed
+        _interleave([self._step_bucket(bucket, rules[bucket.group], grads[bucket.group]) for bucket in self._buckets])
+        for number, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
+            if isinstance(rule, Elementwise):
+                skipped = step_elementwise(rule, group, number, grads[number], self.state, self._peers)
+                self._skipped = skipped + self._skipped
 
     def _step_bucket(self, bucket: Bucket, rule: Rule | Elementwise, grads: Tensors) -> Iterator[None]:
         """Step the matrices of a bucket; pause wherever tensors travel between ranks."""
@@ -182,6 +187,11 @@ class Optimizer(torch.optim.Optimizer):
             grads.append([])
             for i, p in enumerate(group["params"]):
                 grad = p.grad
+                if grad is not None and p.is_inference():
+                    raise RuntimeError(
+                        f"{parameter_name(group, number, i)} (shape {list(p.shape)}) was made under "
+                        "torch.inference_mode(), and can't be trained: make it outside, or clone it there"
+                    )
                 if grad is not None and grad.is_sparse:
                     raise RuntimeError(
                         f"the gradient of a parameter of shape {list(p.shape)} is sparse: only dense gradients work"
@@ -300,11 +310,13 @@ class Optimizer(torch.optim.Optimizer):
             for stack in bucket.stacks:
                 stack.settle()
 
+    @undisturbed
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
         state = {p: {name: x.clone() for name, x in named.items()} for p, named in self.state.items()}
         return {"defaults": self.defaults, "state": state, "param_groups": self.param_groups}
 
+    @undisturbed
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state["state"]
         super().__setstate__(state | {"state": defaultdict(dict)})
@@ -318,6 +330,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # Checkpoints.
 
+    @undisturbed
     def state_dict(self) -> dict[str, Any]:
         """Return the state, by parameter, as tensors of its own: no view drags a whole stack into the file."""
         self._rebind()
@@ -332,6 +345,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         self._load(state_dict)
 
+    @undisturbed
     def consolidate(self) -> dict[str, Any] | None:
         """Return the whole state as a plain dict on rank 0, and None elsewhere. Every rank must call it.
 
@@ -355,6 +369,7 @@ class Optimizer(torch.optim.Optimizer):
             *consolidate.distributed(state_dict, lambda saved: checkpoint.match(saved, self.param_groups, self.state))
         )
 
+    @undisturbed
     @torch.no_grad()
     def _load(self, state_dict: dict[str, Any], read: Callable[[Tensor], Tensor] = lambda saved: saved) -> None:
         """Check a state as a whole, then copy it in; ``read`` returns the values of a tensor in it."""

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from steepest.linalg.attempts import attempt
+from steepest.linalg.surroundings import without_autocast
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
+@without_autocast
 def eigh_with_fallback(K: Tensor, force_double: bool = False, eps: float | None = None) -> tuple[Tensor, Tensor]:
     """Compute eigenvalues (descending) and eigenvectors (columns) of symmetric ``K [..., d, d]``.
 
@@ -60,6 +62,7 @@ def eigenvectors(K: Tensor, force_double: bool = False) -> Tensor:
     return Q.flip(-1).to(K)
 
 
+@without_autocast
 def conjugate(a: Tensor, p: Tensor, diag: bool = False) -> Tensor:
     """``pᵀ a p`` for matrices ``[..., d, d]``; with ``diag=True`` only its diagonal ``[..., d]``, at half the cost.
 
