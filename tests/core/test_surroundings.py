@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -122,10 +123,19 @@ def test_a_closure_runs_in_its_caller_s_surroundings() -> None:
 
 
 def test_a_model_is_routed_in_any_surroundings() -> None:
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        inside = repr(steepest.for_model(model, "soap", lr=0.1))
-    assert inside == repr(steepest.for_model(model, "soap", lr=0.1))
+    other = copy.deepcopy(model)
+    with all_at_once():
+        inside = steepest.for_model(model, "soap", lr=0.1)
+    outside = steepest.for_model(other, "soap", lr=0.1)
+    assert repr(inside) == repr(outside)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    with all_at_once():
+        inside.step()
+    outside.step()
+    torch.testing.assert_close(list(model.parameters()), list(other.parameters()), rtol=0, atol=0)
 
 
 def test_parameters_of_inference_mode_are_refused() -> None:
