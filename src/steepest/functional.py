@@ -30,6 +30,7 @@ from steepest.linalg.eigenbasis import eigenbasis_error
 from steepest.linalg.eigenbasis import eigh_with_fallback as eigh_with_fallback
 from steepest.linalg.solvers import SOLVERS, by_columns, reordered
 from steepest.linalg.solvers import orthogonal_iteration as orthogonal_iteration
+from steepest.linalg.surroundings import without_autocast
 from steepest.linalg.symmetric import accumulate_gram
 from steepest.linalg.whitening import root_mean_square, whitening_weights
 
@@ -38,6 +39,7 @@ Dims = Sequence[Sequence[int]]
 Entry = TypeVar("Entry", bound=Tensor | None)  # a list without None gives a list without None
 
 
+@without_autocast
 def precondition(x: Tensor, eigenbasis_list: Sides | None = None, dims: Dims | None = None) -> Tensor:
     """Project ``x`` into the eigenbases, ``Q_Lᵀ x Q_R``, or back out of them, ``Q_L x Q_Rᵀ``.
 
@@ -86,6 +88,7 @@ def init_kronecker_factors(
     return L, R
 
 
+@without_autocast
 def update_kronecker_factors(kronecker_factor_list: Sides, grad: Tensor, shampoo_beta: float | Tensor) -> None:
     """Update the factors in place: ``L ← β L + (1-β) G Gᵀ`` and ``R ← β R + (1-β) Gᵀ G`` (arXiv:2409.11321, Alg. 3).
 
@@ -105,6 +108,7 @@ def update_kronecker_factors(kronecker_factor_list: Sides, grad: Tensor, shampoo
         _accumulate(K, X, shampoo_beta)
 
 
+@without_autocast
 def update_kronecker_factors_kl_shampoo(
     kronecker_factor_list: Sides,
     grad: Tensor,
@@ -151,6 +155,7 @@ def update_kronecker_factors_kl_shampoo(
         _accumulate(K, X, shampoo_beta, scale=1 / max(X.shape[-1], 1))
 
 
+@without_autocast
 def update_eigenbasis_and_exp_avgs(
     kronecker_factor_list: Sequence[Entry],
     eigenbasis_list: Sequence[Entry],
@@ -198,6 +203,7 @@ def update_eigenbasis_and_exp_avgs(
     return cast("list[Entry]", kept[: len(eigenbasis_list)]), m.to(exp_avg.dtype), exp_avg_sq
 
 
+@without_autocast
 def all_eigenbases_met_criteria(
     kronecker_factor_list: Sides, eigenbasis_list: Sides, adaptive_update_tolerance: float = 1e-7
 ) -> bool:
@@ -217,6 +223,7 @@ def all_eigenbases_met_criteria(
     return all(bool((eigenbasis_error(K, Q.to(K.dtype)) <= adaptive_update_tolerance).all()) for K, Q in pairs)
 
 
+@without_autocast
 def get_eigenbasis_eigh(kronecker_factor_list: Sequence[Entry], eps: float | None = None) -> list[Entry]:
     """Return the eigenbases of the factors by full decomposition, columns by descending eigenvalue.
 
@@ -236,6 +243,7 @@ def get_eigenbasis_eigh(kronecker_factor_list: Sequence[Entry], eps: float | Non
     return cast("list[Entry]", [None if K is None else eigh_with_fallback(K, eps=eps)[1] for K in factors])
 
 
+@without_autocast
 def get_eigenbasis_qr(
     kronecker_factor_list: Sequence[Entry],
     eigenbasis_list: Sequence[Entry],

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import mutants
+import mutants_of_edits
 import mutants_of_gradients
+import mutants_of_surroundings
 import mutants_saving
 import pytest
 import torch
 
-from steepest.testing import CLAUSES, Verdict, check_clause
+from steepest.testing import CLAUSES, Verdict, check_clause, check_optimizer
 from steepest.testing.subject import Factory, Subject
 
-MODULES = (mutants, mutants_saving, mutants_of_gradients)
+MODULES = (mutants, mutants_saving, mutants_of_gradients, mutants_of_surroundings, mutants_of_edits)
 MUTANTS: dict[str, list[Factory]] = {
     clause: [mutant for module in MODULES for mutant in module.MUTANTS.get(clause, [])]
     for clause in {clause for module in MODULES for clause in module.MUTANTS}
 }
+
+HOSTS = [name for name, clause in CLAUSES.items() if clause.number >= 16]
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +41,18 @@ def test_the_clause_notices(clause: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_slow_clause_notices() -> None:
-    for mutant in MUTANTS["compiled_step"]:
-        assert check_clause(CLAUSES["compiled_step"], Subject(mutant)).verdict is Verdict.BROKEN
+@pytest.mark.parametrize("clause", [name for name, clause in CLAUSES.items() if clause.slow])
+def test_the_slow_clause_notices(clause: str) -> None:
+    for mutant in MUTANTS[clause]:
+        assert check_clause(CLAUSES[clause], Subject(mutant)).verdict is Verdict.BROKEN
+
+
+@pytest.mark.parametrize("clause", HOSTS)
+def test_no_other_clause_notices(clause: str) -> None:
+    """What hosts do around and between steps can go wrong in one way, and not in the others."""
+    for mutant in MUTANTS[clause]:
+        report = check_optimizer(mutant, only=HOSTS)
+        assert [finding.clause.name for finding in report.broken] == [clause], report
 
 
 def test_every_clause_has_a_mutant() -> None:

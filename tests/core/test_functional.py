@@ -33,6 +33,31 @@ def batches(x, batch):
     return x.expand(*batch, *x.shape).clone()
 
 
+def test_autocast_changes_nothing():
+    """Covariances in bfloat16 are of no use, and results in the dtype of the arguments are what is promised."""
+    single = torch.float32
+    G, K, Q = normal(4, 6, dtype=single), spd(4, dtype=single), orthonormal(4, dtype=single)
+    K6, Q6 = spd(6, seed=1, dtype=single), orthonormal(6, seed=1, dtype=single)
+
+    def everything():
+        L, R, v = K.clone(), K6.clone(), G.square()
+        functional.update_kronecker_factors([L, R], G, 0.9)
+        functional.update_kronecker_factors_kl_shampoo([L, R], G, 0.9, [Q, Q6], eps=1e-8)
+        bases, M = [Q.clone(), Q6.clone()], G.clone()
+        updated = functional.update_eigenbasis_and_exp_avgs([L, R], bases, v, M)
+        qr = functional.get_eigenbasis_qr([L, R], [Q, Q6], v)
+        products = [functional.precondition(G, [Q, Q6]), functional.conjugate(K, Q)]
+        iterated = functional.orthogonal_iteration(K, Q)
+        eigh = functional.get_eigenbasis_eigh([L, R])
+        return [L, R, v, M, bases, updated, qr, products, iterated, eigh, *functional.eigh_with_fallback(K)]
+
+    outside = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = everything()
+        assert functional.all_eigenbases_met_criteria([K], [descending(K)], 1e-5)
+    assert_close(inside, outside, rtol=0, atol=0)
+
+
 # Projections.
 
 X, Q4, Q6 = normal(4, 6), orthonormal(4), orthonormal(6, seed=1)

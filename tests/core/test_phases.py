@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import steepest
 from steepest.engine.phases import REST, Timeline, listening, phase
 
 
@@ -82,28 +81,3 @@ def test_a_graph_holds_no_marks_and_is_made_once():
         torch.testing.assert_close(compiled(x), outer.__wrapped__(x), rtol=0, atol=0)
     compiled(x)
     assert len(graphs) == 1, "listening had the graph made anew"
-
-
-@pytest.mark.filterwarnings("ignore")  # where the graph breaks, torch says so
-def test_a_compiled_step_is_the_same_and_traced_once():
-    def trained(compiled: bool) -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(6, 4))]
-        optimizer = steepest.SOAP(params, lr=0.1, precondition_frequency=2)
-        step = torch.compile(optimizer.step, backend=backend) if compiled else optimizer.step
-        for _ in range(8):
-            params[0].grad = torch.randn(6, 4)
-            step()
-            counts.append(len(graphs) if compiled else 0)
-        return params
-
-    graphs: list[object] = []
-    counts: list[int] = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    torch.testing.assert_close(trained(True), trained(False))  # scalars are rounded elsewhere in a graph
-    assert counts[4:8] == [counts[4]] * 4, "traced anew, after two refreshes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -34,6 +35,25 @@ def same_as_one_process(
         for model, opt in ((one, here), (many, there)):
             inject(model, step)
             opt.step()
+    return differing(many, one)
+
+
+def in_other_surroundings(layout: str) -> list[str]:
+    """Construct, step, save and load under autocast, another default device and inference mode; return what differs."""
+
+    def surrounded(work: Callable[[], Any]) -> Any:
+        with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            return work()
+
+    one, many = toy(), laid_out(toy(), layout)
+    here, there = optimizer(one, "soap"), surrounded(lambda: optimizer(many, "soap"))
+    for step in range(4):
+        for model in (one, many):
+            inject(model, step)
+        here.step()
+        surrounded(there.step)
+        surrounded(lambda: there.load_state_dict(there.state_dict()))
+        surrounded(lambda: there.load_consolidated(there.consolidate()))
     return differing(many, one)
 
 

@@ -53,6 +53,11 @@ def test_options_are_as_in_one_process(two: Ranks, variant: str) -> None:
     assert everywhere(two.run(jobs.same_as_one_process, "fsdp", rule, dtype, options)) == []
 
 
+@pytest.mark.parametrize("layout", ["fsdp", slowly("ddp"), slowly("hsdp"), slowly("tp")])
+def test_a_caller_s_surroundings_change_nothing(four: Ranks, layout: str) -> None:
+    assert everywhere(four.run(jobs.in_other_surroundings, layout)) == []
+
+
 @pytest.mark.parametrize("layout", ["fsdp", slowly("hsdp")])
 def test_blocks_find_owners_of_their_own(four: Ranks, layout: str) -> None:
     # Blocks are multiples of 64 bytes, because BLAS may round differently where a matrix starts at an odd address.

@@ -64,7 +64,7 @@ def distributed(
         raise message[0]
 
     def read(x: Tensor) -> Tensor:
-        x = x.detach().cpu().contiguous() if first else torch.empty(x.shape, dtype=x.dtype)
+        x = x.detach().cpu().contiguous() if first else torch.empty(x.shape, dtype=x.dtype, device="cpu")
         dist.broadcast(x, 0, group)
         return x
 
@@ -107,7 +107,7 @@ def _on_rank_0(x: Tensor) -> Tensor:
         return x.to_local().cpu()
     if x.owner == dist.get_rank():
         dist.send(x.to_local().cpu().contiguous(), 0, group)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     if dist.get_rank() == 0:
         dist.recv(out, x.owner, group)
     return out

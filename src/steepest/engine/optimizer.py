@@ -33,6 +33,7 @@ from steepest.engine.step import apply, finish, step_stack
 from steepest.exchange.bucket import Bucket, Move, Tensors
 from steepest.exchange.peers import Peers
 from steepest.exchange.shards import copy_into
+from steepest.linalg.surroundings import undisturbed
 from steepest.rule import nearest
 from steepest.rules.aliases import ALIASES, resolve
 from steepest.stack.names import parameter_names
@@ -89,6 +90,7 @@ class Optimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         return describe(type(self).__name__, self.param_groups, self._roster.states)
 
+    @undisturbed
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own; options that the group leaves out are filled in."""
         if self._built:
@@ -114,6 +116,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._built:
             self._enter([len(self.param_groups) - 1])
 
+    @undisturbed
     def _enter(self, numbers: Sequence[int]) -> None:
         """Lay out state for the parameters of new groups."""
         self._roster.enter(self.param_groups, numbers)
@@ -150,14 +153,19 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            self._heed()
-            grads = self._participants()  # raises, if at all, before anything has changed
-            self._roster.check_schedules()  # likewise
-            _interleave([self._step_bucket(bucket, grads) for bucket in self._roster.buckets])
-            if self._roster.elementwise:
-                self._skipped += step_elementwise(self._roster, self.param_groups, grads)
+        self._step()
         return loss
+
+    @undisturbed
+    @torch.no_grad()
+    def _step(self) -> None:
+        """Take one step with the gradients that are there."""
+        self._heed()
+        grads = self._participants()  # raises, if at all, before anything has changed
+        self._roster.check_schedules()  # likewise
+        _interleave([self._step_bucket(bucket, grads) for bucket in self._roster.buckets])
+        if self._roster.elementwise:
+            self._skipped += step_elementwise(self._roster, self.param_groups, grads)
 
     def _step_bucket(self, bucket: Bucket, grads: Tensors) -> Iterator[None]:
         """Step the matrices of a bucket; pause wherever tensors travel between ranks."""
@@ -191,6 +199,12 @@ class Optimizer(torch.optim.Optimizer):
                 raise RuntimeError(
                     f"the gradient of {roster.names[index]} (shape {list(grad.shape)}) is sparse: only dense gradients "
                     "work"
+                )
+        for index in roster.untrainable:
+            if grads[index] is not None:
+                raise RuntimeError(
+                    f"{roster.names[index]} (shape {list(roster.params[index].shape)}) was made under "
+                    "torch.inference_mode(), and can't be trained: make it outside, or clone it there"
                 )
         raising = {number for number, group in enumerate(self.param_groups) if group["nonfinite"] == "raise"}
         refused = participants.not_finite(roster, grads, raising) if raising else set()
@@ -256,27 +270,8 @@ class Optimizer(torch.optim.Optimizer):
         roster.read_options(groups, changed)
         self._seen.note(groups, changed)
         if not same_state:
-            self._take_in_entries()
+            roster.take_in(groups, self.state)
             self._show()
-
-    @torch.no_grad()
-    def _take_in_entries(self) -> None:
-        """Copy the entries that others have put into the state, and make those anew that they have deleted."""
-        roster = self._roster
-        values = taken_over(self.param_groups, roster.names, self.state, roster.laid)
-        stale(self.state, self.param_groups, roster.laid)
-        roster.adopt(self.param_groups, [i for i in roster.frozen if values.get(roster.params[i])])
-        copies = []
-        for p, number in zip(roster.params, roster.numbers, strict=True):
-            state = roster.laid[p].state if p in roster.laid else {}
-            theirs = values.get(p, {})
-            if theirs is not state:
-                new = {name: x.clone() for name, x in theirs.items()}  # it may be a view of what is written to
-                if len(new) < len(state):
-                    new = checkpoint.fresh_state(p, self.param_groups[number]) | new
-                copies += [(x, new[name]) for name, x in state.items()]
-        for x, new_x in copies:
-            copy_into(x, new_x)
 
     def _lay_out_anew(self) -> None:
         """Lay all state out anew, since parameters or options that lay it out are others now, and fill it in."""
@@ -288,35 +283,28 @@ class Optimizer(torch.optim.Optimizer):
         for number, of_group in names.items():
             groups[number]["param_names"] = of_group
         self._skipped += old.skipped() + sum(self._elsewhere.values())
-        self._failures = self.failed_decompositions
-        self._fill(values)
+        self._failures, self._elsewhere = self.failed_decompositions, {}
+        self._roster = Roster.filled(groups, values)
         remove(self.state, gone, old.laid, self._roster.laid)
 
-    @torch.no_grad()
-    def _fill(self, values: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-        """Lay out state for all parameters, and fill in these values."""
-        for group in self.param_groups:
-            group.update(plain_options(group))  # an older pickle has fewer
-        self._roster = roster = Roster()
-        self._elsewhere = {}
-        roster.enter(self.param_groups, range(len(self.param_groups)), values)
-        for p, named in values.items():
-            for name, x in named.items():
-                consolidate.move_into(roster.laid[p].state[name], x)
-
+    @undisturbed
     def __getstate__(self) -> dict[str, Any]:
         self._heed()
         state = {key: checkpoint.copied(entries) for key, entries in self.state.items()}
         return {"defaults": self.defaults, "state": state, "param_groups": self.param_groups}
 
+    @undisturbed
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | {"state": defaultdict(dict, state["state"])})
-        names = parameter_names(self.param_groups)
-        self._fill(taken_over(self.param_groups, names, self.state, {}))
+        groups, self._elsewhere = self.param_groups, {}
+        for group in groups:
+            group.update(plain_options(group))  # an older pickle has fewer
+        self._roster = Roster.filled(groups, taken_over(groups, parameter_names(groups), self.state, {}))
         self._show()
 
     # Checkpoints.
 
+    @undisturbed
     def state_dict(self) -> dict[str, Any]:
         """Return the state, by parameter, as tensors of its own: no view drags a whole stack into the file."""
         self._heed()
@@ -331,6 +319,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         self._load(state_dict)
 
+    @undisturbed
     def consolidate(self) -> dict[str, Any] | None:
         """Return the whole state as a plain dict on rank 0, and None elsewhere. Every rank must call it.
 
@@ -356,6 +345,7 @@ class Optimizer(torch.optim.Optimizer):
 
         self._load(*consolidate.distributed(state_dict, check))
 
+    @undisturbed
     @torch.no_grad()
     def _load(self, state_dict: dict[str, Any], read: Callable[[Tensor], Tensor] = lambda saved: saved) -> None:
         """Check a state as a whole, then copy it in; ``read`` returns the values of a tensor in it."""

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steepest.engine.changes import Laid, form_of
-from steepest.engine.checkpoint import FORMAT
+from steepest.engine.changes import Laid, form_of, stale, taken_over
+from steepest.engine.checkpoint import FORMAT, fresh_state
+from steepest.engine.consolidate import move_into
 from steepest.exchange.assign import assign, peers_of
 from steepest.exchange.bucket import Bucket, Tensors
 from steepest.exchange.peers import Peers
-from steepest.exchange.shards import is_dtensor, local
+from steepest.exchange.shards import copy_into, is_dtensor, local
 from steepest.rule import Elementwise, Rule, State
 from steepest.rules import RULES
 from steepest.stack.names import parameter_names
@@ -42,12 +43,25 @@ class Roster:
         """The state of each parameter that has some."""
         self.frozen: set[int] = set()
         """The parameters that have no state yet."""
+        self.untrainable: list[int] = []
+        """The parameters that were made under inference mode."""
         self.buckets: list[Bucket] = []
         self.peers: dict[Tensor, Peers] = {}
         """The ranks that hold shards of a parameter, where other ranks do."""
         self.distributed = False
         """Whether there are such parameters, or DTensors."""
         self._offsets: Offsets = {}
+
+    @classmethod
+    @torch.no_grad()
+    def filled(cls, groups: Sequence[dict[str, Any]], values: Mapping[Tensor, State]) -> Roster:
+        """Return the roster of all groups, with these values in the state of their parameters."""
+        roster = cls()
+        roster.enter(groups, range(len(groups)), values)
+        for p, state in values.items():
+            for name, x in state.items():
+                move_into(roster.laid[p].state[name], x)
+        return roster
 
     @property
     def stacks(self) -> list[Stack]:
@@ -84,6 +98,7 @@ class Roster:
         self.names = parameter_names(groups)
         self.read_options(groups, numbers)
         self.elementwise += [i for i in entered if self.ways[self.numbers[i]] is None]
+        self.untrainable += [i for i in entered if self.params[i].is_inference()]
         self.frozen |= set(entered)
         self.adopt(groups, [i for i in entered if self.params[i].requires_grad or self.params[i] in having])
 
@@ -123,6 +138,24 @@ class Roster:
         for i, state in made.items():
             self.laid[self.params[i]] = Laid.of(self.params[i], form_of(groups[self.numbers[i]]), state)
         self.frozen -= made.keys()
+
+    @torch.no_grad()
+    def take_in(self, groups: Sequence[Mapping[str, Any]], shown: Mapping[Any, Any]) -> None:
+        """Copy the entries that others have put into the state that is shown; make anew what they have deleted."""
+        values = taken_over(groups, self.names, shown, self.laid)
+        stale(shown, groups, self.laid)
+        self.adopt(groups, [i for i in self.frozen if values.get(self.params[i])])
+        copies = []
+        for p, number in zip(self.params, self.numbers, strict=True):
+            state = self.laid[p].state if p in self.laid else {}
+            theirs = values.get(p, {})
+            if theirs is not state:
+                new = {name: x.clone() for name, x in theirs.items()}  # it may be a view of what is written to
+                if len(new) < len(state):
+                    new = fresh_state(p, groups[number]) | new
+                copies += [(x, new[name]) for name, x in state.items()]
+        for x, new_x in copies:
+            copy_into(x, new_x)
 
     def settle(self) -> None:
         """Account for what the device has done since the last step."""

@@ -40,8 +40,9 @@ def shards(x: DTensor, ranks: Sequence[int]) -> tuple[Rectangle, ...]:
     at = {int(rank): index for index, rank in enumerate(mesh.flatten().tolist())}
     found = []
     for rank in ranks:
-        coordinate = [int(i) for i in torch.unravel_index(torch.tensor(at[rank]), mesh.shape)]
-        shape, start = _compute_local_shape_and_global_offset(x.shape, mesh.shape, coordinate, x.placements)
+        with torch.device("cpu"):  # torch computes places on the default device, wherever that is
+            coordinate = [int(i) for i in torch.unravel_index(torch.tensor(at[rank]), mesh.shape)]
+            shape, start = _compute_local_shape_and_global_offset(x.shape, mesh.shape, coordinate, x.placements)
         found.append(Rectangle(tuple(start), tuple(shape)))
     return tuple(found)
 

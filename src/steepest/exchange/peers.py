@@ -63,8 +63,8 @@ class Peers:
 
         The ranks agree between hosts, over gloo, so no rank waits for a device.
         """
-        message = torch.zeros(len(flags) + self.size, dtype=torch.int64)
-        message[: len(flags)] = torch.tensor(flags, dtype=torch.int64)
+        message = torch.zeros(len(flags) + self.size, dtype=torch.int64, device="cpu")
+        message[: len(flags)] = torch.tensor(flags, dtype=torch.int64, device="cpu")
         message[len(flags) + self.me] = count
         dist.all_reduce(message, dist.ReduceOp.MAX, self.host_group)
         return [bool(flag) for flag in message[: len(flags)].tolist()], int(message[len(flags) :].sum())
@@ -77,7 +77,7 @@ class Peers:
 
     def check_same(self, digest: str, what: str) -> None:
         """Raise on every rank unless ``digest``, which has 16 hexadecimal digits or more, is the same on all."""
-        mine = torch.tensor([int(digest[:15], 16)], dtype=torch.int64)
+        mine = torch.tensor([int(digest[:15], 16)], dtype=torch.int64, device="cpu")
         ends = torch.cat([mine, -mine])
         dist.all_reduce(ends, dist.ReduceOp.MAX, self.host_group)
         if int(ends[0]) != -int(ends[1]):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steepest.linalg.attempts import at_hand, attempt, one_by_one
 from steepest.linalg.orthonormal import gaussian
+from steepest.linalg.surroundings import without_autocast
 
 THIN = 4
 """The number of times that a rank must go into the number of rows for `eigenvectors` to make use of it."""
@@ -19,6 +20,7 @@ EXTRA = 8
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
+@without_autocast
 def eigh_with_fallback(K: Tensor, force_double: bool = False, eps: float | None = None) -> tuple[Tensor, Tensor]:
     """Compute eigenvalues (descending) and eigenvectors (columns) of symmetric ``K [..., d, d]``.
 
@@ -105,6 +107,7 @@ def _of_low_rank(K: Tensor, rank: int, limit: float) -> Tensor:
     return Q
 
 
+@without_autocast
 def conjugate(a: Tensor, p: Tensor, diag: bool = False) -> Tensor:
     """``pᵀ a p`` for matrices ``[..., d, d]``; with ``diag=True`` only its diagonal ``[..., d]``, at half the cost.
 

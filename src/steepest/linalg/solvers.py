@@ -19,6 +19,7 @@ from torch import Tensor
 from steepest.linalg.attempts import at_hand, attempt, each, succeeded
 from steepest.linalg.eigenbasis import conjugate, eigenvectors
 from steepest.linalg.precision import fp32_matmul_precision
+from steepest.linalg.surroundings import without_autocast
 from steepest.linalg.untraced import untraced
 
 Follow = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -84,6 +85,7 @@ def columns_apart(A: Tensor) -> Tensor:
     return torch.cat([A.mT, A.new_zeros(*A.shape[:-1], zeros)], dim=-1).mT  # columns lie contiguous
 
 
+@without_autocast
 def orthogonal_iteration(K: Tensor, Q: Tensor, power_iter_steps: int = 1) -> Tensor:
     """Refine an approximate eigenbasis by orthogonal iteration: ``Q ← qr(K Q)``, ``power_iter_steps`` times.
 

@@ -113,7 +113,7 @@ class AsyncCopy:
 
     def __init__(self, x: Tensor) -> None:
         cuda = x.device.type == "cuda"
-        self.x = torch.empty(x.shape, dtype=x.dtype, pin_memory=cuda).copy_(x, non_blocking=cuda)
+        self.x = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=cuda).copy_(x, non_blocking=cuda)
         self.copied = torch.cuda.current_stream(x.device).record_event() if cuda else None
 
     def wait(self) -> Tensor:
@@ -137,7 +137,7 @@ class Stack:
         self.storage = Storage.of(rule)
         self.state: State = laid_out(rule, like)
         self.t = torch.zeros(self.size, 1, 1, dtype=like.dtype, device=like.device)
-        self.clock = torch.zeros(self.size, dtype=torch.int64)
+        self.clock = torch.zeros(self.size, dtype=torch.int64, device="cpu")
         self.skipped = 0
         self.failures = torch.zeros(self.size, dtype=torch.int64, device=like.device)
         self.undone: AsyncCopy | None = None
@@ -292,7 +292,7 @@ def state_dtype(p: Tensor) -> torch.dtype:
 
 def to_device(values: Sequence[int], device: torch.device) -> Tensor:
     """Return a list of numbers as a tensor on a device, through pinned memory: a plain copy would wait for the GPU."""
-    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return torch.tensor(values, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def ranges(slots: Sequence[int]) -> list[slice]:

@@ -183,7 +183,7 @@ def _levels(dtype: torch.dtype, device: torch.device) -> Tensor:
     A table is used because a formula would round differently where numbers don't fill a vector register, and then a
     matrix alone on its rank would differ from the same matrix in a stack.
     """
-    exponents = torch.arange(-LEVELS, 1, dtype=torch.float64) * PER_LEVEL
+    exponents = torch.arange(-LEVELS, 1, dtype=torch.float64, device="cpu") * PER_LEVEL
     return torch.exp2(exponents).to(dtype).to(device)
 
 

@@ -1,6 +1,6 @@
 """The contract of a PyTorch optimizer, as a test suite for any optimizer.
 
-`check_optimizer` runs some fifty small tests, the *clauses*: functions with a docstring that says what is promised and
+`check_optimizer` runs some sixty small tests, the *clauses*: functions with a docstring that says what is promised and
 why. A clause is kept, broken (with evidence: what was expected, what was seen), or not applicable (with a reason). In a
 project's own tests::
 
@@ -15,6 +15,7 @@ and on the command line: ``steepest check my_package:MyOptimizer --lr 1e-3``. Th
     3   closures                         8   size of saved state      13  bfloat16
     4   missing gradients                9   steps with lr 0          14  torch.compile (only on request)
     5   what a step leaves unchanged     10  refusals                 15  hooks
+    16  autocast, default device and other settings of the caller     17  state and groups that others edit
 
 The suite needs torch only, and uses nothing of `steepest` but itself.
 """
@@ -28,7 +29,7 @@ from enum import Enum
 
 import torch
 
-from steepest.testing import construction, gradients, saving, stepping  # noqa: F401, for their clauses
+from steepest.testing import construction, edits, gradients, saving, stepping, surroundings  # noqa: F401, for clauses
 from steepest.testing.evidence import Broken, NotApplicable, one_line
 from steepest.testing.subject import REGISTERED, Clause, Factory, Subject
 
@@ -127,7 +128,7 @@ def check_optimizer(
         name: name of the optimizer in the report; by default its class's.
         dtype: dtype of the parameters, except in clauses about a dtype.
         device: device of the parameters.
-        slow: whether to check the slow clause, which compiles (chapter 14).
+        slow: whether to check the slow clauses, which compile (chapter 14).
         only: names of the clauses to check; all by default.
 
     Raises:

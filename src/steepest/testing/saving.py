@@ -69,7 +69,7 @@ def resume_untrained(subject: Subject) -> None:
     fresh, used = subject.start(), subject.start()
     used.steps(range(2))
     for run in (fresh, used):
-        _carry(expected.params, run, copy.deepcopy(saved))
+        carry(expected.params, run, copy.deepcopy(saved))
     for run in (expected, fresh, used):
         run.steps(range(4))
     expect_same(fresh.everything(), expected.everything(), "a new optimizer with an unused state to train as usual")
@@ -91,7 +91,7 @@ def resume_frozen(subject: Subject) -> None:
     straight, first, second = (subject.over(each, list(each.values())) for each in params)
     for run in (straight, first):
         run.steps(range(3))
-    _carry(first.params, second, through_file(first.optimizer.state_dict()))
+    carry(first.params, second, through_file(first.optimizer.state_dict()))
     for run in (straight, second):
         run.params[subject.first].requires_grad_(True)
         run.steps(range(3, 6))
@@ -178,7 +178,7 @@ def through_file(state: Any) -> Any:
 
 def by_file(subject: Subject, run: Run) -> Run:
     """Transfer a run through a file, into a new optimizer over new parameters."""
-    return _carry(run.params, subject.start(run.dtype), through_file(run.optimizer.state_dict()))
+    return carry(run.params, subject.start(run.dtype), through_file(run.optimizer.state_dict()))
 
 
 def by_copy(subject: Subject, run: Run, duplicate: Callable[[Optimizer], Optimizer]) -> Run:
@@ -194,7 +194,7 @@ def by_name_reversed(subject: Subject, run: Run) -> Run:
     named.optimizer.load_state_dict(run.optimizer.state_dict())
     params = dict(reversed(subject.params(run.dtype).items()))
     new = subject.over(params, list(params.items()))
-    return _carry(run.params, new, through_file(named.optimizer.state_dict()))
+    return carry(run.params, new, through_file(named.optimizer.state_dict()))
 
 
 def by_distributed(subject: Subject, run: Run, flatten: bool) -> Run:
@@ -205,7 +205,7 @@ def by_distributed(subject: Subject, run: Run, flatten: bool) -> Run:
 
     options = dcp.StateDictOptions(flatten_optimizer_state_dict=flatten)
     saved = through_file(dcp.get_optimizer_state_dict(_model(run.params), run.optimizer, options=options))
-    new = _carry(run.params, subject.start(run.dtype))
+    new = carry(run.params, subject.start(run.dtype))
     dcp.set_optimizer_state_dict(_model(new.params), new.optimizer, saved, options=options)
     return new
 
@@ -215,7 +215,7 @@ def _model(params: Mapping[str, Tensor]) -> nn.Module:
     return nn.ParameterDict({name.replace(".", "_"): p for name, p in params.items()})
 
 
-def _carry(weights: Mapping[str, Tensor], run: Run, saved: Any = None) -> Run:
+def carry(weights: Mapping[str, Tensor], run: Run, saved: Any = None) -> Run:
     """Copy weights into a run, load the saved state if there is one, and return the run."""
     with torch.no_grad():
         for name, p in run.params.items():

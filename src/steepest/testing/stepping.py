@@ -1,4 +1,4 @@
-"""Chapters 2, 3, 5, 9, 14 and 15: what a step reads and leaves unchanged, schedulers, hooks and compiled steps."""
+"""Chapters 2, 3, 5, 9 and 15: what a step reads and leaves unchanged, schedulers and hooks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import random
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR
 
 from steepest.testing.evidence import Snapshot, expect, expect_close, expect_finite, expect_moved, expect_same, snapshot
-from steepest.testing.subject import Run, Subject, clause, gradient
+from steepest.testing.subject import Subject, clause, gradient
 
 PRODUCTS: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 """The modules that hold the precision of matrix products."""
@@ -172,34 +171,6 @@ def zero_gradients(subject: Subject) -> None:
         run.step(k, scale=0.0)
     expect_finite(run.everything(), "finite numbers after zero gradients")
     run.expect_training(range(3, 6), "training after zero gradients")
-
-
-@clause(14, "torch.compile(optimizer.step), without recompiling when lr changes", needs=("lr",), slow=True)
-def compiled_step(subject: Subject) -> None:
-    """The step can be compiled, trains as without, and does not recompile when a tensor learning rate changes."""
-    graphs = 0  # how often tracing has begun
-
-    def backend(module: Any, inputs: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return module.forward
-
-    torch.compiler.reset()
-    eager, run = (subject.start(names=[subject.first], lr=torch.tensor(subject.lr)) for _ in range(2))
-    start = run.weights()
-    optimizer: Any = SimpleNamespace(step=torch.compile(run.optimizer.step, backend=backend))
-    compiled = Run(run.params, optimizer, by_closure=False)
-    counts = []
-    for k in range(10):
-        for each in (run, eager):
-            each.set("lr", subject.lr / (1 + max(k - 5, 0)))
-        compiled.step(k)
-        eager.step(k)
-        counts.append(graphs)
-    torch.compiler.reset()
-    expect(counts[-1] > 0, "something to be compiled", "no graph")
-    expect(counts[-1] == counts[5], "no new graph when lr changes", f"graphs so far, step by step: {counts}")
-    expect_close(run.weights(), eager.weights(), start, "the same training compiled as uncompiled")
 
 
 @clause(15, "step hooks fire once a step, before and after it")

@@ -47,7 +47,7 @@ class Run:
 
     def act(self) -> None:
         """Call ``optimizer.step()`` with the gradients as they are, with a closure if it requires one."""
-        self.optimizer.step(lambda: torch.zeros(())) if self.by_closure else self.optimizer.step()  # type: ignore
+        self.optimizer.step(lambda: torch.zeros((), device="cpu")) if self.by_closure else self.optimizer.step()  # type: ignore
 
     def step(
         self, k: int, missing: Collection[str] = (), poison: Mapping[str, float] | None = None, scale: float = 1.0
@@ -207,4 +207,5 @@ def seed(k: int) -> None:
 
 def _random(k: int, name: str, shape: Iterable[int]) -> Tensor:
     number = zlib.crc32(f"{name}, {k}".encode())
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(number))
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
