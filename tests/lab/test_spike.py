@@ -121,9 +121,9 @@ def test_clipping_keeps_the_spike_out(found):
     for solver in SOLVERS:
         for trace in both(found, solver, "clipped"):
             assert found.after(trace["leading_deg"], 1) < 10
-            assert found.after(trace["update_rms"], 19) > 0.5 * found.after(trace["update_rms"], 0)
+            assert found.after(trace["update_rms"], 19) > 0.7 * found.after(trace["update_rms"], 0)
     _, spiked = both(found, "REKLS", "relative")
-    assert found.after(spiked["update_rms"], 19) < 0.5 * found.after(spiked["update_rms"], 0)
+    assert found.after(spiked["update_rms"], 19) < 0.65 * found.after(spiked["update_rms"], 0)
 
 
 def test_against_the_truth_standing_still_is_no_virtue(found):
