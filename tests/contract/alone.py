@@ -1,0 +1,213 @@
+"""A model and its optimizer beside a reference in which each parameter is alone, in an optimizer of its own.
+
+Whatever happens to the model's optimizer, the plainest counterpart happens to the reference: a new optimizer is made of
+the present weights and options, and the values that the state shall have are copied into it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from steepest.engine.group import DECAY_METHODS, option_defaults
+from steepest.engine.optimizer import Optimizer
+from steepest.rule import Elementwise
+from steepest.rules import RULES
+from steepest.schedules import LinearSchedule
+
+Options = dict[str, Any]
+Entries = dict[str, Tensor]
+
+COUNTS = ("step", "clock")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+# What is trained.
+
+ALIGNED = [(16, 16), (16, 32), (32, 16), (16,), (), (16, 4, 2, 2), (2, 16, 16)]
+"""Matrices of these shapes have the same bits in any stack."""
+MISALIGNED = [(3, 3), (2, 3), (3,), (3, 1, 2, 1), (4, 2, 2)]
+"""These may differ in their last bits, see docs/many-gpus.md. No side exceeds the other by more than one: the null space
+of a first covariance has one dimension then, so that its basis is no matter of rounding."""
+VIEWS = [{}, {"merge_dims": False}, {"block_size": 16}, {"transpose": True}]
+LAYOUTS = {
+    "precondition_1d": [True],
+    "max_precond_dim": [0, 16],
+    "graft": ["none", "sgd", "rmsprop"],
+    "axis": ["columns"],
+    "inner": ["rmsprop"],
+    "rank_fraction": [0.5, 1.0],
+    "amsgrad": [True],
+    "moment_dtype": ["int8"],
+    "basis_dtype": ["bfloat16"],
+}
+"""Options of rules that lay state out, with values that are no defaults."""
+
+
+def layouts(rule: str) -> list[Options]:
+    """The options that lay state out, as a few sets of them, the defaults first."""
+    of_rule = [{name: value} for name in RULES[rule].layout_options() for value in LAYOUTS[name]]
+    views = VIEWS if not issubclass(RULES[rule], Elementwise) else VIEWS[:1]
+    return [*views, *of_rule, *({**view, **of_rule[0]} for view in views[1:] if of_rule)]
+
+
+def changes(rule: str, named: bool) -> dict[str, list[Any]]:
+    """Values of the options that may change while there is state."""
+    found: dict[str, list[Any]] = {
+        "lr": [0.1, 0.01, 0.0, torch.tensor(0.03)],
+        "weight_decay": [0.0, 0.1],
+        "nonfinite": ["skip", "raise"],
+    }
+    if named:  # whose noise is the same wherever the parameter stands
+        found |= {"stochastic_rounding": [False, True], "rounding_seed": [0, 7]}
+    if not issubclass(RULES[rule], Elementwise):
+        found["weight_decay_method"] = list(DECAY_METHODS)
+    hints = get_type_hints(RULES[rule])
+    for f in fields(RULES[rule]):
+        if f.name not in (*RULES[rule].layout_options(), "ns_dtype"):  # whose "auto" is settled when a group is new
+            found[f.name] = [f.default, *(v for v in _others(hints[f.name], f.default) if _valid(rule, f.name, v))]
+    if "precondition_frequency" in found:
+        found["precondition_frequency"] += [2, 3, LinearSchedule(1, 3, 4)]
+    return found
+
+
+def _others(hint: Any, default: Any) -> list[Any]:
+    if isinstance(default, bool):
+        return [not default]
+    if isinstance(default, tuple):
+        return [(0.5, 0.9), (0.0, 0.99)]
+    if isinstance(default, int):
+        return [default + 1, default + 2]
+    if isinstance(default, float):
+        return [default / 2, 0.5]
+    return [word for word in get_args(hint) if isinstance(word, str)]
+
+
+def _valid(rule: str, name: str, value: Any) -> bool:
+    try:
+        RULES[rule](**{name: value})
+    except ValueError:
+        return False
+    return True
+
+
+BAD: dict[str, list[Any]] = {
+    "lr": [float("nan"), -0.1, None],
+    "weight_decay": [float("nan"), -1.0],
+    "nonfinite": ["ignore"],
+    "betas": [(0.9, 1.0), 0.9],
+    "eps": [-1.0, "small", float("nan")],
+    "momentum": [1.0, None],
+    "precondition_frequency": [0, 1.5, "often"],
+    "weight_decay_method": ["none"],
+    "stagger": ["yes"],
+}
+"""Values that are out of range."""
+
+
+def exact(shape: Iterable[int], options: Options) -> bool:
+    """Whether the bits are promised to be the same; where they aren't, weights are float64, which hides rounding."""
+    return tuple(shape) in ALIGNED and options["rule"] not in ("dion", "dion2")
+
+
+def draw(shape: Iterable[int], *seeds: object, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers that depend on the seeds alone."""
+    seed = zlib.crc32(repr(seeds).encode())
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# The reference.
+
+
+@dataclass
+class Twin:
+    """A parameter of the model, and the same one alone."""
+
+    name: str
+    p: nn.Parameter
+    foreign: dict[str, Any] = field(default_factory=dict)
+    """What others have put beside its state."""
+
+    def start(self, options: Options) -> None:
+        """Begin with the weights that the model has now, and with fresh state."""
+        self.q = nn.Parameter(self.p.detach().clone())
+        self.have(options, {})
+
+    def have(self, options: Options, entries: Mapping[str, Tensor]) -> None:
+        """Go on with other options or other state; entries that are missing are fresh."""
+        entries = {name: x.detach().clone() for name, x in entries.items()}
+        self.alone = Optimizer([{"params": [(self.name, self.q)], **options}])
+        for name, x in entries.items():
+            self.alone.state[self.q][name].copy_(x)
+
+    @property
+    def entries(self) -> Entries:
+        """The state that the reference has."""
+        return dict(self.alone.state[self.q])
+
+    def without(self, name: str) -> Entries:
+        return {key: x for key, x in self.entries.items() if key != name}
+
+    def give(self, grad: Tensor | None) -> None:
+        """Give both the same gradient."""
+        self.p.grad, self.q.grad = grad, None if grad is None else grad.clone()
+
+    def weights_are(self, weights: Tensor) -> None:
+        """Change weights in place, also to another shape or dtype."""
+        self.p.grad = None
+        self.p.data = weights
+        self.q = nn.Parameter(weights.clone())
+
+
+@dataclass
+class Group:
+    """A parameter group: its options, and its parameters in order."""
+
+    options: Options
+    twins: list[Twin]
+
+    def form(self) -> Options:
+        """The options that lay state out."""
+        rule = RULES[self.options["rule"]]
+        names = ["rule", *rule.layout_options(), *VIEW_NAMES]
+        return {name: self.options[name] for name in names if name in self.options}
+
+    def for_torch(self, named: bool) -> Options:
+        return {"params": [(t.name, t.p) if named else t.p for t in self.twins], **self.options}
+
+
+VIEW_NAMES = ("merge_dims", "transpose", "block_size")
+
+
+@st.composite
+def group_options(draw: st.DrawFn, rules: Iterable[str] = tuple(RULES)) -> Options:
+    """A rule, and options of a group under it that differ from the defaults."""
+    rule = draw(st.sampled_from(sorted(rules)))
+    options = {"rule": rule} | draw(st.sampled_from(layouts(rule))) | {"lr": 0.05, "weight_decay": 0.1}
+    known = changes(rule, named=False)
+    for name in draw(st.sets(st.sampled_from(sorted(known)), max_size=3)):
+        options[name] = draw(st.sampled_from(known[name]))
+    return options
+
+
+def same(mine: Any, theirs: Any, exact: bool = True) -> bool:
+    """Whether two tensors, or other things, are equal: to the last bit, or nearly."""
+    if not isinstance(theirs, Tensor):
+        return bool(mine == theirs)
+    if not isinstance(mine, Tensor) or mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+        return False
+    if exact or not mine.is_floating_point():
+        return torch.equal(mine.nan_to_num(), theirs.nan_to_num()) and torch.equal(mine.isnan(), theirs.isnan())
+    return torch.allclose(mine, theirs, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+def flat(groups: Iterable[Group]) -> Iterator[tuple[Twin, Group]]:
+    for group in groups:
+        for twin in group.twins:
+            yield twin, group
