@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from steepest.engine.group import DECAY_METHODS, option_defaults
+from steepest.engine.group import option_defaults
 from steepest.engine.optimizer import Optimizer
 from steepest.rule import Elementwise
 from steepest.rules import RULES
@@ -67,11 +67,13 @@ def changes(rule: str, named: bool) -> dict[str, list[Any]]:
     if named:  # whose noise is the same wherever the parameter stands
         found |= {"stochastic_rounding": [False, True], "rounding_seed": [0, 7]}
     if not issubclass(RULES[rule], Elementwise):
-        found["weight_decay_method"] = list(DECAY_METHODS)
+        found["weight_decay_method"] = ["decoupled", "independent", "palm", "cautious", "l2"]
     hints = get_type_hints(RULES[rule])
     for f in fields(RULES[rule]):
-        if f.name not in (*RULES[rule].layout_options(), "ns_dtype"):  # whose "auto" is settled when a group is new
-            found[f.name] = [f.default, *(v for v in _others(hints[f.name], f.default) if _valid(rule, f.name, v))]
+        if f.name not in RULES[rule].layout_options():
+            found[f.name] = [f.default, *_others(hints[f.name], f.default)]
+    if "ns_dtype" in found:
+        found["ns_dtype"] = ["float32", "bfloat16"]  # and not "auto", which is settled where a group is new
     if "precondition_frequency" in found:
         found["precondition_frequency"] += [2, 3, LinearSchedule(1, 3, 4)]
     return found
@@ -89,9 +91,10 @@ def _others(hint: Any, default: Any) -> list[Any]:
     return [word for word in get_args(hint) if isinstance(word, str)]
 
 
-def _valid(rule: str, name: str, value: Any) -> bool:
+def valid(options: Options) -> bool:
+    """Whether the options of a group, each of which may be allowed, are allowed together."""
     try:
-        RULES[rule](**{name: value})
+        RULES[options["rule"]].from_group(options)
     except ValueError:
         return False
     return True
@@ -191,8 +194,11 @@ def group_options(draw: st.DrawFn, rules: Iterable[str] = tuple(RULES)) -> Optio
     rule = draw(st.sampled_from(sorted(rules)))
     options = {"rule": rule} | draw(st.sampled_from(layouts(rule))) | {"lr": 0.05, "weight_decay": 0.1}
     known = changes(rule, named=False)
+    if "ns_dtype" in known:
+        options["ns_dtype"] = "float32"
     for name in draw(st.sets(st.sampled_from(sorted(known)), max_size=3)):
-        options[name] = draw(st.sampled_from(known[name]))
+        new = {name: draw(st.sampled_from(known[name]))}
+        options |= new if valid(option_defaults(rule) | options | new) else {}
     return options
 
 

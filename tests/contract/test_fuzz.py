@@ -34,6 +34,7 @@ from alone import (
     flat,
     group_options,
     same,
+    valid,
 )
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -197,7 +198,7 @@ class Training(RuleBasedStateMachine):
         assert {key for key in self.opt.state if isinstance(key, Tensor)} <= params
         for group, theirs in zip(self.groups, self.opt.param_groups, strict=True):
             for name, value in group.options.items():
-                assert same(theirs[name], value, True) or name == "ns_dtype", name
+                assert same(theirs[name], value, True), name
             assert not self.named or theirs["param_names"] == [twin.name for twin in group.twins]
         if looks:
             self.look()
@@ -328,7 +329,7 @@ class Training(RuleBasedStateMachine):
         mine = self.entries(twin)
         names = [n for n, x in twin.entries.items() if n in mine and x.numel() > 1 and x.is_floating_point()]
         counts = [n for n in twin.entries if n in mine and n.split(".")[0] in COUNTS]
-        names = counts if how == "count" else names
+        names = counts if how == "count" else [n for n in names if n not in counts]
         if not names:
             return
         name = names[entry % len(names)]
@@ -352,10 +353,8 @@ class Training(RuleBasedStateMachine):
         known = sorted(changes(group.options["rule"], self.named).items())
         name, values = known[option % len(known)]
         new = {name: values[value % len(values)]}
-        try:
-            RULES[group.options["rule"]].from_group(group.options | new)
-        except ValueError:
-            return  # not with the other options
+        if not valid(group.options | new):
+            return
         theirs[name] = group.options[name] = new[name]
         for twin in group.twins:
             twin.have(group.options, twin.entries)
@@ -541,13 +540,11 @@ class Training(RuleBasedStateMachine):
 
     @rule()
     def save(self) -> None:
-        self.saved = (
-            self.opt.state_dict(),
-            {twin.name: (twin.entries if twin.p.requires_grad else None, dict(twin.foreign)) for twin, _ in self.twins},
-            [{k: v for k, v in group.options.items() if not callable(v)} for group in self.groups],
-            dict(self.foreign),
-        )
-        self.saved = copy.deepcopy(self.saved)
+        saved = self.opt.state_dict()
+        entries = {t.name: (t.entries if saved["state"].get(i, t.foreign).keys() > t.foreign.keys() else None, t.foreign)
+            for i, (t, _) in enumerate(self.twins)}
+        options = [{k: v for k, v in group.options.items() if not callable(v)} for group in self.groups]
+        self.saved = copy.deepcopy((saved, entries, options, self.foreign))
 
     @precondition(lambda self: self.saved is not None)
     @rule()

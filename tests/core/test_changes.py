@@ -248,6 +248,22 @@ def test_names_move_with_their_parameters():
         opt.step()
 
 
+def test_names_move_with_their_parameters_where_groups_change_places_or_become_empty():
+    params = parameters()
+    pairs = list(zip("abcde", params, strict=True))
+    opt = steepest.SOAP([{"params": pairs[:2]}, {"params": pairs[2:4]}, {"params": pairs[4:]}], lr=0.1)
+    opt.param_groups[0]["params"].reverse()
+    opt.param_groups.insert(0, opt.param_groups.pop(1))
+    opt.param_groups[0]["params"].append(opt.param_groups[2]["params"].pop())
+    train(opt, params, 1)
+    assert [g["param_names"] for g in opt.param_groups] == [["c", "d", "e"], ["b", "a"], []]
+    for key in ("params", "param_names"):
+        opt.param_groups[2][key].append(opt.param_groups[0][key].pop())
+    opt.param_groups[1]["params"].reverse()
+    train(opt, params, 1)
+    assert [g["param_names"] for g in opt.param_groups] == [["c", "d"], ["a", "b"], ["e"]]
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (9, 4), (4, 6)])
 def test_a_parameter_that_is_replaced_starts_afresh_and_the_others_go_on(rule, shape):
     params = parameters()

@@ -39,7 +39,7 @@ class Seen:
         self.options = [(list(group), list(group.values())) for group in groups]
         self.params = [p for group in groups for p in group["params"]]
         self.kinds = [(p.shape, p.dtype, p.device) for p in self.params]
-        self.names = [group.get("param_names") and list(group["param_names"]) for group in groups]
+        self.names = [None if names is None else list(names) for names in _names(groups)]
         self.sizes = [len(group["params"]) for group in groups]
         self.keys = list(state)
         self.entries = _entries(state)
@@ -64,7 +64,7 @@ class Seen:
             and all(map(is_, params, self.params))
             and [(p.shape, p.dtype, p.device) for p in params] == self.kinds
             and [len(group["params"]) for group in groups] == self.sizes
-            and [group.get("param_names") for group in groups] == self.names
+            and _names(groups) == self.names
         )
 
     def same_state(self, state: Mapping[Any, Any]) -> bool:
@@ -77,6 +77,11 @@ class Seen:
             and all(map(is_, entries, self.entries))
             and _last_names(state) == self.last
         )
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str] | None]:
+    """Return the names of each group's parameters; None for a group that has none, even an empty list of them."""
+    return [group.get("param_names") for group in groups]
 
 
 def _entries(state: Mapping[Any, Any]) -> list[Any]:
@@ -259,13 +264,15 @@ def renamed(groups: Sequence[Mapping[str, Any]], seen: Seen) -> dict[int, list[s
 
     A new parameter takes the name of the one in whose place it stands.
     """
-    if not seen.names or not all(seen.names):
+    if not seen.names or None in seen.names:
         return {}
     known = dict(zip(seen.params, chain.from_iterable(names or () for names in seen.names), strict=True))
+    of_group = {id(group): names for group, names in zip(seen.groups, seen.names, strict=True)}
+    in_place_of = dict(enumerate(seen.names))
     found = {}
     for n, group in enumerate(groups):
         names, params = list(group.get("param_names") or ()), group["params"]
-        if n < len(seen.names) and names == seen.names[n]:
+        if names == of_group.get(id(group), in_place_of.get(n)):
             in_place = names if len(names) == len(params) else [None] * len(params)
             names = [known.get(p, name) for p, name in zip(params, in_place, strict=True)]
         if len(names) != len(params) or None in names:
