@@ -200,9 +200,10 @@ def _fitting(
         if (key in owners or is_dtensor(y)) and y.shape == x.shape:
             values[key] = y
         elif y is not ABSENT and not (resized and key in owners):
-            y = torch.full(x.shape, float(y), device="cpu") if number(y) and x.numel() == 1 else y
-            y = y.to(x.dtype) if key.split(".")[0] in CLOCKS and isinstance(y, Tensor) else y
-            check_entry(name, key, y, x, "was set")
+            if number(y) and x.numel() == 1:
+                y = torch.full(x.shape, float(y), dtype=torch.float64, device="cpu")
+            counts = key.split(".")[0] in CLOCKS and isinstance(y, Tensor)  # which may be in any dtype
+            check_entry(name, key, y, x.to(y.dtype) if counts else x, "was set")
             values[key] = y
     return values
 
