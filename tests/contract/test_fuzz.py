@@ -74,14 +74,21 @@ class Training(RuleBasedStateMachine):
         self.events = 0
 
     @initialize(
-        kinds=st.lists(st.tuples(group_options(), st.lists(SHAPE, min_size=1, max_size=3), st.booleans()), min_size=1, max_size=2),
+        kinds=st.lists(
+            st.tuples(group_options(), st.lists(SHAPE, min_size=1, max_size=3), st.booleans()), min_size=1, max_size=2
+        ),
         dtype=st.sampled_from(DTYPES),
         named=st.booleans(),
         names_move=st.booleans(),
         stride=st.integers(1, 3),
     )
     def build(
-        self, kinds: list[tuple[Options, list[Any], bool]], dtype: torch.dtype, named: bool, names_move: bool, stride: int
+        self,
+        kinds: list[tuple[Options, list[Any], bool]],
+        dtype: torch.dtype,
+        named: bool,
+        names_move: bool,
+        stride: int,
     ) -> None:
         self.named, self.names_move, self.stride = named, names_move, stride
         for options, shapes, twice in kinds:
@@ -189,7 +196,9 @@ class Training(RuleBasedStateMachine):
     def look(self) -> None:
         """Whoever looks at the state before the next step sees what the step will use."""
         saved = self.opt.state_dict()
-        self.check_entries({twin.name: saved["state"].get(i, {}) for i, (twin, _) in enumerate(self.twins)}, saved["state"])
+        self.check_entries(
+            {twin.name: saved["state"].get(i, {}) for i, (twin, _) in enumerate(self.twins)}, saved["state"]
+        )
 
     def check(self, looks: bool) -> None:
         for twin, group in self.twins:
@@ -370,7 +379,9 @@ class Training(RuleBasedStateMachine):
         if not names:
             return
         name = names[option % len(names)]
-        values = [v for v in [*LAYOUTS[name], RULES[group.options["rule"]].defaults()[name]] if v != group.options[name]]
+        values = [
+            v for v in [*LAYOUTS[name], RULES[group.options["rule"]].defaults()[name]] if v != group.options[name]
+        ]
         new = values[value % len(values)]
         if all(self.lays_out_alike(twin, group.options, {name: new}) for twin in group.twins):
             return
@@ -428,9 +439,7 @@ class Training(RuleBasedStateMachine):
         self.before_moves()
         source, target = self.opt.param_groups[n], self.opt.param_groups[m]
         i, j = group.twins.index(twin), at % (len(self.groups[m].twins) + 1)
-        for xs, ys in zip(
-            [group.twins, *self.lists(source)], [self.groups[m].twins, *self.lists(target)], strict=True
-        ):
+        for xs, ys in zip([group.twins, *self.lists(source)], [self.groups[m].twins, *self.lists(target)], strict=True):
             ys.insert(j, xs.pop(i))
         twin.have(self.groups[m].options, twin.entries)
 
@@ -546,8 +555,10 @@ class Training(RuleBasedStateMachine):
     @rule()
     def save(self) -> None:
         saved = self.opt.state_dict()
-        entries = {t.name: (t.entries if saved["state"].get(i, t.foreign).keys() > t.foreign.keys() else None, t.foreign)
-            for i, (t, _) in enumerate(self.twins)}
+        entries = {
+            t.name: (t.entries if saved["state"].get(i, t.foreign).keys() > t.foreign.keys() else None, t.foreign)
+            for i, (t, _) in enumerate(self.twins)
+        }
         options = [{k: v for k, v in group.options.items() if not callable(v)} for group in self.groups]
         self.saved = copy.deepcopy((saved, entries, options, self.foreign))
 
