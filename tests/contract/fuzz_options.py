@@ -1,40 +1,33 @@
-"""A model and its optimizer beside a reference in which each parameter is alone, in an optimizer of its own.
-
-Whatever happens to the model's optimizer, the plainest counterpart happens to the reference: a new optimizer is made of
-the present weights and options, and the values that the state shall have are copied into it.
-"""
+"""What is drawn for tests/contract/test_fuzz.py: shapes of parameters, options of groups, and values for them."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from steepest.engine.group import option_defaults
-from steepest.engine.optimizer import Optimizer
 from steepest.rule import Elementwise
 from steepest.rules import RULES
 from steepest.schedules import LinearSchedule
 
 Options = dict[str, Any]
-Entries = dict[str, Tensor]
+Shape = tuple[int, ...]
 
-COUNTS = ("step", "clock")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-# What is trained.
-
-ALIGNED = [(16, 16), (16, 32), (32, 16), (16,), (), (16, 4, 2, 2), (2, 16, 16)]
+ALIGNED: list[Shape] = [(16, 16), (16, 32), (32, 16), (16,), (), (16, 4, 2, 2), (2, 16, 16)]
 """Matrices of these shapes have the same bits in any stack."""
-MISALIGNED = [(3, 3), (2, 3), (3,), (3, 1, 2, 1), (4, 2, 2)]
-"""These may differ in their last bits, see docs/many-gpus.md. No side exceeds the other by more than one: the null space
-of a first covariance has one dimension then, so that its basis is no matter of rounding."""
+MISALIGNED: list[Shape] = [(3, 3), (2, 3), (3,), (3, 1, 2, 1), (4, 2, 2)]
+"""These may differ in their last bits, see docs/many-gpus.md. No side exceeds the other by more than one: the null
+space of a first covariance has one dimension then, so that its basis is no matter of rounding."""
+SHAPES = st.sampled_from(ALIGNED + MISALIGNED)
 VIEWS = [{}, {"merge_dims": False}, {"block_size": 16}, {"transpose": True}]
 LAYOUTS = {
     "precondition_1d": [True],
@@ -125,69 +118,6 @@ def draw(shape: Iterable[int], *seeds: object, dtype: torch.dtype = torch.float3
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# The reference.
-
-
-@dataclass
-class Twin:
-    """A parameter of the model, and the same one alone."""
-
-    name: str
-    p: nn.Parameter
-    foreign: dict[str, Any] = field(default_factory=dict)
-    """What others have put beside its state."""
-
-    def start(self, options: Options) -> None:
-        """Begin with the weights that the model has now, and with fresh state."""
-        self.q = nn.Parameter(self.p.detach().clone())
-        self.have(options, {})
-
-    def have(self, options: Options, entries: Mapping[str, Tensor]) -> None:
-        """Go on with other options or other state; entries that are missing are fresh."""
-        entries = {name: x.detach().clone() for name, x in entries.items()}
-        self.alone = Optimizer([{"params": [(self.name, self.q)], **options}])
-        for name, x in entries.items():
-            self.alone.state[self.q][name].copy_(x)
-
-    @property
-    def entries(self) -> Entries:
-        """The state that the reference has."""
-        return dict(self.alone.state[self.q])
-
-    def without(self, name: str) -> Entries:
-        return {key: x for key, x in self.entries.items() if key != name}
-
-    def give(self, grad: Tensor | None) -> None:
-        """Give both the same gradient."""
-        self.p.grad, self.q.grad = grad, None if grad is None else grad.clone()
-
-    def weights_are(self, weights: Tensor) -> None:
-        """Change weights in place, also to another shape or dtype."""
-        self.p.grad = None
-        self.p.data = weights
-        self.q = nn.Parameter(weights.clone())
-
-
-@dataclass
-class Group:
-    """A parameter group: its options, and its parameters in order."""
-
-    options: Options
-    twins: list[Twin]
-
-    def form(self) -> Options:
-        """The options that lay state out."""
-        rule = RULES[self.options["rule"]]
-        names = ["rule", *rule.layout_options(), *VIEW_NAMES]
-        return {name: self.options[name] for name in names if name in self.options}
-
-    def for_torch(self, named: bool) -> Options:
-        return {"params": [(t.name, t.p) if named else t.p for t in self.twins], **self.options}
-
-
-VIEW_NAMES = ("merge_dims", "transpose", "block_size")
-
-
 @st.composite
 def group_options(draw: st.DrawFn, rules: Iterable[str] = tuple(RULES)) -> Options:
     """A rule, and options of a group under it that differ from the defaults."""
@@ -200,20 +130,3 @@ def group_options(draw: st.DrawFn, rules: Iterable[str] = tuple(RULES)) -> Optio
         new = {name: draw(st.sampled_from(known[name]))}
         options |= new if valid(option_defaults(rule) | options | new) else {}
     return options
-
-
-def same(mine: Any, theirs: Any, exact: bool = True) -> bool:
-    """Whether two tensors, or other things, are equal: to the last bit, or nearly."""
-    if not isinstance(theirs, Tensor):
-        return bool(mine == theirs)
-    if not isinstance(mine, Tensor) or mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-        return False
-    if exact or not mine.is_floating_point():
-        return torch.equal(mine.nan_to_num(), theirs.nan_to_num()) and torch.equal(mine.isnan(), theirs.isnan())
-    return torch.allclose(mine, theirs, rtol=1e-6, atol=1e-7, equal_nan=True)
-
-
-def flat(groups: Iterable[Group]) -> Iterator[tuple[Twin, Group]]:
-    for group in groups:
-        for twin in group.twins:
-            yield twin, group
