@@ -157,6 +157,7 @@ def test_states_that_are_swapped_are_swapped(rule):
         ("exp_avg", "zero", r"parameter 0 of group 0: 'exp_avg' was set as a str"),
         ("exp_avg", torch.zeros(6, 4, dtype=torch.int64), "which can't be copied"),
         ("step", torch.tensor(-1.0), "must be a count of updates"),
+        ("clock", torch.tensor(2.5), "must be a count of updates"),
     ],
 )
 def test_an_entry_that_does_not_fit_is_refused_and_nothing_moves(name, value, message):
@@ -194,6 +195,48 @@ def test_a_count_may_be_set_as_a_number():
     train(opt, params, 2)
     opt.state[params[0]]["step"] = 7
     assert opt.state_dict()["state"][0]["step"] == 7
+
+
+def test_a_number_keeps_all_its_digits():
+    opt = optimizer([torch.nn.Parameter(torch.ones(1, dtype=torch.float64))], "adamw")
+    ((p, entries),) = opt.state.items()
+    entries["exp_avg"] = 0.1
+    assert opt.state_dict()["state"][0]["exp_avg"] == 0.1
+    assert opt.state[p]["exp_avg"] == 0.1
+
+
+@pytest.mark.parametrize("resizes", [False, True])
+def test_an_entry_may_require_a_gradient(resizes):
+    params = parameters()
+    opt = optimizer(params, "soap")
+    shape = (9, 4) if resizes else (6, 4)
+    params[0].data = torch.zeros(shape)
+    opt.state[params[0]]["exp_avg"] = torch.ones(shape, requires_grad=True)
+    opt.state[params[0]]["exp_avg_sq"] = torch.ones(shape)
+    saved = opt.state_dict()["state"][0]["exp_avg"]
+    assert torch.equal(saved, torch.ones(shape))
+    assert not opt.state[params[0]]["exp_avg"].requires_grad
+
+
+@pytest.mark.parametrize("rule", ["adamw", "soap"])
+@pytest.mark.parametrize("how", ["file", "copy", "order"])
+def test_what_others_put_beside_a_frozen_parameter_gives_it_no_state(rule, how):
+    params = parameters()
+    params[1].requires_grad_(False)
+    opt = optimizer(params, rule)
+    opt.state[params[1]]["note"] = "text"
+    if how == "file":
+        saved = opt.state_dict()
+        opt = optimizer(params, rule)
+        opt.load_state_dict(saved)
+    elif how == "copy":
+        opt, params = copy.deepcopy((opt, params))
+    else:
+        opt.param_groups[0]["params"].reverse()
+    assert opt.state_dict()["state"][3 if how == "order" else 1] == {"note": "text"}
+    params[1].requires_grad_(True)
+    train(opt, params, 1)
+    assert opt.state[params[1]].keys() == opt.state[params[0]].keys() | {"note"}
 
 
 def test_entries_of_others_are_kept_saved_loaded_and_ignored(rule):
@@ -259,6 +302,22 @@ def test_names_move_with_their_parameters():
     opt.param_groups[0]["params"].append(torch.nn.Parameter(torch.zeros(2, 2)))
     with pytest.raises(ValueError, match="parameter group 0 has 2 parameters, and names for others"):
         opt.step()
+
+
+def test_names_move_with_their_parameters_where_groups_change_places_or_become_empty():
+    params = parameters()
+    pairs = list(zip("abcde", params, strict=True))
+    opt = steepest.SOAP([{"params": pairs[:2]}, {"params": pairs[2:4]}, {"params": pairs[4:]}], lr=0.1)
+    opt.param_groups[0]["params"].reverse()
+    opt.param_groups.insert(0, opt.param_groups.pop(1))
+    opt.param_groups[0]["params"].append(opt.param_groups[2]["params"].pop())
+    train(opt, params, 1)
+    assert [g["param_names"] for g in opt.param_groups] == [["c", "d", "e"], ["b", "a"], []]
+    for key in ("params", "param_names"):
+        opt.param_groups[2][key].append(opt.param_groups[0][key].pop())
+    opt.param_groups[1]["params"].reverse()
+    train(opt, params, 1)
+    assert [g["param_names"] for g in opt.param_groups] == [["c", "d"], ["a", "b"], ["e"]]
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (9, 4), (4, 6)])

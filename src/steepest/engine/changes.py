@@ -41,7 +41,7 @@ class Seen:
         self.rates = [n for n, group in enumerate(groups) if isinstance(group["lr"], Tensor) and group["lr"].is_cpu]
         self.params = [p for group in groups for p in group["params"]]
         self.kinds = [(p.shape, p.dtype, p.device) for p in self.params]
-        self.names = [group.get("param_names") and list(group["param_names"]) for group in groups]
+        self.names = [None if names is None else list(names) for names in _names(groups)]
         self.sizes = [len(group["params"]) for group in groups]
         self.keys = list(state)
         self.entries = _entries(state)
@@ -74,7 +74,7 @@ class Seen:
             and all(map(is_, params, self.params))
             and [(p.shape, p.dtype, p.device) for p in params] == self.kinds
             and [len(group["params"]) for group in groups] == self.sizes
-            and [group.get("param_names") for group in groups] == self.names
+            and _names(groups) == self.names
         )
 
     def dims(self, groups: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -96,6 +96,11 @@ class Seen:
             and all(map(is_, entries, self.entries))
             and _last_names(state) == self.last
         )
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str] | None]:
+    """Return the names of each group's parameters; None for a group that has none, even an empty list of them."""
+    return [group.get("param_names") for group in groups]
 
 
 def _entries(state: Mapping[Any, Any]) -> list[Any]:
@@ -215,9 +220,10 @@ def _fitting(
         if (key in owners or is_dtensor(y)) and y.shape == x.shape:
             values[key] = y
         elif y is not ABSENT and not (resized and key in owners):
-            y = torch.full(x.shape, float(y), device="cpu") if number(y) and x.numel() == 1 else y
-            y = y.to(x.dtype) if key.split(".")[0] in CLOCKS and isinstance(y, Tensor) else y
-            check_entry(name, key, y, x, "was set")
+            if number(y) and x.numel() == 1:
+                y = torch.full(x.shape, float(y), dtype=torch.float64, device="cpu")
+            counts = key.split(".")[0] in CLOCKS and isinstance(y, Tensor)  # which may be in any dtype
+            check_entry(name, key, y, x.to(y.dtype) if counts else x, "was set")
             values[key] = y
     return values
 
@@ -279,13 +285,15 @@ def renamed(groups: Sequence[Mapping[str, Any]], seen: Seen) -> dict[int, list[s
 
     A new parameter takes the name of the one in whose place it stands.
     """
-    if not seen.names or not all(seen.names):
+    if not seen.names or None in seen.names:
         return {}
     known = dict(zip(seen.params, chain.from_iterable(names or () for names in seen.names), strict=True))
+    of_group = {id(group): names for group, names in zip(seen.groups, seen.names, strict=True)}
+    in_place_of = dict(enumerate(seen.names))
     found = {}
     for n, group in enumerate(groups):
         names, params = list(group.get("param_names") or ()), group["params"]
-        if n < len(seen.names) and names == seen.names[n]:
+        if names == of_group.get(id(group), in_place_of.get(n)):
             in_place = names if len(names) == len(params) else [None] * len(params)
             names = [known.get(p, name) for p, name in zip(params, in_place, strict=True)]
         if len(names) != len(params) or None in names:

@@ -58,12 +58,12 @@ def copied(entries: Any, read: Callable[[Tensor], Tensor] = lambda saved: saved)
 
 def match(
     state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, State]
-) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+) -> tuple[dict[Tensor, Any], dict[Any, Any], list[dict[str, Any]]]:
     """Match a saved state with an optimizer's groups and state; nothing is changed.
 
     Returns:
-        The saved entries of each parameter, with whatever others had put into the state, and the saved options of each
-        group.
+        The saved entries of each parameter that has state there; what others had put into the state elsewhere, also for
+        parameters that are frozen; and the saved options of each group.
 
     Raises:
         ValueError: if the saved state doesn't fit.
@@ -82,7 +82,8 @@ def match(
             "build it with as many; groups that are new are added after loading, with add_param_group"
         )
     mine, theirs = iter(parameter_names(groups)), iter(parameter_names(saved_groups))
-    entries: dict[Any, Any] = {}
+    entries: dict[Tensor, Any] = {}
+    others: dict[Any, Any] = {}
     keys_of_params: set[Any] = set()
     for number, (group, saved_group, new) in enumerate(zip(groups, saved_groups, options, strict=True)):
         names = list(islice(mine, len(group["params"])))
@@ -91,9 +92,11 @@ def match(
         _check_options(number, group, new)
         names = names if group.get("param_names") else [f"parameter {key}" for key in keys]
         for p, name, key in zip(group["params"], names, keys, strict=True):
-            saved = state_dict["state"].get(key)
-            if saved is not None and not (isinstance(saved, Mapping) and not saved):
-                here = state.get(p) or meta_state(p, group)
+            saved, here = state_dict["state"].get(key), state.get(p) or meta_state(p, group)
+            empty = saved is None or (isinstance(saved, Mapping) and not saved)
+            if isinstance(saved, Mapping) and not state.get(p) and saved.keys().isdisjoint(here):
+                others |= {} if empty else {p: saved}
+            elif not empty:
                 _check_view(name, p, here, group, {**group, **new})
                 _check_entries(name, saved, here)
                 entries[p] = saved
@@ -101,7 +104,8 @@ def match(
                 raise ValueError(
                     f"the saved state has nothing for {name}; load it into an optimizer of the same parameters"
                 )
-    return entries | {k: v for k, v in state_dict["state"].items() if k not in keys_of_params}, options
+    others |= {k: v for k, v in state_dict["state"].items() if k not in keys_of_params}
+    return entries, others, options
 
 
 def read_options(number: int, group: Mapping[str, Any]) -> dict[str, Any]:

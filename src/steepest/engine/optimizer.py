@@ -273,6 +273,7 @@ class Optimizer(torch.optim.Optimizer):
             roster.take_in(groups, self.state)
             self._show()
 
+    @torch.no_grad()
     def _lay_out_anew(self) -> None:
         """Lay all state out anew, since parameters or options that lay it out are others now, and fill it in."""
         groups, old = self.param_groups, self._roster
@@ -354,17 +355,16 @@ class Optimizer(torch.optim.Optimizer):
         state_dict = copy.copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        saved, options = checkpoint.match(state_dict, self.param_groups, roster.states)
+        saved, others, options = checkpoint.match(state_dict, self.param_groups, roster.states)
         roster.adopt(self.param_groups, [i for i in roster.frozen if roster.params[i] in saved])
         self.state.clear()
-        for key, entries in saved.items():
-            mine = roster.laid[key].state if key in roster.laid else {}
+        for p, entries in saved.items():
+            mine = roster.laid[p].state
             for name, x in mine.items():
                 copy_into(x, read(entries[name]))
-            if isinstance(key, Tensor):  # beside the engine's entries there may be others'
-                self.state[key] = {k: checkpoint.copied(v, read) for k, v in entries.items() if k not in mine}
-            else:
-                self.state[key] = checkpoint.copied(entries, read)
+            # Beside the engine's entries there may be others'.
+            self.state[p] = {k: checkpoint.copied(v, read) for k, v in entries.items() if k not in mine}
+        self.state.update({key: checkpoint.copied(entries, read) for key, entries in others.items()})
         for group, new in zip(self.param_groups, options, strict=True):
             group.update(new)
             group.update(plain_options(group))

@@ -57,7 +57,7 @@ class Roster:
     def filled(cls, groups: Sequence[dict[str, Any]], values: Mapping[Tensor, State]) -> Roster:
         """Return the roster of all groups, with these values in the state of their parameters."""
         roster = cls()
-        roster.enter(groups, range(len(groups)), values)
+        roster.enter(groups, range(len(groups)), {p for p, state in values.items() if state})
         for p, state in values.items():
             for name, x in state.items():
                 move_into(roster.laid[p].state[name], x)
