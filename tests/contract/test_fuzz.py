@@ -23,6 +23,7 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from torch import Tensor, nn
 
 from steepest.engine.optimizer import Optimizer
+from steepest.rule import Elementwise
 from steepest.rules import RULES
 
 ALL = st.just(set(range(8)))
@@ -267,7 +268,7 @@ class AnySequence(Training):
         self.look()
         old = twin.p
         had = twin.entries if self.entries(twin).keys() > twin.foreign.keys() else {}
-        shape = tuple(old.shape) if shape is None else shape
+        shape = tuple(old.shape) if shape is None or flattens(old, shape, group.options) else shape
         twin.p = nn.Parameter(self.weights(shape, group.options, old.dtype))
         self.theirs(group)["params"][group.twins.index(twin)] = twin.p
         if state == "moves":
@@ -281,7 +282,7 @@ class AnySequence(Training):
     @rule(which=WHICH, shape=SHAPES)
     def change_a_shape(self, which: int, shape: Shape) -> None:
         twin, group = self.pick(which)
-        if shape != tuple(twin.p.shape):
+        if shape != tuple(twin.p.shape) and not flattens(twin.p, shape, group.options):
             self.saved = None
             self.look()
             twin.change_in_place(self.weights(shape, group.options, twin.p.dtype))
@@ -377,6 +378,11 @@ class AnySequence(Training):
         self.opt, params = pickle.loads(pickle.dumps(both)) if pickles else copy.deepcopy(both)
         for (twin, _), p in zip(self.twins, params, strict=True):
             twin.p = p
+
+
+def flattens(old: Tensor, shape: Shape, options: Options) -> bool:
+    """Whether a matrix becomes a vector, which is taken for a part of flattened parameters and refused."""
+    return len(shape) < 2 <= old.dim() and not issubclass(RULES[options["rule"]], Elementwise)
 
 
 COMMON = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
