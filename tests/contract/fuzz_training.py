@@ -66,8 +66,11 @@ class Twin:
         return {key: x for key, x in self.entries.items() if key != name}
 
     def give(self, grad: Tensor | None) -> None:
-        """Give both the same gradient."""
+        """Give both the same gradient; but none to the reference if it is not finite and there is one matrix only."""
         self.p.grad, self.q.grad = grad, None if grad is None else grad.clone()
+        matrices = sum(x.numel() for name, x in self.entries.items() if name.startswith("step"))
+        if grad is not None and matrices <= 1 and not grad.isfinite().all():
+            self.q.grad = None
 
     def change_in_place(self, weights: Tensor) -> None:
         """Give the parameter other weights, also of another shape or dtype."""
@@ -185,6 +188,8 @@ class Training(RuleBasedStateMachine):
         self.events += 1
         if self.events % self.stride == 0:
             self.step(set(), set())
+            if self.saved is None:
+                self.save()
 
     @rule(missing=SOME, poisoned=SOME)
     def step(self, missing: set[int], poisoned: set[int]) -> None:
@@ -233,6 +238,14 @@ class Training(RuleBasedStateMachine):
         """Step the reference."""
         for twin, _ in self.twins:
             twin.alone.step()
+
+    def save(self) -> None:
+        """Keep a state_dict, and what the reference has."""
+        saved = self.opt.state_dict()
+        there = [saved["state"].get(i, {}).keys() > t.foreign.keys() for i, (t, _) in enumerate(self.twins)]
+        states = [(t.entries if it else None, t.foreign) for (t, _), it in zip(self.twins, there, strict=True)]
+        options = [{name: x for name, x in group.options.items() if not callable(x)} for group in self.groups]
+        self.saved = copy.deepcopy((saved, states, options, self.foreign))
 
     # What must hold.
 

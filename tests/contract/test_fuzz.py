@@ -354,12 +354,8 @@ class AnySequence(Training):
         self.opt.load_state_dict(torch.load(file, weights_only=True))
 
     @rule()
-    def save(self) -> None:
-        saved = self.opt.state_dict()
-        there = [saved["state"].get(i, {}).keys() > t.foreign.keys() for i, (t, _) in enumerate(self.twins)]
-        states = [(t.entries if it else None, t.foreign) for (t, _), it in zip(self.twins, there, strict=True)]
-        options = [{name: x for name, x in group.options.items() if not callable(x)} for group in self.groups]
-        self.saved = copy.deepcopy((saved, states, options, self.foreign))
+    def save_again(self) -> None:
+        self.save()
 
     @precondition(lambda self: self.saved is not None)
     @rule()
