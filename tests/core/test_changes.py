@@ -177,6 +177,28 @@ def test_an_entry_that_does_not_fit_is_refused_and_nothing_moves(name, value, me
     train(opt, params, 2)
 
 
+def test_tensors_that_others_hold_keep_what_they_show(rule):
+    """Whoever keeps a state, deletes it, and puts it back, goes on from there."""
+    a, b = parameters(), parameters()
+    opts = [optimizer(a, rule), optimizer(b, rule)]
+    for opt, params in zip(opts, (a, b), strict=True):
+        train(opt, params, 3)
+    kept, weights = dict(opts[0].state[a[0]]), of(a)
+    opts[0].state[a[0]].clear()
+    train(opts[0], a, 2, seed=5)
+    opts[0].state[a[0]] = kept
+    others = opts[1].state_dict()["state"]
+    for i, p in enumerate(a[1:], start=1):
+        for name, x in opts[0].state[p].items():
+            x.copy_(others[i][name])
+    with torch.no_grad():
+        for p, W in zip(a, weights, strict=True):
+            p.copy_(W)
+    for opt, params in zip(opts, (a, b), strict=True):
+        train(opt, params, 3, seed=1)
+    assert same(a, b)
+
+
 def test_no_graph_gets_into_the_state():
     params = parameters()
     opt = optimizer(params, "soap")

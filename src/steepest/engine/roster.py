@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -145,17 +146,32 @@ class Roster:
         values = taken_over(groups, self.names, shown, self.laid)
         stale(shown, groups, self.laid)
         self.adopt(groups, [i for i in self.frozen if values.get(self.params[i])])
-        copies = []
-        for p, number in zip(self.params, self.numbers, strict=True):
-            state = self.laid[p].state if p in self.laid else {}
-            theirs = values.get(p, {})
-            if theirs is not state:
-                new = {name: x.clone() for name, x in theirs.items()}  # it may be a view of what is written to
-                if len(new) < len(state):
-                    new = fresh_state(p, groups[number]) | new
-                copies += [(x, new[name]) for name, x in state.items()]
-        for x, new_x in copies:
-            copy_into(x, new_x)
+        changed: dict[int, State] = {}
+        for i, p in enumerate(self.params):
+            state, theirs = self.laid[p].state if p in self.laid else {}, values.get(p, {})
+            if state and theirs is not state:
+                fresh = fresh_state(p, groups[self.numbers[i]]) if len(theirs) < len(state) else {}
+                changed[i] = {name: fresh[name] if name not in theirs else theirs[name] for name in state}
+        self._renew(changed)
+        for i, state in changed.items():
+            for name, x in self.laid[self.params[i]].state.items():
+                copy_into(x, state[name])
+
+    def _renew(self, indices: Collection[int]) -> None:
+        """Move state to other memory, so that tensors of it that others hold go on showing what they show now."""
+        states: dict[int, State] = {}
+        for i in indices:
+            if self.ways[self.numbers[i]] is None:
+                states[i] = {name: torch.empty_like(x) for name, x in self.laid[self.params[i]].state.items()}
+        for bucket in self.buckets:
+            if any(segment.index in indices for stack in bucket.stacks for segment in stack.segments):
+                for stack in bucket.stacks:
+                    stack.renew()
+                for i, state in bucket.state():
+                    states.setdefault(i, {}).update(state)
+        for i, state in states.items():
+            p = self.params[i]
+            self.laid[p] = replace(self.laid[p], state=self.laid[p].state | state)
 
     def settle(self) -> None:
         """Account for what the device has done since the last step."""

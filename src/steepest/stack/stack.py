@@ -153,6 +153,12 @@ class Stack:
         suffix = f".{segment.piece}" if len(segment.view.pieces) > 1 else ""
         return {name + suffix: tensor[slots] for name, tensor in named.items()}
 
+    def renew(self) -> None:
+        """Move the state to other memory; views of it that others hold keep what they show."""
+        self.state = {name: x.clone() for name, x in self.state.items()}
+        self.t, self.clock = self.t.clone(), self.clock.clone()
+        self.recorder = Recorder()
+
     def fill(self, pieces: Pieces) -> Tensor:
         """Return the pieces as one tensor ``[B, m, n]`` in the state's dtype; slots without a piece stay unset."""
         out = torch.empty(self.size, *self.shape, dtype=self.dtype, device=self.device)
