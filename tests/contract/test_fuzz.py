@@ -48,6 +48,8 @@ class AnySequence(Training):
         twin, group = self.pick(which)
         if not twin.entries:
             return
+        if not self.entries(twin).keys() - twin.foreign.keys():
+            self.saved = None  # a frozen parameter gets state, of which the file has none
         name = sorted(twin.entries)[entry % len(twin.entries)]
         x = twin.entries[name]
         y: Any = x.clone()

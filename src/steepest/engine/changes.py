@@ -78,13 +78,14 @@ class Seen:
         )
 
     def dims(self, groups: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Return the dimensions that each parameter had before, or, if it is new, the one in whose place it stands."""
-        dims = [len(shape) for shape, _, _ in self.kinds]
-        known = dict(zip(self.params, dims, strict=True))
+        """Return the dimensions that each parameter had before.
+
+        If none of the parameters is left, those that are there have taken their places, as flat parts do under ZeRO.
+        """
+        known = {p: len(shape) for p, (shape, _, _) in zip(self.params, self.kinds, strict=True)}
         params = [p for group in groups for p in group["params"]]
-        here = set(params)
-        places = [0 if p in here else before for p, before in known.items()]
-        return [known[p] if p in known else places[i] if i < len(places) else 0 for i, p in enumerate(params)]
+        before = 0 if known.keys() & set(params) else max(known.values(), default=0)
+        return [known[p] if p in known else before if p.dim() == 1 else 0 for p in params]
 
     def same_state(self, state: Mapping[Any, Any]) -> bool:
         """Return whether the state has the same entries: under the same keys, the same objects."""
