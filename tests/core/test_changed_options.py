@@ -158,3 +158,23 @@ def test_groups_share_stacks_and_keep_their_options(rule):
         for name, x in one.state_dict()["state"][0].items():
             torch.testing.assert_close(saved["state"][number][name], x, rtol=1e-5, atol=1e-6)
         assert opt.state[p].keys() == one.state_dict()["state"][0].keys()
+
+
+def test_a_rate_that_is_a_tensor_is_saved_as_a_copy_and_checked_at_every_step(rule):
+    params = parameters()
+    rate = torch.tensor(0.1)
+    opt = optimizer(params, rule, lr=rate)
+    train(opt, params, 1)
+    saved = opt.state_dict()["param_groups"][0]["lr"]
+    assert opt.param_groups[0]["lr"] is rate
+    before = of(params)
+    for bad in (torch.nan, -1.0, torch.inf):
+        rate.fill_(bad)
+        with pytest.raises(ValueError, match="lr=tensor"):
+            opt.step()
+        assert same(before, of(params))
+    assert saved == torch.tensor(0.1)
+    rate.fill_(0.0)
+    opt.param_groups[0]["weight_decay"] = 0.0
+    opt.step()
+    assert same(before, of(params))
