@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from fuzz_options import BAD, DTYPES, LAYOUTS, SHAPES, Options, Shape, changes, exact, group_options, valid
-from fuzz_training import SOME, WHICH, Training, is_count
+from fuzz_training import SOME, WHICH, Training, Twin, is_count
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
@@ -186,18 +186,18 @@ class AnySequence(Training):
         values = [value for value in choices[name] if value != options[name]]
         new = {name: values[value % len(values)]}
         self.look()
-        if not all(name != "rule" and self.lays_out_alike(twin.p, options, new) for twin in group.twins):
+        if not all(name != "rule" and self.lays_out_alike(twin, options, new) for twin in group.twins):
             with self.refused():
                 theirs |= new
             theirs[name] = options[name]
 
-    def lays_out_alike(self, p: nn.Parameter, options: Options, new: Options) -> bool:
+    def lays_out_alike(self, twin: Twin, options: Options, new: Options) -> bool:
         """Whether a parameter has no state, or the same with other options."""
         forms = []
         for each in (options, options | new):
-            (entries,) = Optimizer([nn.Parameter(p.detach().clone())], **each).state.values()
+            (entries,) = Optimizer([nn.Parameter(twin.p.detach().clone())], **each).state.values()
             forms.append({name: (x.shape, x.dtype) for name, x in entries.items()})
-        return p not in self.opt.state or forms[0] == forms[1]
+        return not self.opt.state.get(twin.p, {}).keys() - twin.foreign.keys() or forms[0] == forms[1]
 
     @rule(which=WHICH, option=st.integers(0, 20), value=WHICH)
     def set_an_option_out_of_range(self, which: int, option: int, value: int) -> None:
