@@ -80,12 +80,14 @@ class Seen:
     def dims(self, groups: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the dimensions that each parameter had before.
 
-        If none of the parameters is left, those that are there have taken their places, as flat parts do under ZeRO.
+        If none of them is left, and those that have taken their places are vectors only, as flat parts are under ZeRO,
+        there were matrices before.
         """
         known = {p: len(shape) for p, (shape, _, _) in zip(self.params, self.kinds, strict=True)}
         params = [p for group in groups for p in group["params"]]
-        before = 0 if known.keys() & set(params) else max(known.values(), default=0)
-        return [known[p] if p in known else before if p.dim() == 1 else 0 for p in params]
+        flattened = not known.keys() & set(params) and all(p.dim() == 1 for p in params)
+        before = max(known.values(), default=0) if flattened else 0
+        return [known.get(p) or before for p in params]
 
     def same_state(self, state: Mapping[Any, Any]) -> bool:
         """Return whether the state has the same entries: under the same keys, the same objects."""
