@@ -23,9 +23,10 @@ help:
 race: $(RACE)/.ready
 	$(RACE)/bin/steepest race
 
-# Without the compiler's tests, which would take half of the time.
+# Without what takes long: compilers, mypy, the documentation.
+LONG := compiled_graphs graphs types docs soap_refresh
 quick: lint
-	$(PYTEST) tests/core tests/reference --ignore=tests/core/test_compiled_graphs.py
+	$(PYTEST) tests/core tests/reference $(LONG:%=--ignore=tests/core/test_%.py)
 
 test: lint types
 	$(PYTEST)
