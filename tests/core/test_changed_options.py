@@ -173,6 +173,15 @@ def test_a_rate_that_is_a_tensor_is_saved_as_a_copy_and_checked_at_every_step(ru
         with pytest.raises(ValueError, match="lr=tensor"):
             opt.step()
         assert same(before, of(params))
+    opt.param_groups[0]["lr"] = 0.1
+    train(opt, params, 1)
+    before = of(params)
+    opt.param_groups[0]["lr"] = rate.fill_(0.1)  # one that was no tensor at construction
+    opt.state_dict()
+    rate.fill_(torch.nan)
+    with pytest.raises(ValueError, match="lr=tensor"):
+        opt.step()
+    assert same(before, of(params))
     assert saved == torch.tensor(0.1)
     rate.fill_(0.0)
     opt.param_groups[0]["weight_decay"] = 0.0

@@ -166,6 +166,34 @@ def test_no_graph_gets_into_the_state():
     assert not opt.state[params[1]]["exp_avg"].requires_grad
 
 
+def test_an_entry_that_is_renamed_in_place_is_missing(rule):
+    """All values are as they were then, in the same order."""
+    params = parameters()
+    opt = optimizer(params, rule)
+    train(opt, params, 3)
+    entries = opt.state[params[0]]
+    last = list(entries)[-1]
+    kept = entries.pop(last)
+    entries["mine"] = kept
+    fresh = optimizer(parameters(), rule)
+    saved, anew = opt.state_dict()["state"][0], fresh.state_dict()["state"][0]
+    assert torch.equal(saved[last], anew[last])
+    assert torch.equal(saved["mine"], kept)
+
+
+def test_loading_replaces_what_others_have_put_there(rule):
+    """As torch's loading does."""
+    params = parameters()
+    opt = optimizer(params, rule)
+    train(opt, params, 1)
+    saved = opt.state_dict()
+    opt.state[params[0]]["note"] = "text"
+    opt.state["rounds"] = 3
+    opt.load_state_dict(saved)
+    assert "note" not in opt.state[params[0]]
+    assert "rounds" not in opt.state
+
+
 def test_a_count_may_be_set_as_a_number():
     params = parameters()
     opt = optimizer(params, "soap")

@@ -38,7 +38,6 @@ class Seen:
     def __init__(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> None:
         self.groups = list(groups)
         self.options = [(list(group), list(group.values())) for group in groups]
-        self.rates = [n for n, group in enumerate(groups) if isinstance(group["lr"], Tensor) and group["lr"].is_cpu]
         self.params = [p for group in groups for p in group["params"]]
         self.kinds = [(p.shape, p.dtype, p.device) for p in self.params]
         self.names = [None if names is None else list(names) for names in _names(groups)]
@@ -51,13 +50,13 @@ class Seen:
         """Return, for each group in which entries are new or other objects than before, their names."""
         if len(groups) != len(self.groups):
             return {n: set(group) for n, group in enumerate(groups)}
-        changed = {}
+        changed: dict[int, set[str]] = {}
         for n, (group, then, (names, values)) in enumerate(zip(groups, self.groups, self.options, strict=True)):
             if len(group) != len(values) or not all(map(is_, group.values(), values)) or group is not then:
                 old = dict(zip(names, values, strict=True)) if group is then else {}
                 changed[n] = {k for k in group.keys() | old.keys() if group.get(k, ABSENT) is not old.get(k, ABSENT)}
-        for n in self.rates:  # these may be filled in place
-            if isinstance(rate := groups[n]["lr"], Tensor) and not 0 <= float(rate) < math.inf:
+            rate = group.get("lr")  # a tensor may be filled in place; asking for its value waits for an accelerator
+            if isinstance(rate, Tensor) and rate.is_cpu and rate.numel() == 1 and not 0 <= float(rate) < math.inf:
                 changed.setdefault(n, set()).add("lr")
         return changed
 
@@ -102,7 +101,7 @@ class Seen:
 
 
 def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str] | None]:
-    """Return the names of each group's parameters; None for a group that has none, even an empty list of them."""
+    """Return each group's list of names; None for a group without one."""
     return [group.get("param_names") for group in groups]
 
 
@@ -115,7 +114,7 @@ def _entries(state: Mapping[Any, Any]) -> list[Any]:
 
 
 def _last_names(state: Mapping[Any, Any]) -> list[Any]:
-    """Return the name of the last entry of each parameter: where values are as they were, one was renamed or none."""
+    """Return the name of each parameter's last entry, where an entry that is renamed in a dict comes to stand."""
     return [next(reversed(v), None) if isinstance(v, dict) else None for v in state.values()]
 
 

@@ -83,6 +83,7 @@ class Optimizer(torch.optim.Optimizer):
         self._built = True
         self._enter(range(len(self.param_groups)))
 
+    # What an optimizer that was unpickled starts with.
     _built = True
     _skipped: Tensor | int = 0
     _failures = 0

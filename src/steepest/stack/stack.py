@@ -197,7 +197,7 @@ class Stack:
         return runs
 
     def _stretches(self, ways: Sequence[Way | None]) -> list[tuple[Way, int, int]]:
-        """Return the ways in which the slots are stepped, each with the first and the last of its slots but one."""
+        """Return the ways in which the slots are stepped, each with the range ``start, stop`` of its slots."""
         found: list[tuple[Way, int, int]] = []
         for number, start, stop in self.groups:
             way = ways[number]
