@@ -56,7 +56,7 @@ class Seen:
                 old = dict(zip(names, values, strict=True)) if group is then else {}
                 changed[n] = {k for k in group.keys() | old.keys() if group.get(k, ABSENT) is not old.get(k, ABSENT)}
             rate = group.get("lr")  # a tensor may be filled in place; asking for its value waits for an accelerator
-            if isinstance(rate, Tensor) and rate.is_cpu and rate.numel() == 1 and not 0 <= float(rate) < math.inf:
+            if isinstance(rate, Tensor) and rate.is_cpu and not _is_rate(rate):
                 changed.setdefault(n, set()).add("lr")
         return changed
 
@@ -98,6 +98,11 @@ class Seen:
             and all(map(is_, entries, self.entries))
             and _last_names(state) == self.last
         )
+
+
+def _is_rate(x: Tensor) -> bool:
+    """Return whether a tensor on the host holds one learning rate; complex numbers can't be compared."""
+    return x.numel() == 1 and not x.is_complex() and 0 <= float(x) < math.inf
 
 
 def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str] | None]:
