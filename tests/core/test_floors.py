@@ -14,7 +14,7 @@ FLOORS = [
     {"rule", "schedules", "view"},
     {"rules", "stack"},
     {"exchange"},
-    {"engine"},
+    {"engine", "newton"},
     {"adopting", "functional", "optimizers", "recipes", "routing"},
     {"lab", "testing"},
     {"__main__", "cli"},
