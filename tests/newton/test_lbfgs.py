@@ -252,6 +252,15 @@ def test_a_line_without_a_lower_point_returns_the_start() -> None:
             assert len(seen) < calls
 
 
+def test_where_no_loss_falls_enough_the_lowest_is_taken() -> None:
+    """Near a minimum what is enough is below the rounding of the loss."""
+    losses = iter([1.0, 1 - 1e-9, 1 - 3e-9, 1 - 2e-9, 1.0])
+    found = strong_wolfe(
+        lambda t: Point(t, next(losses), 1.0, torch.ones(1)), Point(0.0, 1.0, -1e3, torch.ones(1)), 1.0, most=5
+    )
+    assert found.loss == 1 - 3e-9
+
+
 # Steps that fail.
 
 
