@@ -310,6 +310,25 @@ def test_regions_without_a_finite_loss_are_too_far(log: Function) -> None:
     torch.testing.assert_close(x.detach(), torch.ones(2, dtype=F64), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [(-5.0, math.nan), (-math.inf, -1.0), (-5.0, -math.inf)])
+def test_a_low_loss_with_numbers_that_are_not_finite_is_too_far(bad: tuple[float, float]) -> None:
+    x = nn.Parameter(torch.zeros(1, dtype=F64))
+    optimizer = steepest.LBFGS([x], lr=3.0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (x - 0.8).square().sum()
+        loss.backward()
+        if x > 1:
+            x.grad.fill_(bad[1])
+            return torch.tensor(bad[0])
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    torch.testing.assert_close(x.detach(), torch.full((1,), 0.8, dtype=F64))
+
+
 def test_a_failed_search_leaves_the_weights_and_begins_anew() -> None:
     f, start, _ = PROBLEMS["rosenbrock 10"]
     x = nn.Parameter(start.clone())
