@@ -16,6 +16,7 @@ from steepest.functional import (
     update_kronecker_factors_kl_shampoo,
 )
 from steepest.linalg.precision import fp32_matmul_precision
+from steepest.newton.newton_cg import NewtonCG
 from steepest.optimizers import create
 from steepest.optimizers.lion import Lion
 from steepest.optimizers.muon import AdaMuon, Dion, Dion2, Muon, NorMuon
@@ -27,7 +28,7 @@ from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
 
 __all__ = [
     "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "InverseRootSOAP", "KLShampoo",
-    "LinearSchedule", "Lion", "Muon", "NorMuon", "Optimizer", "Shampoo", "StepSchedule",
+    "LinearSchedule", "Lion", "Muon", "NewtonCG", "NorMuon", "Optimizer", "Shampoo", "StepSchedule",
     "adopt", "all_eigenbases_met_criteria", "conjugate", "create", "eigh_with_fallback", "for_model",
     "fp32_matmul_precision", "get_eigenbasis_eigh", "get_eigenbasis_qr", "init_kronecker_factors",
     "orthogonal_iteration", "precondition", "recipe", "route", "update_eigenbasis_and_exp_avgs",
