@@ -101,7 +101,7 @@ def test_a_network_learns_and_its_loss_never_rises(curvature, seed):
     net, closure = classification(seed)
     optimizer = NewtonCG(net.parameters(), **options(curvature))
     losses = [float(optimizer.step(closure)) for _ in range(25)] + [float(closure()[1].detach())]
-    assert all(after <= before for before, after in zip(losses, losses[1:], strict=False))
+    assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.02 * losses[0]
 
 
@@ -133,7 +133,6 @@ def test_only_trainable_parameters_move_and_gradients_stay_as_they_are():
 
 
 def test_float32_stops_at_rounding_without_losing_its_radius():
-    net, closure = classification(0, dtype=torch.float32)
     x = nn.Parameter(torch.tensor([3.0, -2.0]))
     optimizer = NewtonCG([x], tolerance=1e-6)
     for _ in range(20):
@@ -168,7 +167,7 @@ def test_steps_to_where_the_loss_is_not_finite_are_shortened():
     optimizer = NewtonCG([x], radius=100.0)
     for _ in range(30):
         optimizer.step(lambda: (x - x.log()).sum())  # its first Newton step from 3 goes to -3
-        assert float(x) > 0
+        assert float(x.detach()) > 0
     torch.testing.assert_close(x.detach(), torch.ones_like(x))
 
 
@@ -298,11 +297,7 @@ def test_a_wrong_closure_is_told_what_is_wrong(name, curvature, error, words):
 def test_the_right_closure_serves_every_curvature():
     for curvature in CURVATURES:
         x, given = closures()
-        NewtonCG([x], **options(curvature)).step(lambda given=given: copy_of(given["pair"]()))
-
-
-def copy_of(pair):
-    return pair
+        NewtonCG([x], **options(curvature)).step(given["pair"])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from steepest.functional import (
 )
 from steepest.linalg.precision import fp32_matmul_precision
 from steepest.newton.gauss_newton import GaussNewton
+from steepest.newton.lbfgs import LBFGS
 from steepest.newton.natural_gradient import NaturalGradient
 from steepest.newton.newton_cg import NewtonCG
 from steepest.newton.residual import Residual
@@ -30,7 +31,7 @@ from steepest.routing import for_model, route
 from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
 
 __all__ = [
-    "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "GaussNewton", "InverseRootSOAP",
+    "LBFGS", "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "GaussNewton", "InverseRootSOAP",
     "KLShampoo", "LinearSchedule", "Lion", "Muon", "NaturalGradient", "NewtonCG", "NorMuon", "Optimizer", "Residual",
     "Shampoo", "StepSchedule",
     "adopt", "all_eigenbases_met_criteria", "conjugate", "create", "eigh_with_fallback", "for_model",
