@@ -43,8 +43,8 @@ class NaturalGradient(FlatOptimizer):
 
     Args:
         params: tensors, dicts that define groups, or ``(name, tensor)`` pairs. All groups have the same options.
-        likelihood: what the outputs ``[rows, ..., C]`` are: "categorical" (logits), "normal" (means, unit variance) or
-            "bernoulli" (logits of independent bits).
+        likelihood: what the outputs ``[rows, ..., C]`` are: "categorical" (logits; the default), "normal" (means, unit
+            variance) or "bernoulli" (logits of independent bits). A loss that belongs to another one is refused.
         lr: the length of a step, in natural gradients.
         damping: λ, in the unit of the Fisher matrix. Smaller ones are faster where all data are in each step.
         max_kl: κ, the divergence in nats per row that a step may make; 0: no bound.
@@ -89,7 +89,7 @@ class NaturalGradient(FlatOptimizer):
         self,
         params: Iterable[Any],
         *,
-        likelihood: Likelihood,
+        likelihood: Likelihood = "categorical",
         lr: float = 1.0,
         damping: float = 1e-2,
         max_kl: float = 0.1,
