@@ -222,7 +222,7 @@ def test_a_rate_of_zero_moves_nothing(numbers):
 
 
 @pytest.mark.parametrize("solver", ["dense", "cg"])
-@pytest.mark.parametrize("where", ["loss", "outputs"])
+@pytest.mark.parametrize("where", ["loss", "outputs", "constant"])
 def test_what_is_not_finite_moves_nothing(numbers, where, solver):
     net, closure = build(numbers["ce"])
     before = flat(net.parameters())
@@ -231,6 +231,8 @@ def test_what_is_not_finite_moves_nothing(numbers, where, solver):
         outputs, loss = closure()
         if where == "loss":
             return outputs, loss * math.nan
+        if where == "constant":
+            return outputs, loss + math.inf
         outputs = outputs * torch.tensor([math.inf, 1, 1], dtype=torch.float64)
         return outputs, F.cross_entropy(outputs, torch.zeros(6, dtype=torch.long))
 

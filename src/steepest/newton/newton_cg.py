@@ -42,7 +42,7 @@ CURVATURES = ("hessian", "ggn", "fisher")
 class NewtonCG(FlatOptimizer):
     """Newton's method for smooth losses of all data or large batches; it has no learning rate.
 
-    A step solves for a direction by products of the curvature with vectors, each of which costs about two gradients,
+    A step solves for a direction by products of the curvature with vectors, each of which costs about a gradient,
     and never raises the loss of the closure. It needs no matrix, and the memory of about ten vectors of all parameters
     besides the graph. The closure must compute the same function whenever a step calls it: no dropout, and one batch
     for each step.
