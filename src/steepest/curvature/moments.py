@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from steepest.linalg.symmetric import gram
@@ -65,12 +66,3 @@ def exactly(samples: int, shape: tuple[int, int, int]) -> bool:
     """Return whether the gradients of all samples, of a layer of this shape, are few enough numbers to be made."""
     G, m, n = shape
     return samples * G * m * n <= EXACT_ENTRIES
-
-
-def mean(total: Tensor, count: float | Tensor) -> Tensor:
-    """Return a sum divided by a count, of which a tensor stays on its device.
-
-    >>> mean(torch.ones(2), torch.tensor(4))
-    tensor([0.2500, 0.2500])
-    """
-    return total / (count.to(total) if isinstance(count, Tensor) else count)
