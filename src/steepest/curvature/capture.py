@@ -146,15 +146,15 @@ class Curvature(Listener):
             box.terms += rows.shape[1] * each
         self._heard.add(layer.weight)
 
-    def count(self, output: Tensor) -> None:
-        """Count the loss terms of a backward pass that begins at these outputs of the model."""
+    def count(self, shape: torch.Size) -> None:
+        """Count the loss terms of a backward pass that begins at outputs of the model of this shape."""
         if self._pushing or self.fisher != "empirical":
             return
         self._begin()
         if self.loss_terms == "rows":
-            self._terms += rows_of(output)
+            self._terms += rows_of(shape)
         elif self.loss_terms == "batch":
-            self._terms += len(output) if output.dim() else 1
+            self._terms += shape[0] if shape else 1
         elif callable(self.loss_terms):
             self._terms += self.loss_terms()
 
@@ -191,7 +191,9 @@ class Curvature(Listener):
         seed = random.Random(f"{self.seed}/{self.samplings}/{self.rank}").getrandbits(63)
         self.samplings += 1
         generator = torch.Generator(outputs.device).manual_seed(seed)
-        self.push(outputs, sampled_gradient(outputs.detach(), likelihood, generator), rows_of(outputs, likelihood))
+        self.push(
+            outputs, sampled_gradient(outputs.detach(), likelihood, generator), rows_of(outputs.shape, likelihood)
+        )
 
     @untraced
     def push(self, outputs: Tensor, gradient: Tensor, terms: float, first: bool = True) -> None:
@@ -227,12 +229,16 @@ class Curvature(Listener):
 
     # What was captured.
 
-    def collect(self) -> dict[Tensor, Statistics]:
-        """Return what was captured since the last time, by weight, and forget it."""
+    def collect(self, terms: float | Tensor | None = None) -> dict[Tensor, Statistics]:
+        """Return what was captured since the last time, by weight, and forget it.
+
+        Args:
+            terms: what the sums of gradients are divided by; by default what was counted, as ``loss_terms`` says.
+        """
         found = {}
         for weight, box in self._inbox.items():
             if box.A is not None and box.B is not None:
-                factor = self._factor(box)
+                factor = self._factor(box) if terms is None else 1 / terms
                 S = None if box.S is None else box.S * factor
                 found[weight] = Statistics(box.A / box.rows, box.B * factor, S)
         self.discard()

@@ -30,8 +30,8 @@ class Listener(ABC):
         """Return whether what is called now is to be captured."""
 
     @abstractmethod
-    def count(self, output: Tensor) -> None:
-        """Take note of a backward pass that begins at these outputs of the model."""
+    def count(self, shape: torch.Size) -> None:
+        """Take note of a backward pass that begins at outputs of the model of this shape."""
 
     @abstractmethod
     def feed(self, layer: Layer, inputs: Tensor, gradients: Tensor) -> None:
@@ -134,14 +134,14 @@ class OutputTap(Hook):
     @untraced
     def heard(self, listener: Listener, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the output as it is."""
-        first, reference = first_tensor(output), weakref.ref(listener)
+        first, reference = first_tensor(output), self.listener
         if first is not None and first.grad_fn is not None and not in_functorch():
-            seen = first.detach()
+            shape = first.shape
 
             def count(_: Any) -> None:
-                listener = reference()
+                listener = reference() if reference is not None else None
                 if listener is not None:
-                    listener.count(seen)
+                    listener.count(shape)
 
             first.grad_fn.register_prehook(count)
         return output
