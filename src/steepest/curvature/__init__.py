@@ -2,6 +2,6 @@
 
 from steepest.curvature.capture import Curvature, Statistics
 from steepest.curvature.factors import KroneckerFactors, kfac_factors
-from steepest.curvature.layers import Layer, layers, unsupported
+from steepest.curvature.layer import Layer, layers, unsupported
 
 __all__ = ["Curvature", "KroneckerFactors", "Layer", "Statistics", "kfac_factors", "layers", "unsupported"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from steepest.curvature.layers import Layer, layers
+from steepest.curvature.layer import Layer, layers
 from steepest.curvature.likelihoods import LIKELIHOODS, rows_of, sampled_gradient
 from steepest.curvature.moments import Inbox, exactly
 from steepest.curvature.taps import Hook, Listener, OutputTap, Tap

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steepest.curvature.layers import Layer
+from steepest.curvature.layer import Layer
 from steepest.linalg.untraced import untraced
 
 
