@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,9 @@ class Curvature(Listener):
         (torch.Size([1, 4, 4]), torch.Size([1, 4, 4]))
     """
 
+    _pushing: ClassVar[Curvature | None] = None
+    """Whose own backward pass runs now: nobody else captures that."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -99,8 +102,7 @@ class Curvature(Listener):
         self.layers = [layer for layer in layers(model).values() if wanted is None or layer.weight in wanted]
         self.nodes = []
         self._heard: set[Tensor] = set()
-        self._pushing = self._first = False
-        self._warned = False
+        self._first = self._warned = False
         self._inbox: dict[Tensor, Inbox] = {}
         self._terms: float | Tensor = 0.0
         self._scale, self._task = 1.0, -1
@@ -124,7 +126,8 @@ class Curvature(Listener):
     @property
     def feeding(self) -> bool:
         """Whether the gradients of the backward pass that runs now are captured."""
-        return self._pushing or self.fisher == "empirical"
+        pushing = Curvature._pushing
+        return pushing is self or (pushing is None and self.fisher == "empirical")
 
     @untraced
     @without_autocast
@@ -135,11 +138,11 @@ class Curvature(Listener):
         box = self._inbox.setdefault(layer.weight, Inbox())
         bases = self.bases(layer.weight) if self.bases is not None else None
         for rows, deltas in layer.blocks(inputs, gradients):
-            if self._scale != 1.0:
+            if self._scale != 1.0 and Curvature._pushing is None:
                 deltas = deltas / self._scale
             if bases is not None:
                 box.add_second_moments(rows, deltas, *bases, exact=exactly(len(inputs), layer.shape))
-            if not self._pushing or self._first:
+            if Curvature._pushing is None or self._first:
                 box.add_inputs(rows, self.sharing)
             box.add_gradients(deltas, self.sharing)
             each = rows.shape[2] if self.loss_terms == "rows" and not layer.is_convolution else 1
@@ -148,7 +151,7 @@ class Curvature(Listener):
 
     def count(self, shape: torch.Size) -> None:
         """Count the loss terms of a backward pass that begins at outputs of the model of this shape."""
-        if self._pushing or self.fisher != "empirical":
+        if Curvature._pushing is not None or self.fisher != "empirical":
             return
         self._begin()
         if self.loss_terms == "rows":
@@ -161,7 +164,7 @@ class Curvature(Listener):
     def _begin(self) -> None:
         """Ask for the loss' scale once in a backward pass: on an accelerator that waits for the device."""
         task = torch._C._current_graph_task_id()
-        if self.grad_scaler is None or self._pushing or task == self._task:
+        if self.grad_scaler is None or Curvature._pushing is not None or task == self._task:
             return
         self._task, scale = task, float(self.grad_scaler.get_scale())
         if scale != self._scale:
@@ -213,7 +216,7 @@ class Curvature(Listener):
         if not nodes:
             return
         edges = [GradientEdge(*node.next_functions[0]) for node in nodes]
-        self._pushing, self._first = True, first
+        Curvature._pushing, self._first = self, first
         try:
             torch.autograd.grad(outputs, edges, gradient, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
@@ -224,7 +227,7 @@ class Curvature(Listener):
                 "torch.utils.checkpoint use_reentrant=False"
             ) from error
         finally:
-            self._pushing = False
+            Curvature._pushing = None
         self._terms += terms
 
     # What was captured.
@@ -269,7 +272,6 @@ class Curvature(Listener):
     def discard(self) -> None:
         """Forget what was captured since the last time."""
         self._inbox, self._terms = {}, 0.0
-        self._scale, self._task = 1.0, -1
         self.nodes = [reference for reference in self.nodes if reference() is not None]
 
     def uncalled(self) -> list[str]:
