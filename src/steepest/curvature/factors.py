@@ -124,13 +124,14 @@ def kfac_factors(
     curvature.listening = curvature.any_mode = True
     run = _Run(curvature, loss, fisher, loss_terms, seed)
     try:
+        bases: dict[Tensor, tuple[Tensor, Tensor]] = {}
         found = run.over(batches)
         if eigenvalues:
-            factors = {weight: KroneckerFactors(s.A, s.B) for weight, s in found.items()}
-            curvature.bases = lambda weight: factors[weight].eigenvectors if weight in factors else None
-            found = {w: Statistics(found[w].A, found[w].B, s.S) for w, s in run.over(batches).items() if w in found}
-            return {x.name: _factors(found[x.weight], factors[x.weight].eigenvectors) for x in curvature.layers}
-        return {layer.name: _factors(found[layer.weight]) for layer in curvature.layers if layer.weight in found}
+            bases = {weight: KroneckerFactors(s.A, s.B).eigenvectors for weight, s in found.items()}
+            curvature.bases = bases.get
+            second = run.over(batches)
+            found = {weight: Statistics(s.A, s.B, second[weight].S) for weight, s in found.items()}
+        return {x.name: _factors(found[x.weight], bases.get(x.weight)) for x in curvature.layers if x.weight in found}
     finally:
         curvature.detach()
 

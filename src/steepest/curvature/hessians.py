@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from steepest.curvature.likelihoods import sampled_gradient
 
 Loss = Callable[[Any, Any], Tensor]
+LINEAR = "the loss is linear in the outputs, so that its Hessian is zero; take fisher='empirical'"
 
 
 def root_columns(loss: Loss, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
@@ -98,11 +99,13 @@ def _hessian(loss: Loss, outputs: Tensor, targets: Any) -> Tensor:
         f = outputs.detach().requires_grad_()
         (g,) = torch.autograd.grad(loss(f, targets), f, create_graph=True)
         if not g.requires_grad:
-            raise ValueError("the loss is linear in the outputs: its Hessian is zero; take fisher='empirical'")
+            raise ValueError(LINEAR)
         columns = [torch.autograd.grad(g[..., c].sum(), f, retain_graph=True)[0] for c in range(f.shape[-1])]
         probe = torch.cos(torch.arange(1.0, f.numel() + 1, device=f.device)).view(f.shape).to(f.dtype)
         (product,) = torch.autograd.grad(g, f, probe)
     H = torch.stack(columns, -1)
+    if not H.any():
+        raise ValueError(LINEAR)
     if not torch.allclose((H @ probe[..., None])[..., 0], product, rtol=1e-3, atol=1e-3 * float(H.abs().max())):
         raise ValueError(
             f"outputs of shape {list(outputs.shape)}: the loss is no sum over rows, the last dimension; if classes are "
