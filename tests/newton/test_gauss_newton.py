@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from steepest.newton.residual import half_square, joined
 def network(*widths, seed=0):
     torch.manual_seed(seed)
     layers = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b, dtype=torch.float64), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -64,11 +65,13 @@ def test_six_steps_are_the_golden_ones(golden, dual, monkeypatch):
     for expected in numbers["levenberg"]:
         loss = optimizer.step([Residual(lambda u, x, y: u(x) - y, x, y)])
         assert loss.item() == pytest.approx(expected["loss_before"], rel=1e-8)
-        torch.testing.assert_close(
-            flat(model), torch.tensor(expected["params"], dtype=torch.float64), rtol=1e-8, atol=1e-8
-        )
+        torch.testing.assert_close(flat(model), double(expected["params"]), rtol=1e-8, atol=1e-8)
         damping = optimizer.state[model[0].weight]["damping"].item()
         assert damping == pytest.approx(expected["damping_next"], rel=1e-8)
+
+
+def double(numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def as_in_golden(m, n, t):
@@ -76,7 +79,7 @@ def as_in_golden(m, n, t):
     return ((1.3 * k + 2.1 * t).sin() + 0.5 * (0.9 * k * (t + 1)).cos()).view(m, n)
 
 
-@pytest.mark.parametrize("damping", [1e-3, 1e-7])
+@pytest.mark.parametrize("damping", [1e-3, 1e-5])
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7), (1, 3), (300, 260)], ids=str)
 def test_primal_and_dual_agree_with_the_least_squares(shape, damping):
     J, r = random(*shape), random(shape[0], seed=1)
@@ -255,7 +258,7 @@ def test_auto_takes_cg_for_what_is_too_large(monkeypatch):
     optimizer.step([residual])
     assert "cg" in repr(optimizer)
     before = flat(model)
-    with pytest.raises(ValueError, match="solver='dense' with 30 residuals and 21 parameters.*solver='cg'"):
+    with pytest.raises(ValueError, match=r"solver='dense' with 30 residuals and 21 parameters.*solver='cg'"):
         GaussNewton(model, solver="dense").step([residual])
     with pytest.raises(ValueError, match="fewer points"):
         GaussNewton(model, solver="dense").step(step_closure(residual, model))
@@ -496,8 +499,8 @@ def test_float32_is_said_once():
 
 
 def test_float32_weights_come_to_what_float32_can():
+    model = network(1, 8, 1).float()
     with pytest.warns(UserWarning, match="float32"):
-        model = network(1, 8, 1).float()
         optimizer = GaussNewton(model)
     t = torch.linspace(0, 1, 20)[:, None]
     slope, start = Residual(lambda u, t: grad(u)(t)[0] + u(t), t), Residual(lambda u, t: u(t) - 1, t[:1])

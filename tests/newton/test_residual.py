@@ -1,6 +1,7 @@
 """Residuals at points: their values, their Jacobian, and the differential equations that are made of them."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from steepest.newton.residual import Residual, Rows, half_square, joined
 def network(*widths, seed=0):
     torch.manual_seed(seed)
     layers = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b, dtype=torch.float64), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
