@@ -1,4 +1,4 @@
-"""Physics-informed networks: Gauss-Newton beside others with the same CPU time; docs/pinns.md is about what this prints.
+"""Physics-informed networks: Gauss-Newton beside others with equal CPU time; docs/pinns.md is about what this prints.
 
     python benchmarks/pinn.py                          # Poisson's equation, seeds 0 to 4, 15 seconds each: 6 minutes
     python benchmarks/pinn.py --problem burgers --seeds 0,1,2 --seconds 30 --steps 1000

@@ -3,8 +3,10 @@
 import copy
 import math
 import pickle
+import runpy
 import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -512,3 +514,12 @@ def test_float32_weights_come_to_what_float32_can():
 
 def test_they_are_public():
     assert {"GaussNewton", "Residual"} <= set(steepest.__all__)
+
+
+def test_the_example_finds_its_coefficient(capsys):
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "pinn.py"))
+    try:
+        assert abs(example["main"](["--steps", "30"]) - example["TRUE_K"]) < 1e-6
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert "step  30" in capsys.readouterr().out
