@@ -81,6 +81,25 @@ def as_in_golden(m, n, t):
     return ((1.3 * k + 2.1 * t).sin() + 0.5 * (0.9 * k * (t + 1)).cos()).view(m, n)
 
 
+@pytest.mark.parametrize(
+    ("losses", "length"),
+    [
+        ([9, 9.5, 3], 1.0),  # it stops at the first that does not fall, once one has
+        ([11, math.nan, 9, 8, 8], 0.125),
+        ([9, 8, 7, 6, 5, 4, 3, 2], 2.0**-7),
+        ([math.inf, 10, 11, 12, 13, 14, 15, 16], 0.0),
+    ],
+)
+def test_the_length_is_the_best_before_the_loss_rises(losses, length):
+    model = network(1, 1)
+    optimizer, left = GaussNewton(model), iter(losses)
+    before = flat(model)
+    assert optimizer._search(10.0, torch.ones(2).double(), before, lambda: float(next(left))) == length
+    assert list(left) == ([3] if length == 1.0 else [])
+    if length:
+        torch.testing.assert_close(flat(model), before - length)
+
+
 @pytest.mark.parametrize("damping", [1e-3, 1e-5])
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7), (1, 3), (300, 260)], ids=str)
 def test_primal_and_dual_agree_with_the_least_squares(shape, damping):
