@@ -293,3 +293,9 @@ def test_a_closure_must_return_outputs(numbers):
         optimizer.step(lambda: closure()[1])
     with pytest.raises(ValueError, match="no graph behind the outputs"):
         optimizer.step(lambda: (closure()[0].detach(), closure()[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"parameters of {dtype}: NaturalGradient needs float32 or float64"):
+        NaturalGradient([nn.Parameter(torch.zeros(2, dtype=dtype))])

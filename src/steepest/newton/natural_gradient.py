@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from steepest.linalg.precision import fp32_matmul_precision
-from steepest.newton.closures import Closure, Evaluated, backtrack, evaluate, likelihood_curvature
+from steepest.newton.closures import Closure, Evaluated, backtrack, check_precision, evaluate, likelihood_curvature
 from steepest.newton.conjugate_gradients import conjugate_gradients
 from steepest.newton.flat import FlatOptimizer
 from steepest.newton.products import LIKELIHOODS, Jacobian, Likelihood, Product, gauss_newton, join, pull
@@ -100,6 +100,10 @@ class NaturalGradient(FlatOptimizer):
     ) -> None:
         options = {"likelihood": likelihood, "lr": lr, "damping": damping, "max_kl": max_kl, "loss_scale": loss_scale}
         super().__init__(params, options | {"solver": solver, "tolerance": tolerance, "products": products})
+
+    def _check(self) -> None:
+        super()._check()
+        check_precision(self.trainable, "NaturalGradient")
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]

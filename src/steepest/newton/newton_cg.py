@@ -18,7 +18,15 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from steepest.newton.closures import HALVINGS, Closure, Evaluated, backtrack, evaluate, likelihood_curvature
+from steepest.newton.closures import (
+    HALVINGS,
+    Closure,
+    Evaluated,
+    backtrack,
+    check_precision,
+    evaluate,
+    likelihood_curvature,
+)
 from steepest.newton.conjugate_gradients import Solution, truncated
 from steepest.newton.flat import FlatOptimizer
 from steepest.newton.products import (
@@ -103,6 +111,7 @@ class NewtonCG(FlatOptimizer):
 
     def _check(self) -> None:
         super()._check()
+        check_precision(self.trainable, "NewtonCG")
         options = self.options
         if options["curvature"] == "fisher":
             check_likelihood(options["likelihood"])  # None is not enough here
