@@ -32,7 +32,7 @@ from steepest.lab.workloads.problems import PROBLEMS, Problem
 
 PICTURE = Path(__file__).parents[1] / "docs/pinn.png"
 RATES = {
-    "poisson": {"adamw": 1e-2, "soap": 1e-3, "muon": 1e-2},
+    "poisson": {"adamw": 1e-1, "soap": 1e-3, "muon": 1e-2},
     "burgers": {"adamw": 1e-2, "soap": 3e-2, "muon": 1e-2},
 }
 """The best of `TRIED` for each problem, by ``--tune``."""
