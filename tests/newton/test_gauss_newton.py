@@ -521,6 +521,17 @@ def test_float32_is_said_once():
     assert len(said) == 1
 
 
+def test_float32_systems_are_solved_in_float64():
+    """With a condition of 1e9, Cholesky's decomposition in float32 would fail."""
+    U, V = (torch.linalg.qr(random(6, 6, seed=seed))[0] for seed in (0, 1))
+    J, r = (U * torch.logspace(0, -4.5, 6, dtype=torch.float64) @ V).float(), random(6).float()
+    d, slope = Dense(J, r).solve(1e-9)
+    expected, steepness = Dense(J.double(), r.double()).solve(1e-9)
+    assert d.dtype == torch.float32
+    torch.testing.assert_close(d, expected.float())
+    assert slope == pytest.approx(steepness)
+
+
 def test_float32_weights_come_to_what_float32_can():
     model = network(1, 8, 1).float()
     with pytest.warns(UserWarning, match="float32"):
