@@ -33,7 +33,7 @@ from steepest.lab.workloads.problems import PROBLEMS, Problem
 PICTURE = Path(__file__).parents[1] / "docs/pinn.png"
 RATES = {
     "poisson": {"adamw": 1e-1, "soap": 1e-3, "muon": 1e-2},
-    "burgers": {"adamw": 1e-2, "soap": 3e-2, "muon": 1e-2},
+    "burgers": {"adamw": 3e-2, "soap": 3e-2, "muon": 1e-1},
 }
 """The best of `TRIED` for each problem, by ``--tune``."""
 TRIED = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

@@ -200,6 +200,11 @@ def test_with_a_full_rank_the_preconditioner_is_the_inverse():
     torch.testing.assert_close(sketch.preconditioner(mu)(v), expected)
 
 
+def test_the_trace_is_that_of_all_directions():
+    sketch = Nystrom(lambda v: 2 * v, random(9), rank=3, seed=0)
+    assert sketch.trace == pytest.approx(18.0)
+
+
 def test_the_sketch_finds_what_is_large():
     Q = torch.linalg.qr(random(40, 40))[0]
     A = Q * torch.logspace(0, -12, 40, dtype=torch.float64) @ Q.mT
