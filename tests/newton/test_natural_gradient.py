@@ -299,3 +299,10 @@ def test_a_closure_must_return_outputs(numbers):
 def test_weights_of_16_bits_are_refused(dtype):
     with pytest.raises(ValueError, match=f"parameters of {dtype}: NaturalGradient needs float32 or float64"):
         NaturalGradient([nn.Parameter(torch.zeros(2, dtype=dtype))])
+
+
+def test_the_model_itself_will_do() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = NaturalGradient(model, likelihood="categorical")
+    assert optimizer.param_groups[0]["params"] == list(model.parameters())
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steepest.newton.closures import (
     HALVINGS,
@@ -56,7 +56,7 @@ class NewtonCG(FlatOptimizer):
     for each step.
 
     Args:
-        params: tensors, dicts that define groups, or ``(name, tensor)`` pairs. All groups have the same options.
+        params: the model, its parameters, ``(name, tensor)`` pairs, or groups, all with the same options.
         curvature: "hessian" (default), which may be indefinite: directions of negative curvature are followed;
             the closure returns the loss. "ggn", the Gauss-Newton matrix ``Jᵀ H_L J`` of a loss that is convex in the
             model's outputs; the closure returns ``(outputs, loss)``. On neural networks it needs fewer products.
@@ -96,7 +96,7 @@ class NewtonCG(FlatOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[Any] | nn.Module,
         *,
         curvature: str = "hessian",
         likelihood: Likelihood | None = None,
