@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from checked import Checked, loss_of, mlp
+from checked import Checked, close, loss_of, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,7 +55,7 @@ def test_sampled_statistics_are_unbiased(likelihood):
     for _ in range(DRAWS):
         curvature.sample(model(X), likelihood)
         for weight, statistics in curvature.collect().items():
-            torch.testing.assert_close(statistics.A[0], exact[names[weight]].A, rtol=1e-10, atol=1e-12)
+            close(statistics.A[0], exact[names[weight]].A)
             draws[names[weight]].append(statistics.B[0])
     for name, factors in exact.items():
         within(*average(draws[name]), factors.B)
@@ -154,7 +154,7 @@ def test_micro_batches_count_together():
     torch.testing.assert_close(last.A[0, -1, -1], torch.ones(()).double())
     noise = [sampled_gradient_of(curvature, number) for number in range(2)]
     rows = torch.cat(noise)
-    torch.testing.assert_close(last.B[0], rows.T @ rows / 6, rtol=1e-12, atol=1e-14)
+    close(last.B[0], rows.T @ rows / 6)
 
 
 def sampled_gradient_of(curvature: Curvature, number: int) -> Tensor:
