@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from steepest.curvature import KroneckerFactors, kfac_factors
 from steepest.curvature.factors import find_loss_terms
+from steepest.curvature.moments import Inbox
 
 X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 2, 1, 0])
@@ -68,9 +69,17 @@ def test_model_and_gradients_stay_as_they_are():
 
 def test_hooks_go_after_an_error():
     model = net()
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as caught:
         kfac_factors(model, [(X, Y)], lambda f, y: 1 / 0, loss_terms="rows")
+    assert caught.tb  # it keeps the function's objects from being collected
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_inputs_are_summed_in_the_first_of_several_passes(monkeypatch):
+    calls, add = [], Inbox.add_inputs
+    monkeypatch.setattr(Inbox, "add_inputs", lambda *args: calls.append(1) or add(*args))
+    kfac_factors(net(), [(X, Y), (X, Y)], F.cross_entropy, fisher="type2")
+    assert len(calls) == 2 * 3
 
 
 def test_frozen_layers_are_left_out():

@@ -157,6 +157,21 @@ def test_micro_batches_count_together():
     close(last.B[0], rows.T @ rows / 6)
 
 
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def test_terms_are_rows_of_outputs_not_of_inputs():
+    """Five tokens of a sample share one loss term."""
+    model = nn.Sequential(nn.Linear(4, 2), Mean(), nn.Linear(2, 3)).double()
+    curvature = Curvature(model, fisher="sampled")
+    curvature.listening = True
+    curvature.sample(model(X[:3, None].expand(3, 5, 4)), "normal")
+    deltas = sampled_gradient_of(curvature, 0) @ model[2].weight.detach() / 5
+    close(curvature.collect()[model[0].weight].B[0], 5 * deltas.T @ deltas / 3)
+
+
 def sampled_gradient_of(curvature: Curvature, number: int) -> Tensor:
     import random
 
