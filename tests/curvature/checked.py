@@ -39,6 +39,11 @@ class Checked(Curvature):
             assert error < tolerance, f"{layer.name}: {error:.1e}"
 
 
+def close(x: Tensor, y: Tensor, tolerance: float = 1e-12) -> None:
+    """Entries differ by at most a fraction of the largest."""
+    torch.testing.assert_close(x, y, rtol=0.0, atol=tolerance * float(y.abs().max()))
+
+
 def mlp(**factory: Any) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(4, 8, **factory),
