@@ -1,7 +1,8 @@
 """All uses of torch.distributed's private parts.
 
-There are four: which shard of a DTensor each rank holds (`shards`), which parameters DDP replicates (`replicated`), how
-distributed checkpoints are shown a tensor that lives on one rank (`Owned`), and a mesh of that one rank.
+There are six: which shard of a DTensor each rank holds (`shards`), which parameters DDP replicates (`replicated`), and
+whether as a static graph, whether a layer is cut by tensor parallelism, how distributed checkpoints are shown a tensor
+that lives on one rank (`Owned`), and a mesh of that one rank.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor as DTensor
 from torch.distributed.tensor import Replicate
@@ -73,6 +74,24 @@ def replicated() -> dict[Tensor, dist.ProcessGroup]:
             else:
                 divided |= {p for group in thing.param_groups for p in group["params"]}
     return {p: group for p, group in found.items() if p not in divided}
+
+
+def static_graphs() -> set[Tensor]:
+    """Return the parameters whose `DistributedDataParallel` module was made with ``static_graph=True``."""
+    modules = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel) and x.static_graph]
+    return {p for module in modules for p in module.parameters()}
+
+
+def tensor_parallel(module: nn.Module, weight: Tensor) -> bool:
+    """Return whether a module computes with a shard of its weight, and not with the whole, as under FSDP2 and HSDP.
+
+    These leave a mark on the module, and shard the last dimension of their mesh only; the others are replicas.
+    """
+    if not isinstance(weight, DTensor):
+        return False
+    managed = getattr(module, "_is_fsdp_managed_module", False)
+    parallelized = getattr(module, "_distribute_module_applied", False)
+    return parallelized or not managed or not all(x.is_replicate() for x in weight.placements[:-1])
 
 
 class Owned(DTensor):
