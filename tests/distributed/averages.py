@@ -22,21 +22,22 @@ def averaged(heard: list[list[int]]) -> dict[int, tuple[Tensor, Tensor]]:
     Returns the averages of this rank's jobs.
     """
     peers = world()
-    targets = [Target(k, k % peers.size, (2, 3, 3), (2, k + 1, k + 1)) for k in range(len(heard))]
-    mine = {t.job: statistics(t, peers.me) for t in targets if peers.me in heard[t.job]}
-    return Averaging(peers, targets, mine, torch.empty(0, dtype=torch.float64)).wait()
+    targets = [Target((k, 0), k % peers.size, (2, 3, 3), (2, k + 1, k + 1)) for k in range(len(heard))]
+    mine = {t.key: statistics(t, peers.me) for t in targets if peers.me in heard[t.key[0]]}
+    found = Averaging(peers, targets, mine, torch.empty(0, dtype=torch.float64)).wait()
+    return {job: averages for (job, _), averages in found.items()}
 
 
 def statistics(target: Target, rank: int) -> tuple[Tensor, Tensor]:
     """Return the A and B of a rank."""
-    return symmetric(10 * target.job + rank, *target.A), symmetric(1000 + 10 * target.job + rank, *target.B)
+    return symmetric(10 * target.key[0] + rank, *target.A), symmetric(1000 + 10 * target.key[0] + rank, *target.B)
 
 
 def poisoned() -> bool:
     """Average statistics that are NaN on rank 0, and return whether this rank's result is, if it has one."""
-    target = Target(0, 1, (2, 2), (3, 3))
+    target = Target((0, 0), 1, (2, 2), (3, 3))
     A, B = torch.eye(2), torch.eye(3)
     if dist.get_rank() == 0:
         A[0, 1] = A[1, 0] = torch.nan
-    found = Averaging(world(), [target], {0: (A, B)}, A).wait()
-    return bool(found[0][0].isnan().any()) if found else False
+    found = Averaging(world(), [target], {target.key: (A, B)}, A).wait()
+    return bool(found[target.key][0].isnan().any()) if found else False

@@ -93,6 +93,10 @@ def test_frozen_parameters_and_added_groups(two: Ranks, layout: str) -> None:
     assert everywhere(two.run(jobs.with_frozen, layout, "soap")) == []
 
 
+def test_decay_is_a_gradient_in_one_group_of_two(two: Ranks) -> None:
+    assert everywhere(two.run(jobs.with_one_penalty, "ddp")) == []
+
+
 @pytest.mark.parametrize("layout", ["fsdp", slowly("ddp")])
 def test_mixed_dtypes(two: Ranks, layout: str) -> None:
     assert everywhere(two.run(jobs.with_mixed_dtypes, layout, "soap")) == []

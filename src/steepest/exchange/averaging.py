@@ -28,9 +28,10 @@ from steepest.linalg.packed import packed, unpacked
 
 @dataclass(frozen=True)
 class Target:
-    """A job whose statistics are averaged, and the rank that does it."""
+    """A piece whose statistics are averaged, and the rank that does it."""
 
-    job: int
+    key: tuple[int, int]
+    """The numbers of its parameter and of the piece."""
     owner: int
     A: tuple[int, ...]
     """The shape of its matrices A, ``[..., n, n]``."""
@@ -47,9 +48,9 @@ class Averaging:
     """An exchange of statistics, which is issued when it is made; `wait` averages what has arrived."""
 
     def __init__(
-        self, peers: Peers, targets: Sequence[Target], mine: Mapping[int, tuple[Tensor, Tensor]], like: Tensor
+        self, peers: Peers, targets: Sequence[Target], mine: Mapping[tuple[int, int], tuple[Tensor, Tensor]], like: Tensor
     ) -> None:
-        """Send this rank's A and B of each job to the job's owner; a rank that has none sends zeros.
+        """Send this rank's A and B of each piece to the piece's owner; a rank that has none sends zeros.
 
         All ranks have the same targets in the same order. ``like`` has the dtype and the device of A and B.
         """
@@ -57,12 +58,12 @@ class Averaging:
         self.targets = [target for target in targets if target.owner == peers.me]
         outgoing: list[list[Tensor]] = [[] for _ in peers.ranks]
         for target in targets:
-            outgoing[target.owner].append(_message(target, mine.get(target.job), like))
+            outgoing[target.owner].append(_message(target, mine.get(target.key), like))
         self.arrived = [[like.new_empty(target.entries) for target in self.targets] for _ in peers.ranks]
         self.exchange = AllToAll(peers, outgoing, self.arrived, like)
 
-    def wait(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return the averages A and B of each job that this rank owns."""
+    def wait(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """Return the averages A and B of each piece that this rank owns."""
         self.exchange.wait()
         found = {}
         for target, *messages in zip(self.targets, *self.arrived, strict=True):
@@ -70,7 +71,7 @@ class Averaging:
             for message in messages[1:]:
                 total = total + message
             heard, a, b = total.split([1, _entries(target.A), _entries(target.B)])
-            found[target.job] = _matrices(a / heard, target.A), _matrices(b / self.peers.size, target.B)
+            found[target.key] = _matrices(a / heard, target.A), _matrices(b / self.peers.size, target.B)
         return found
 
 

@@ -132,6 +132,11 @@ class Plan:
                 ]
         return tuple(sorted(found, key=_order))
 
+    def followers(self, bucket: int) -> dict[int, int]:
+        """Return the jobs of a bucket that follow others, by those that they follow."""
+        places = {self.jobs[j].name: j for j in self.buckets[bucket]}
+        return {places[self.jobs[j].leader]: j for j in self.buckets[bucket] if self.jobs[j].leader}
+
     def _relevant(self, j: int, rank: int | None) -> Rectangle:
         """Return the part of a job's rectangle whose transfers may concern a rank."""
         job = self.jobs[j]
@@ -167,7 +172,7 @@ class Plan:
         It is counted by jobs that are alike, because there are many transfers.
         """
         sent_in, received_in, sent_out, received_out = ([0] * self.world for _ in range(4))
-        alike = [replace(job, name="", cost=0.0, memory=0, kind="") for job in self.jobs]
+        alike = [replace(job, name="", cost=0.0, memory=0, kind="", leader="") for job in self.jobs]
         counts = Counter((job, job.layout.replica(owner)) for owner, job in zip(self.owners, alike, strict=True))
         outward: dict[Job, int] = {}  # entries that move to all ranks together
         for (job, replica), count in counts.items():
