@@ -88,6 +88,11 @@ class Refreshing(Rule, ABC, Generic[Factors]):
         return False
 
     @property
+    def settle(self) -> int:
+        """The number of first updates at which a matrix refreshes whatever the frequency."""
+        return 0
+
+    @property
     def qr_fp32_matmul_prec(self) -> Precision:
         """The precision of products in a refresh."""
         return self.fp32_matmul_prec
@@ -166,6 +171,8 @@ class Refreshing(Rule, ABC, Generic[Factors]):
         """
         if clock <= self.first_refresh:
             return clock == self.first_refresh
+        if clock < self.settle:
+            return True
         every = self.precondition_frequency
         if callable(every):
             return intervals(every, self.first_refresh).passes(clock, offset)
