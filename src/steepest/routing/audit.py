@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterator, Sequence
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from steepest.curvature.layers import CONVOLUTIONS
 from steepest.routing.classify import UNKNOWN
 from steepest.routing.heads import Heads
-from steepest.routing.survey import CONVOLUTIONS, Leaf
+from steepest.routing.survey import Leaf
 from steepest.routing.table import Row
 
 LARGE_RATIO, LARGE_STATE = 64, 2**24

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from steepest.curvature.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from steepest.engine.group import StackOptions
 from steepest.optimizers import group_options
 from steepest.routing.layout import TABLE_NAMES, Layout, find_layout
-from steepest.routing.survey import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Leaf, around, count_experts, is_own, routes
+from steepest.routing.survey import Leaf, around, count_experts, is_own, routes
 from steepest.routing.table import Row
 from steepest.rule import Rule
 from steepest.rules import RULES
