@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 import torch.distributed as dist
-from models import bare, weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-
-import steepest
 
 OPTIONS = {"lr": 0.5, "settle": 2, "statistics_frequency": 2, "precondition_frequency": 2}
 
@@ -56,7 +49,9 @@ def laid_out(model: nn.Module, layout: str) -> nn.Module:
     if layout == "ddp":
         return DistributedDataParallel(model)
     two = (2, world // 2)
-    mesh = init_device_mesh("cpu", two if layout == "hsdp" else (world,), mesh_dim_names=("a", "b")[: 1 + (layout == "hsdp")])
+    mesh = init_device_mesh(
+        "cpu", two if layout == "hsdp" else (world,), mesh_dim_names=("a", "b")[: 1 + (layout == "hsdp")]
+    )
     if layout == "units":
         for child in model.children():
             fully_shard(child, mesh=mesh)

@@ -57,6 +57,12 @@ def assign(
         p, group = params[index], groups[number]
         holders = peers.get(p)
         layout = None if holders is None else _layout(p, holders)
+        if index in biases and peers.get(params[biases[index]]) != holders:
+            names = parameter_names(groups)
+            raise ValueError(
+                f"{names[index]} and {names[biases[index]]} lie on different ranks, and {group['rule']} steps them as "
+                "one matrix: shard or replicate both, or give both another rule"
+            )
         if holders is None or layout is None:
             segments = segments_of(index, number, local(p), group, bias=biases.get(index))
             here.setdefault((None, 0), []).extend((s, local(p)) for s in segments)
@@ -71,7 +77,7 @@ def assign(
     for (where, replica), segments_here in here.items():
         found += [LocalBucket(stack, params, where, replica) for stack in lay_out(ways, segments_here)]
     for holders, layouts in shared.items():
-        found += _shared_buckets(ways, groups, params, holders, layouts, buckets)
+        found += _shared_buckets(ways, groups, params, holders, layouts, buckets, biases)
     return found
 
 
@@ -123,6 +129,7 @@ def _shared_buckets(
     peers: Peers,
     layouts: Sequence[tuple[int, int, Layout]],
     buckets: Sequence[Bucket],
+    biases: Mapping[int, int],
 ) -> list[Bucket]:
     """Plan the parameters of ``layouts`` among their peers, and return the plan's buckets."""
     from steepest.exchange.sharded import ShardedBucket

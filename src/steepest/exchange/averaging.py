@@ -48,7 +48,11 @@ class Averaging:
     """An exchange of statistics, which is issued when it is made; `wait` averages what has arrived."""
 
     def __init__(
-        self, peers: Peers, targets: Sequence[Target], mine: Mapping[tuple[int, int], tuple[Tensor, Tensor]], like: Tensor
+        self,
+        peers: Peers,
+        targets: Sequence[Target],
+        mine: Mapping[tuple[int, int], tuple[Tensor, Tensor]],
+        like: Tensor,
     ) -> None:
         """Send this rank's A and B of each piece to the piece's owner; a rank that has none sends zeros.
 

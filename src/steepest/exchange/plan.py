@@ -205,8 +205,8 @@ def make_plan(
     """Give every job an owner, and put jobs into buckets. The same jobs give the same plan, in every process.
 
     Owners: the most expensive jobs come first, and each goes to the least loaded rank so far (Graham, 1969: longest
-    processing time first, at most 4/3 of the best there is). Names break ties. A job that follows another one goes where
-    that goes.
+    processing time first, at most 4/3 of the best there is). Names break ties. A job that follows another one goes
+    where that goes.
 
     Buckets: every rank puts its most expensive jobs into the first bucket, the next most expensive into the second, and
     so on. So all ranks work on similar matrices at the same time, matrices of one shape meet in one bucket, and no rank

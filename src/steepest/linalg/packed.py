@@ -33,11 +33,11 @@ def unpacked(x: Tensor, d: int) -> Tensor:
             [2., 3.]])
     """
     h, k = (d + 1) // 2, d // 2
-    rectangle = x[..., : h * (k + 1)].unflatten(-1, (h, k + 1))
+    rectangle = x[..., : h * (k + 1)].reshape(*x.shape[:-1], h, k + 1)
     K = x.new_empty(*x.shape[:-1], d, d)
     upper, lower = rectangle[..., -h:].triu(), rectangle[..., h - k :, :k].tril()
     K[..., :h, :h] = upper + upper.triu(1).mT
     K[..., h:, h:] = lower + lower.tril(-1).mT
-    K[..., :h, h:] = x[..., h * (k + 1) :].unflatten(-1, (h, k))
+    K[..., :h, h:] = x[..., h * (k + 1) :].reshape(*x.shape[:-1], h, k)
     K[..., h:, :h] = K[..., :h, h:].mT
     return K
