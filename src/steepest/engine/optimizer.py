@@ -172,7 +172,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._roster.clipped:
             made: list[list[Directions]] = [[] for _ in buckets]
             interleave([self._directions(b, grads, captured, d) for b, d in zip(buckets, made, strict=True)])
-            clip([directions for of_bucket in made for directions in of_bucket], self._roster.clipped)
+            clip(made, buckets, self._roster.clipped)
             interleave([self._move(b, d) for b, d in zip(buckets, made, strict=True)])
         else:
             interleave([self._step_bucket(bucket, grads, captured) for bucket in buckets])
@@ -218,6 +218,10 @@ class Optimizer(torch.optim.Optimizer):
         """Return the biases that are stepped together with weights, by weight."""
         return {}
 
+    def _marks(self) -> Sequence[set[int]]:
+        """Return sets of parameters, by number, to which those of other ranks are added before a step."""
+        return ()
+
     def _captured(self, grads: list[Tensor | None]) -> Mapping[int, Statistics]:
         """Return what was captured since the last step, by the number of the weight; ``grads`` may become None."""
         return {}
@@ -233,7 +237,8 @@ class Optimizer(torch.optim.Optimizer):
         raising = {number for number, group in enumerate(self.param_groups) if group["nonfinite"] == "raise"}
         refused = participants.not_finite(roster, grads, raising) if raising else set()
         if roster.distributed:
-            self._elsewhere |= participants.agree(roster.params, grads, refused, roster.peers, roster.buckets)
+            elsewhere = participants.agree(roster.params, grads, refused, roster.peers, roster.buckets, self._marks())
+            self._elsewhere |= elsewhere
         if refused:
             index = min(refused)
             raise FloatingPointError(

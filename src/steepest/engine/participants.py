@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ def agree(
     refused: set[int],
     peers: Mapping[Tensor, Peers],
     buckets: Iterable[Bucket],
+    marks: Sequence[set[int]] = (),
 ) -> dict[Peers, int]:
     """Agree with other ranks on the parameters that take part in a step, and on the gradients that are refused.
 
@@ -43,6 +45,7 @@ def agree(
         refused: numbers of parameters whose gradients this rank refuses; others' are added.
         peers: the ranks that hold shards of each parameter, where other ranks do.
         buckets: all buckets, whose skipped updates are counted.
+        marks: further sets of numbers of parameters; others' are added.
 
     Returns:
         For each set of peers, the number of updates that the other ranks have skipped.
@@ -58,10 +61,10 @@ def agree(
     elsewhere = {}
     for ranks, indices in shared.items():
         mine = sum(s.skipped for bucket in buckets if bucket.peers == ranks and bucket.counts for s in bucket.stacks)
-        flags = [index in absent for index in indices] + [index in refused for index in indices]
-        agreed, everyone = ranks.agree(flags, mine)
-        absent |= {index for index, flag in zip(indices, agreed[: len(indices)], strict=True) if flag}
-        refused |= {index for index, flag in zip(indices, agreed[len(indices) :], strict=True) if flag}
+        sets = (absent, refused, *marks)
+        agreed, everyone = ranks.agree([index in marked for marked in sets for index in indices], mine)
+        for k, marked in enumerate(sets):
+            marked |= set(compress(indices, agreed[k * len(indices) :]))
         elsewhere[ranks] = everyone - mine
     if not refused:  # making a gradient local may communicate, which only ranks that go on may do
         grads[:] = [None if index in absent else local_gradient(p) for index, p in enumerate(params)]

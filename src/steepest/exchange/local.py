@@ -24,9 +24,15 @@ class LocalBucket(Bucket):
         self.peers = peers
         self.counts = replica == 0
         self.stacks = [stack]
+        self.device = stack.device
         self.params = params
         self._takes_part: Sequence[bool] = ()
         """For each parameter, whether it takes part in the step."""
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """See `Bucket.segments`."""
+        return self.stacks[0].segments
 
     def state(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """See `Bucket.state`."""

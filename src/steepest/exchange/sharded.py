@@ -62,7 +62,7 @@ class ShardedBucket(Bucket):
         self.weights = {bias: weight for weight, bias in self.biases.items()}
         self.leading = [job for job in self.jobs if job not in self.weights]
         self.owned = [job for job in self.leading if plan.owners[job] == self.me]
-        self.segments = {job: segments[job] for job in self.jobs}
+        self.pieces = {job: segments[job] for job in self.jobs}
         self.indices = {job: self._index(job) for job in self.jobs}
         self.params = {job: params[index] for job, index in self.indices.items()}
         self.groups = {job: groups[segments[job][0].group] for job in self.jobs}
@@ -74,16 +74,22 @@ class ShardedBucket(Bucket):
             for s in segments[job]
         }
         p = self.params[self.jobs[0]]
+        self.device = p.device
         self.gradient = torch.empty(0, dtype=p.dtype, device=p.device)  # to make others of its dtype and device
         self.direction = torch.empty(0, dtype=state_dtype(p), device=p.device)
         self.gathered: set[int] = set()
         """The jobs that take part in the step."""
 
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """See `Bucket.segments`."""
+        return [segment for job in self.leading for segment in self.pieces[job]]
+
     def state(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """See `Bucket.state`."""
         placed = {segment.key: (stack, segment) for stack in self.stacks for segment in stack.segments}
         for job in self.leading:
-            for segment in self.segments[job]:
+            for segment in self.pieces[job]:
                 stack, here = placed.get(segment.key, (None, segment))
                 metas = self.metas[segment.key]
                 yield segment.index, self._shown(job, metas, {} if stack is None else stack.views(here))
@@ -113,7 +119,7 @@ class ShardedBucket(Bucket):
         """See `Bucket.statistics`."""
         targets, mine = [], {}
         for job in self.leading if captured else ():
-            for segment in self.segments[job]:
+            for segment in self.pieces[job]:
                 if segment.index in captured:
                     b, m, n = segment.shape
                     targets.append(Target(segment.key, self.plan.owners[job], (b, n, n), (b, m, m)))
@@ -183,7 +189,7 @@ class ShardedBucket(Bucket):
                     for j in (job, self.biases.get(job))
                 )
                 assert whole is not None
-                for segment in self.segments[job]:
+                for segment in self.pieces[job]:
                     M = segment.view.batch(self._cut(whole, job, segment), segment.piece)
                     if segment.bias is not None:
                         assert column is not None
@@ -209,7 +215,7 @@ class ShardedBucket(Bucket):
 
     def _updates(self, job: int, made: Made) -> Tensor:
         """Return the number of updates that the first matrix of a job has had, ``[1]``."""
-        key = self.segments[job][0].key
+        key = self.pieces[job][0].key
         if key not in made:
             return self.direction.new_zeros(1)
         directions, segment = made[key]
@@ -218,7 +224,7 @@ class ShardedBucket(Bucket):
     def _wholes(self, job: int, made: Made) -> dict[int, Tensor]:
         """Return the directions of a job, and of the bias with it, in their rectangles; NaN where none was made."""
         wholes = {member: self.direction.new_full(self._shape(member), torch.nan) for member in self._team(job)}
-        for segment in self.segments[job]:
+        for segment in self.pieces[job]:
             if segment.key in made:
                 directions, stacked = made[segment.key]
                 D = directions.of(stacked)
@@ -231,7 +237,7 @@ class ShardedBucket(Bucket):
     def _factors(self, job: int, made: Made) -> list[LowRank]:
         """Return the factors of a job's directions, piece by piece; NaN where no direction was made."""
         factors = self._empty_factors(job)
-        for k, segment in enumerate(self.segments[job]):
+        for k, segment in enumerate(self.pieces[job]):
             if segment.key in made:
                 directions, stacked = made[segment.key]
                 factors[k] = directions.factors_of(stacked)
@@ -240,7 +246,7 @@ class ShardedBucket(Bucket):
     def _empty_factors(self, job: int) -> list[LowRank]:
         """Return factors of a job's directions that are to be filled; unfilled, their NaN says that matrices stay."""
         found = []
-        for segment in self.segments[job]:
+        for segment in self.pieces[job]:
             b, m, n = segment.shape
             r = self.rank(m, n)
             found.append(LowRank(self.direction.new_full((b, m, r), torch.nan), self.direction.new_zeros((b, n, r))))
@@ -249,7 +255,7 @@ class ShardedBucket(Bucket):
     def _product(self, job: int, factors: Sequence[LowRank]) -> Tensor:
         """Return the directions of a job in the shape of its rectangle, from the factors of its pieces."""
         whole = self.direction.new_empty(self._shape(job))
-        for segment, low_rank in zip(self.segments[job], factors, strict=True):
+        for segment, low_rank in zip(self.pieces[job], factors, strict=True):
             self._cut(whole, job, segment).copy_(segment.view.unbatch(low_rank.product(), segment.piece))
         return whole
 
@@ -258,8 +264,8 @@ class ShardedBucket(Bucket):
     def _index(self, job: int) -> int:
         """Return the number of a job's parameter."""
         if job not in self.weights:
-            return self.segments[job][0].index
-        return next(segment.bias for segment in self.segments[job] if segment.bias is not None)
+            return self.pieces[job][0].index
+        return next(segment.bias for segment in self.pieces[job] if segment.bias is not None)
 
     def _team(self, job: int) -> set[int]:
         """Return the job of a weight and, if the layer has a bias, the bias' job."""
@@ -278,11 +284,11 @@ class ShardedBucket(Bucket):
 
     def _cut(self, whole: Tensor, job: int, segment: Segment) -> Tensor:
         """Cut a segment's piece out of the tensor of its job, which is the piece itself if the job has one piece."""
-        return whole if len(self.segments[job]) == 1 else segment.view.cut(whole, segment.piece)
+        return whole if len(self.pieces[job]) == 1 else segment.view.cut(whole, segment.piece)
 
     def _rows(self, column: Tensor, job: int, segment: Segment) -> Tensor:
         """Cut the entries of a segment's rows out of the tensor of its bias, likewise."""
-        return column if len(self.segments[job]) == 1 else column[segment.view.blocks[segment.piece][0]]
+        return column if len(self.pieces[job]) == 1 else column[segment.view.blocks[segment.piece][0]]
 
     def _by_rank(self) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
         """Return empty lists of the tensors that are sent to each rank, and received from each rank."""
