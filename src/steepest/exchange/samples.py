@@ -1,0 +1,82 @@
+"""Whose samples a rank sees: what statistics of a model's layers need of the ranks that share the model.
+
+Under DDP, FSDP2 and HSDP every rank computes whole layers for samples of its own, and captures these. Layouts in which
+that is otherwise are refused here, with the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from steepest.exchange.shards import is_dtensor
+
+
+def refuse_parallel(layers: Iterable[tuple[str, nn.Module, Tensor]], model: nn.Module, rule: str, fisher: str) -> None:
+    """Raise if a rank sees a part of a layer's inputs or outputs only, or if ranks of one sample draw other targets.
+
+    Args:
+        layers: the names, modules and weights of the layers that are captured.
+        model: the model that they are in.
+        rule: the name of their rule, for the error.
+        fisher: "sampled" if each rank draws targets.
+
+    Raises:
+        ValueError: under tensor parallelism, and under DDP with ``static_graph=True``.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from steepest.exchange import dtensor
+
+    for name, module, weight in layers:
+        if dtensor.tensor_parallel(module, weight):
+            raise ValueError(
+                f"{name}.weight is cut by tensor parallelism: a rank sees a part of the layer's inputs or outputs, and "
+                f"{rule} needs statistics of all: give it another rule, overrides={{'{name}.weight': 'soap'}}"
+            )
+    if fisher != "sampled":
+        return
+    cut = [name for name, module in model.named_modules() if _cut(module)]
+    if cut:
+        raise ValueError(
+            f"fisher='sampled' with {cut[0]!r} under tensor parallelism: ranks that share a sample would draw "
+            "different targets for it: take fisher='empirical'"
+        )
+    if not dtensor.static_graphs().isdisjoint(model.parameters()):
+        raise ValueError(
+            "fisher='sampled' with DistributedDataParallel(static_graph=True): it would take the backward pass of "
+            "optimizer.sample for the training's, and never average gradients again: leave static_graph out, or take "
+            "fisher='empirical'"
+        )
+
+
+def refuse_unshared(names: Mapping[Tensor, str], peers: Collection[Tensor]) -> None:
+    """Raise if DDP replicates a parameter now, and did not when the optimizer was made.
+
+    Every rank would precondition by the statistics of its own samples, and weights would drift apart.
+
+    Args:
+        names: the parameters under rules that capture, and their names.
+        peers: the parameters that the optimizer knows other ranks to hold.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    from steepest.exchange import dtensor
+
+    replicated = dtensor.replicated()
+    for p, name in names.items():
+        if p in replicated and p not in peers and dist.get_world_size(replicated[p]) > 1:
+            raise RuntimeError(
+                f"{name} was wrapped with DistributedDataParallel after the optimizer was made, so that each rank "
+                "would step by the statistics of its own samples: wrap the model first, and make the optimizer from it"
+            )
+
+
+def _cut(module: nn.Module) -> bool:
+    from steepest.exchange import dtensor
+
+    return any(
+        dtensor.tensor_parallel(module, p) for p in module._parameters.values() if p is not None and is_dtensor(p)
+    )
