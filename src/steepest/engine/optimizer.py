@@ -112,8 +112,7 @@ class Optimizer(torch.optim.Optimizer):
             name, p = item if isinstance(item, tuple) else (f"parameter {i}", item)
             if isinstance(p, Tensor):
                 check_parameter(name, p, group)
-                if not self._captures:
-                    refuse_uncaptured(name, rule)
+                self._admit(name, p, group)
         super().add_param_group(group)
         for name in self.defaults.keys() - known.keys():
             del group[name]  # an option of the other rule, which torch fills in everywhere
@@ -217,6 +216,10 @@ class Optimizer(torch.optim.Optimizer):
     def _biases(self) -> Mapping[Tensor, Tensor]:
         """Return the biases that are stepped together with weights, by weight."""
         return {}
+
+    def _admit(self, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
+        """Raise if a parameter's rule needs statistics."""
+        refuse_uncaptured(name, group["rule"])
 
     def _captured(self, grads: list[Tensor | None]) -> Mapping[int, Statistics]:
         """Return what was captured since the last step, by the number of the weight; ``grads`` may become None."""
