@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -135,7 +135,9 @@ def averaged(layout: str, fisher: str, sizes: tuple[int, ...], checkpointed: boo
         outputs = model(x)
         sample(outputs, "categorical")
         F.cross_entropy(outputs, y).backward()
-    gradients = [distance(whole(p.grad), mean(q.grad)) for p, q in zip(many.parameters(), alone.parameters(), strict=True)]
+    gradients = [
+        distance(whole(p.grad), mean(q.grad)) for p, q in zip(many.parameters(), alone.parameters(), strict=True)
+    ]
     captured = curvature.collect()
     expected = [(mean(captured[p].A), mean(captured[p].B)) for p in alone.parameters() if p in captured]
     opt.step()
@@ -182,9 +184,7 @@ def poisoned(layout: str, value: float) -> tuple[list[str], bool, bool]:
     opt.step()
     moved = [name for name, p in weights(model).items() if not torch.equal(p, before[name])]
     after = states(opt, "A", "B", "exp_avg")
-    same = factors is None or all(
-        torch.equal(f[k], a[k]) for f, a in zip(factors, after or [], strict=True) for k in f
-    )
+    same = factors is None or all(torch.equal(f[k], a[k]) for f, a in zip(factors, after or [], strict=True) for k in f)
     train(model, opt, 4, 6)
     goes_on = all(not torch.equal(p, before[name]) and bool(p.isfinite().all()) for name, p in weights(model).items())
     return moved, same, goes_on
@@ -228,7 +228,9 @@ def consolidated(layout: str) -> tuple[bool, float]:
     alone = steepest.KFAC(one, **OPTIONS)
     alone.load_state_dict(shared[0])
     state = alone.state_dict()["state"]
-    same = all(torch.equal(x, shared[0]["state"][i][name]) for i, entries in state.items() for name, x in entries.items())
+    same = all(
+        torch.equal(x, shared[0]["state"][i][name]) for i, entries in state.items() for name, x in entries.items()
+    )
     for number in range(3, 5):
         step(model, opt, mine(batch(number, torch.float64)))
         step(one, alone, list(batch(number, torch.float64)))
@@ -302,22 +304,19 @@ def listens() -> list[bool]:
 def refused(what: str) -> str:
     """Return what an optimizer says to a layout that it can't be used in."""
     model = net()
-    make: Callable[[], Any] = lambda: steepest.KFAC(model)
     if what == "tensor parallel":
         parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), {"inner": ColwiseParallel()})
     elif what == "static graph":
-        wrapped = laid_out(model, "ddp", static_graph=True)
-        make = lambda: steepest.KFAC(wrapped, fisher="sampled")
+        model = laid_out(model, "ddp", static_graph=True)
     elif what == "ekfac":
-        wrapped = laid_out(model, "fsdp")
-        make = lambda: steepest.EKFAC(wrapped)
-    elif what == "wrapped later":
-        opt = steepest.KFAC(model)
-        wrapped = laid_out(model, "ddp")
-        make = lambda: train(wrapped, opt, 0, 1)
+        model = laid_out(model, "fsdp")
     before = [whole(p).clone() for p in model.parameters()]
     try:
-        make()
+        if what == "wrapped later":
+            opt = steepest.KFAC(model)
+            train(laid_out(model, "ddp"), opt, 0, 1)
+        else:
+            (steepest.EKFAC if what == "ekfac" else steepest.KFAC)(model, fisher="sampled")
     except (ValueError, RuntimeError) as error:
         assert all(map(torch.equal, before, [whole(p) for p in model.parameters()]))
         return str(error)

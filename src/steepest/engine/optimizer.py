@@ -112,8 +112,7 @@ class Optimizer(torch.optim.Optimizer):
             name, p = item if isinstance(item, tuple) else (f"parameter {i}", item)
             if isinstance(p, Tensor):
                 check_parameter(name, p, group)
-                if not self._captures:
-                    refuse_uncaptured(name, rule)
+                self._admit(name, p, group)
         super().add_param_group(group)
         for name in self.defaults.keys() - known.keys():
             del group[name]  # an option of the other rule, which torch fills in everywhere
@@ -179,14 +178,14 @@ class Optimizer(torch.optim.Optimizer):
         if self._roster.elementwise:
             self._skipped += step_elementwise(self._roster, self.param_groups, grads)
 
-    def _step_bucket(self, bucket: Bucket, grads: Tensors, captured: Mapping[int, Statistics]) -> Iterator[None]:
+    def _step_bucket(self, bucket: Bucket, grads: Tensors, captured: Mapping[int, Statistics | None]) -> Iterator[None]:
         """Step the matrices of a bucket; pause wherever tensors travel between ranks."""
         directions: list[Directions] = []
         yield from self._directions(bucket, grads, captured, directions)
         yield from self._move(bucket, directions)
 
     def _directions(
-        self, bucket: Bucket, grads: Tensors, captured: Mapping[int, Statistics], made: list[Directions]
+        self, bucket: Bucket, grads: Tensors, captured: Mapping[int, Statistics | None], made: list[Directions]
     ) -> Iterator[None]:
         """Append the directions of a bucket's matrices to ``made``."""
         roster = self._roster
@@ -219,11 +218,15 @@ class Optimizer(torch.optim.Optimizer):
         return {}
 
     def _marks(self) -> Sequence[set[int]]:
-        """Return sets of parameters, by number, to which those of other ranks are added before a step."""
+        """Return sets of numbers of parameters, to which those of other ranks are added before a step."""
         return ()
 
-    def _captured(self, grads: list[Tensor | None]) -> Mapping[int, Statistics]:
-        """Return what was captured since the last step, by the number of the weight; ``grads`` may become None."""
+    def _admit(self, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
+        """Raise if a parameter's rule needs statistics."""
+        refuse_uncaptured(name, group["rule"])
+
+    def _captured(self, grads: list[Tensor | None]) -> Mapping[int, Statistics | None]:
+        """Return what was captured, by the number of the weight; None: on other ranks. ``grads`` may become None."""
         return {}
 
     def _participants(self) -> list[Tensor | None]:
@@ -236,9 +239,9 @@ class Optimizer(torch.optim.Optimizer):
         roster.refuse_untrainable(grads)
         raising = {number for number, group in enumerate(self.param_groups) if group["nonfinite"] == "raise"}
         refused = participants.not_finite(roster, grads, raising) if raising else set()
+        marks = self._marks()
         if roster.distributed:
-            elsewhere = participants.agree(roster.params, grads, refused, roster.peers, roster.buckets, self._marks())
-            self._elsewhere |= elsewhere
+            self._elsewhere |= participants.agree(roster.params, grads, refused, roster.peers, roster.buckets, marks)
         if refused:
             index = min(refused)
             raise FloatingPointError(

@@ -97,7 +97,8 @@ class Roster:
             self.numbers += [number] * len(groups[number]["params"])
         entered = range(first, len(self.params))
         places = {p: i for i, p in enumerate(self.params)}
-        self.biases = {places[w]: places[b] for w, b in self.joined.items() if w in places and b in places}
+        joined = [(places[w], places[b]) for w, b in self.joined.items() if w in places and b in places]
+        self.biases = {w: b for w, b in joined if groups[self.numbers[w]].get("bias")}
         peers = peers_of(self.params[first:])
         self.peers |= peers
         self.distributed = self.distributed or bool(peers) or any(map(is_dtensor, self.params[first:]))

@@ -118,9 +118,11 @@ class Bucket(ABC):
 
     @abstractmethod
     def statistics(
-        self, captured: Mapping[int, Statistics]
+        self, captured: Mapping[int, Statistics | None]
     ) -> Generator[None, None, Mapping[tuple[int, int], Statistics]]:
         """Gather what was captured in layers, by the numbers of their weights; pause while it travels.
+
+        The numbers are the same on all ranks; None stands for what only other ranks have captured.
 
         Returns:
             The statistics of each piece that this rank steps, and that got some.

@@ -50,12 +50,12 @@ class LocalBucket(Bucket):
         return self._pieces(grads), None if weights is None else self._pieces(weights)
 
     def statistics(
-        self, captured: Mapping[int, Statistics]
+        self, captured: Mapping[int, Statistics | None]
     ) -> Generator[None, None, Mapping[tuple[int, int], Statistics]]:
         """See `Bucket.statistics`."""
         yield from ()
         segments = self.stacks[0].segments if captured else ()
-        return {s.key: s.part(captured[s.index]) for s in segments if s.index in captured}
+        return {s.key: s.part(here) for s in segments if (here := captured.get(s.index)) is not None}
 
     def scatter(self, directions: Sequence[Directions]) -> Generator[None, None, list[Move]]:
         """See `Bucket.scatter`."""

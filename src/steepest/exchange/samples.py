@@ -11,30 +11,38 @@ from collections.abc import Collection, Iterable, Mapping
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from steepest.curvature.layers import Layer
 from steepest.exchange.shards import is_dtensor
 
 
-def refuse_parallel(layers: Iterable[tuple[str, nn.Module, Tensor]], model: nn.Module, rule: str, fisher: str) -> None:
+def refuse_parallel(layers: Iterable[Layer], model: nn.Module, rule: str, fisher: str) -> None:
     """Raise if a rank sees a part of a layer's inputs or outputs only, or if ranks of one sample draw other targets.
 
     Args:
-        layers: the names, modules and weights of the layers that are captured.
+        layers: those that are captured.
         model: the model that they are in.
-        rule: the name of their rule, for the error.
+        rule: the name of their rule.
         fisher: "sampled" if each rank draws targets.
 
     Raises:
-        ValueError: under tensor parallelism, and under DDP with ``static_graph=True``.
+        ValueError: under tensor parallelism, for draws under DDP with ``static_graph=True``, and for EKFAC.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
     from steepest.exchange import dtensor
 
-    for name, module, weight in layers:
-        if dtensor.tensor_parallel(module, weight):
+    replicated = dtensor.replicated()
+    for layer in layers:
+        name = f"{layer.name}.weight" if layer.name else "weight"
+        if rule == "ekfac" and (layer.weight in replicated or is_dtensor(layer.weight)):
             raise ValueError(
-                f"{name}.weight is cut by tensor parallelism: a rank sees a part of the layer's inputs or outputs, and "
-                f"{rule} needs statistics of all: give it another rule, overrides={{'{name}.weight': 'soap'}}"
+                f"{name} is on several ranks, and the second moments of {rule} need the owner's bases on all of them: "
+                "take 'kfac', whose factors are averages, also with form='eigen'"
+            )
+        if dtensor.tensor_parallel(layer.module, layer.weight):
+            raise ValueError(
+                f"{name} is cut by tensor parallelism: a rank sees a part of the layer's inputs or outputs, and "
+                f"{rule} needs statistics of all: give it another rule, overrides={{'{name}': 'soap'}}"
             )
     if fisher != "sampled":
         return

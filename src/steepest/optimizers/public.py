@@ -17,6 +17,7 @@ from steepest.functional import (
 )
 from steepest.linalg.precision import fp32_matmul_precision
 from steepest.optimizers import create
+from steepest.optimizers.kfac import EKFAC, KFAC
 from steepest.optimizers.lion import Lion
 from steepest.optimizers.muon import AdaMuon, Dion, Dion2, Muon, NorMuon
 from steepest.optimizers.shampoo import KLShampoo, Shampoo
@@ -26,8 +27,8 @@ from steepest.routing import for_model, route
 from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
 
 __all__ = [
-    "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "InverseRootSOAP", "KLShampoo",
-    "LinearSchedule", "Lion", "Muon", "NorMuon", "Optimizer", "Shampoo", "StepSchedule",
+    "EKFAC", "KFAC", "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "InverseRootSOAP",
+    "KLShampoo", "LinearSchedule", "Lion", "Muon", "NorMuon", "Optimizer", "Shampoo", "StepSchedule",
     "adopt", "all_eigenbases_met_criteria", "conjugate", "create", "eigh_with_fallback", "for_model",
     "fp32_matmul_precision", "get_eigenbasis_eigh", "get_eigenbasis_qr", "init_kronecker_factors",
     "orthogonal_iteration", "precondition", "recipe", "route", "update_eigenbasis_and_exp_avgs",
