@@ -93,13 +93,23 @@ def distance(x: Tensor, y: Tensor) -> float:
     return float((x - y).norm() / y.norm())
 
 
-def states(opt: steepest.KFAC, *names: str) -> list[dict[str, Tensor]] | None:
-    """Return the state of each weight on rank 0, and None elsewhere; every rank must call it."""
-    consolidated = opt.consolidate()
-    if consolidated is None:
-        return None
-    found = (entries for entries in consolidated["state"].values() if "A" in entries)
-    return [{name: entries[name] for name in names} for entries in found]
+def states(opt: steepest.KFAC) -> dict[str, dict[str, Tensor]]:
+    """Return A, B and the momentum of each weight by its name, on rank 0; every rank must call it."""
+    whole = opt.consolidate()
+    found = {}
+    for group in whole["param_groups"] if whole else ():
+        for number, name in zip(group["params"], group["param_names"], strict=True):
+            entries = whole["state"][number]
+            if "A" in entries:
+                found[name.removeprefix("module.")] = {key: entries[key] for key in ("A", "B", "exp_avg")}
+    return found
+
+
+def apart(found: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> float:
+    """Return the largest relative difference of factors, on rank 0."""
+    assert len(expected) == 4
+    assert found.keys() == expected.keys() or dist.get_rank()
+    return max((distance(x[k], expected[name][k]) for name, x in found.items() for k in ("A", "B")), default=0.0)
 
 
 def as_one_process(layout: str, dtype: torch.dtype, steps: int, checkpointed: bool = False) -> tuple[float, float]:
@@ -113,12 +123,9 @@ def as_one_process(layout: str, dtype: torch.dtype, steps: int, checkpointed: bo
             opt.step()
     pairs = zip(weights(many).values(), weights(one).values(), strict=True)
     moved = max(distance(a, b) for a, b in pairs)
-    found, expected = states(there, "A", "B"), [s for s in here.state.values() if "A" in s]
-    if found is None:
-        return 0.0, moved
-    factors = [distance(f[k], e[k]) for f, e in zip(found, expected, strict=True) for k in ("A", "B")]
-    assert len(factors) == 8
-    return max(factors), moved
+    return apart(
+        states(there), {name: here.state[p] for name, p in one.named_parameters() if "A" in here.state[p]}
+    ), moved
 
 
 def averaged(layout: str, fisher: str, sizes: tuple[int, ...], checkpointed: bool = False) -> tuple[float, float]:
@@ -139,17 +146,10 @@ def averaged(layout: str, fisher: str, sizes: tuple[int, ...], checkpointed: boo
         distance(whole(p.grad), mean(q.grad)) for p, q in zip(many.parameters(), alone.parameters(), strict=True)
     ]
     captured = curvature.collect()
-    expected = [(mean(captured[p].A), mean(captured[p].B)) for p in alone.parameters() if p in captured]
+    layers = [(name, captured[p]) for name, p in alone.named_parameters() if p in captured]
+    expected = {name: {"A": mean(x.A).squeeze(0), "B": mean(x.B).squeeze(0)} for name, x in layers}
     opt.step()
-    found = states(opt, "A", "B")
-    if found is None:
-        return 0.0, max(gradients)
-    factors = [
-        max(distance(f["A"].view_as(A), A), distance(f["B"].view_as(B), B))
-        for f, (A, B) in zip(found, expected, strict=True)
-    ]
-    assert len(factors) == 4
-    return max(factors), max(gradients)
+    return apart(states(opt), expected), max(gradients)
 
 
 def mean(x: Tensor) -> Tensor:
@@ -170,21 +170,21 @@ def train(model: nn.Module, opt: steepest.KFAC, first: int, last: int, fisher: s
         opt.step()
 
 
-def poisoned(layout: str, value: float) -> tuple[list[str], bool, bool]:
-    """Let one rank's batch be NaN or infinite in a step; return what that changes, and whether training goes on."""
+def poisoned(layout: str) -> tuple[list[str], bool, bool]:
+    """Let one rank's batch be NaN in a step; return what that changes, and whether training goes on."""
     model = laid_out(net(), layout)
     opt = steepest.KFAC(model, **OPTIONS | {"statistics_frequency": 1})
     train(model, opt, 0, 3)
-    before, factors = weights(model), states(opt, "A", "B", "exp_avg")
+    before, factors = weights(model), states(opt)
     x, y = mine(batch(3))
     if dist.get_rank() == 0:
-        x[0, 0, 0] = value
+        x[0, 0, 0] = torch.nan
     opt.zero_grad()
     F.cross_entropy(model(x), y).backward()
     opt.step()
     moved = [name for name, p in weights(model).items() if not torch.equal(p, before[name])]
-    after = states(opt, "A", "B", "exp_avg")
-    same = factors is None or all(torch.equal(f[k], a[k]) for f, a in zip(factors, after or [], strict=True) for k in f)
+    after = states(opt)
+    same = all(torch.equal(x, after[name][key]) for name, entries in factors.items() for key, x in entries.items())
     train(model, opt, 4, 6)
     goes_on = all(not torch.equal(p, before[name]) and bool(p.isfinite().all()) for name, p in weights(model).items())
     return moved, same, goes_on
@@ -247,15 +247,18 @@ def left_out() -> tuple[float, float]:
     x, y = mine(batch(0, torch.float64))
     F.cross_entropy(alone(x), y).backward()
     captured = curvature.collect()[alone.twice.weight]
-    for _ in range(2):
+    opt.zero_grad()
+    F.cross_entropy(model(x, shortly=dist.get_rank() > 0), y).backward()
+    opt.step()
+    found = states(opt).get("twice.weight")
+    for step in range(1, 3):  # the first rank leaves it out, too
         opt.zero_grad()
-        F.cross_entropy(model(x, shortly=dist.get_rank() > 0), y).backward()
+        x, y = mine(batch(step, torch.float64))
+        F.cross_entropy(model(x, shortly=step == 2 or dist.get_rank() == 0), y).backward()
         opt.step()
-        if not (found := states(opt, "A", "B")) or _:
-            continue
-        A, B = captured.A[0], captured.B[0] / dist.get_world_size()
-        result = distance(found[2]["A"], A), distance(found[2]["B"], B)
-    return result if dist.get_rank() == 0 else (0.0, 0.0)
+    if found is None:
+        return 0.0, 0.0
+    return distance(found["A"], captured.A[0]), distance(found["B"], captured.B[0] / dist.get_world_size())
 
 
 def accumulated(layout: str) -> tuple[float, float]:
@@ -275,36 +278,43 @@ def accumulated(layout: str) -> tuple[float, float]:
                     (F.cross_entropy(model(x), y) / 2).backward()
             opt.step()
     moved = max(distance(a, b) for a, b in zip(weights(many).values(), weights(one).values(), strict=True))
-    found, expected = states(there, "A", "B"), [s for s in here.state.values() if "A" in s]
-    if found is None:
-        return 0.0, moved
-    return max(distance(f[k], e[k]) for f, e in zip(found, expected, strict=True) for k in ("A", "B")), moved
+    return apart(
+        states(there), {name: here.state[p] for name, p in one.named_parameters() if "A" in here.state[p]}
+    ), moved
 
 
 def _unsynchronized(model: nn.Module) -> AbstractContextManager[None]:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def listens() -> list[bool]:
-    """Return in which steps statistics are captured, where a layer thaws that another rank may own."""
-    model = laid_out(net(), "ddp", find_unused_parameters=True)
-    inner: Net = model.module
+def listens(poison_first: bool) -> list[bool]:
+    """Return in which steps statistics are captured; each rank knows only of its own matrices that they wait.
+
+    A layer thaws in the step of number 5; or the first batch is NaN, so that no layer gets an update from it.
+    """
+    inner = net()
     inner.twice.weight.requires_grad_(False)
-    opt = steepest.KFAC(model, **OPTIONS)
+    model = laid_out(inner, "ddp")
+    opt = steepest.KFAC(inner, **OPTIONS | {"settle": 0, "statistics_frequency": 4})
+    opt.add_param_group({"params": [("twice.weight", inner.twice.weight)]})
     seen = []
     for step in range(8):
         seen.append(opt.wants_statistics)
-        if step == 5:
+        x, y = mine(batch(step))
+        if step == 5 and not poison_first:
             inner.twice.weight.requires_grad_(True)
-            model = DistributedDataParallel(inner)
-        train(model, opt, step, step + 1)
+            model = laid_out(inner, "ddp")
+        opt.zero_grad()
+        F.cross_entropy(model(x * torch.nan if poison_first and step == 0 else x), y).backward()
+        opt.step()
+    assert all(bool(p.isfinite().all()) for p in inner.parameters())
     return seen
 
 
 def refused(what: str) -> str:
     """Return what an optimizer says to a layout that it can't be used in."""
     model = net()
-    if what == "tensor parallel":
+    if what.startswith("tensor parallel"):
         parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), {"inner": ColwiseParallel()})
     elif what == "static graph":
         model = laid_out(model, "ddp", static_graph=True)
@@ -316,7 +326,8 @@ def refused(what: str) -> str:
             opt = steepest.KFAC(model)
             train(laid_out(model, "ddp"), opt, 0, 1)
         else:
-            (steepest.EKFAC if what == "ekfac" else steepest.KFAC)(model, fisher="sampled")
+            kind = steepest.EKFAC if what == "ekfac" else steepest.KFAC
+            kind(model, fisher="empirical" if what == "tensor parallel" else "sampled")
     except (ValueError, RuntimeError) as error:
         assert all(map(torch.equal, before, [whole(p) for p in model.parameters()]))
         return str(error)

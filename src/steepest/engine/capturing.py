@@ -197,12 +197,14 @@ class CapturingOptimizer(Optimizer, ABC):
 
     def _enter(self, numbers: Sequence[int]) -> None:
         """As ever, unless ranks share the model in a way that leaves statistics incomplete."""
-        places = self._layers()
-        for group in (self.param_groups[number] for number in numbers):
-            found = [places[p] for p in group["params"] if p in places]
-            kind = RULES[group["rule"]]
-            if found and issubclass(kind, Rule) and kind.captures:
-                samples.refuse_parallel(found, self._model, kind.name, self._capture.get("fisher", "empirical"))
+        groups = [self.param_groups[number] for number in numbers]
+        for rule in dict.fromkeys(group["rule"] for group in groups):
+            kind = RULES[rule]
+            if issubclass(kind, Rule) and kind.captures:
+                places = self._layers()
+                params = [p for group in groups if group["rule"] == rule for p in group["params"]]
+                found = [places[p] for p in params if p in places]
+                samples.refuse_parallel(found, self._model, rule, self._capture.get("fisher", "empirical"))
         super()._enter(numbers)
 
     def _admit(self, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
