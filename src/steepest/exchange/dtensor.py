@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NoReturn
 
@@ -76,6 +76,17 @@ def replicated() -> dict[Tensor, dist.ProcessGroup]:
     return {p: group for p, group in found.items() if p not in divided}
 
 
+def held_by_others(params: Iterable[Tensor]) -> set[Tensor]:
+    """Return the parameters that other ranks hold too, replicated by DDP or as DTensors."""
+    groups = replicated()
+    return {
+        p
+        for p in params
+        if (p.device_mesh.size() if isinstance(p, DTensor) else dist.get_world_size(groups[p]) if p in groups else 1)
+        > 1
+    }
+
+
 def static_graphs() -> set[Tensor]:
     """Return the parameters whose `DistributedDataParallel` module was made with ``static_graph=True``."""
     modules = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel) and x.static_graph]
@@ -87,7 +98,7 @@ def tensor_parallel(module: nn.Module, weight: Tensor) -> bool:
 
     These leave a mark on the module, and shard the last dimension of their mesh only; the others are replicas.
     """
-    if not isinstance(weight, DTensor):
+    if not isinstance(weight, DTensor) or weight.device_mesh.size() == 1:
         return False
     managed = getattr(module, "_is_fsdp_managed_module", False)
     parallelized = getattr(module, "_distribute_module_applied", False)

@@ -73,7 +73,7 @@ class LocalBucket(Bucket):
                 p, view, piece = self.params[segment.index], segment.view, segment.piece
                 t = made.stack.t[segment.start]
                 if segment.bias is not None:
-                    rows, b = view.blocks[piece][0], self.params[segment.bias]
+                    rows, b = view.blocks[piece][0], local(self.params[segment.bias])
                     if self._takes_part[segment.bias]:
                         column = D[..., -1].reshape(-1)
                         moves.append(Move(segment.bias, b[rows], column, may_stay, t, partial(_rows_in_whole, b, rows)))
@@ -93,8 +93,8 @@ class LocalBucket(Bucket):
                     pieces[segment.key] = view.matrices(x, piece)
                 continue
             # The half of a layer that has no gradient counts as zero, and is not moved.
-            x = torch.zeros_like(self.params[segment.index]) if x is None else x
-            bias = torch.zeros_like(self.params[segment.bias]) if bias is None else bias
+            x = torch.zeros_like(local(self.params[segment.index])) if x is None else x
+            bias = torch.zeros_like(local(self.params[segment.bias])) if bias is None else bias
             pieces[segment.key] = view.joined(view.matrices(x, piece), bias, piece)
         return pieces
 

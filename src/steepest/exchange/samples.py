@@ -31,10 +31,11 @@ def refuse_parallel(layers: Iterable[Layer], model: nn.Module, rule: str, fisher
         return
     from steepest.exchange import dtensor
 
-    replicated = dtensor.replicated()
+    layers = list(layers)
+    shared = dtensor.held_by_others([layer.weight for layer in layers])
     for layer in layers:
         name = f"{layer.name}.weight" if layer.name else "weight"
-        if rule == "ekfac" and (layer.weight in replicated or is_dtensor(layer.weight)):
+        if rule == "ekfac" and layer.weight in shared:
             raise ValueError(
                 f"{name} is on several ranks, and the second moments of {rule} need the owner's bases on all of them: "
                 "take 'kfac', whose factors are averages, also with form='eigen'"
@@ -73,9 +74,9 @@ def refuse_unshared(names: Mapping[Tensor, str], peers: Collection[Tensor]) -> N
         return
     from steepest.exchange import dtensor
 
-    replicated = dtensor.replicated()
+    shared = dtensor.held_by_others(names)
     for p, name in names.items():
-        if p in replicated and p not in peers and dist.get_world_size(replicated[p]) > 1:
+        if p in shared and p not in peers:
             raise RuntimeError(
                 f"{name} was wrapped with DistributedDataParallel after the optimizer was made, so that each rank "
                 "would step by the statistics of its own samples: wrap the model first, and make the optimizer from it"
