@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import differing, weights
+from models import differing, inject, weights
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -238,6 +239,28 @@ def consolidated(layout: str) -> tuple[bool, float]:
     return same, max(distance(a, b) for a, b in pairs)
 
 
+def saved(layout: str, path: str) -> dict[str, dict[str, Tensor]]:
+    """Save a checkpoint after three steps, and return the state on rank 0."""
+    model = laid_out(net(), layout)
+    opt = steepest.KFAC(model, **OPTIONS)
+    train(model, opt, 0, 3)
+    dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True)), checkpoint_id=path)
+    return states(opt)
+
+
+def loaded(layout: str, path: str) -> dict[str, dict[str, Tensor]]:
+    """Load that checkpoint in another layout, return the state on rank 0, and train on."""
+    model = laid_out(net(), layout)
+    opt = steepest.KFAC(model, **OPTIONS)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+    dcp.load(state, checkpoint_id=path)
+    set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    found = states(opt)
+    train(model, opt, 3, 4)
+    assert {int(s["clock"].to_local().sum()) for s in opt.state.values() if "clock" in s} <= {0, 4, 8}
+    return found
+
+
 def left_out() -> tuple[float, float]:
     """Leave a layer out on all ranks but the first; return how far its A and B are from what they should be."""
     model = laid_out(net(torch.float64), "ddp", find_unused_parameters=True)
@@ -287,11 +310,27 @@ def _unsynchronized(model: nn.Module) -> AbstractContextManager[None]:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def listens(poison_first: bool) -> list[bool]:
+def listens(poison_first: bool) -> tuple[list[bool], list[list[int]], list[list[int]]]:
     """Return in which steps statistics are captured; each rank knows only of its own matrices that they wait.
 
     A layer thaws in the step of number 5; or the first batch is NaN, so that no layer gets an update from it.
+
+    Returns:
+        For each step whether statistics are captured, and for each exchange the bytes to and from each rank.
     """
+    sent, received = [], []
+    exchanged = dist.all_to_all_single
+
+    def noted(out: Tensor, x: Tensor, incoming: list[int], outgoing: list[int], **options: Any) -> Any:
+        sent.append(outgoing)
+        received.append(incoming)
+        return exchanged(out, x, incoming, outgoing, **options)
+
+    with mock.patch.object(dist, "all_to_all_single", noted):
+        return _listens(poison_first), sent, received
+
+
+def _listens(poison_first: bool) -> list[bool]:
     inner = net()
     inner.twice.weight.requires_grad_(False)
     model = laid_out(inner, "ddp")
@@ -325,6 +364,11 @@ def refused(what: str) -> str:
         if what == "wrapped later":
             opt = steepest.KFAC(model)
             train(laid_out(model, "ddp"), opt, 0, 1)
+        elif what == "not called":
+            model = laid_out(model, "fsdp")
+            opt = steepest.KFAC(model, **OPTIONS)
+            inject(model, 0)
+            opt.step()
         else:
             kind = steepest.EKFAC if what == "ekfac" else steepest.KFAC
             kind(model, fisher="empirical" if what == "tensor parallel" else "sampled")

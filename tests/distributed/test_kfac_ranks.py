@@ -101,13 +101,27 @@ def test_accumulated_gradients(two: Ranks, layout: str) -> None:
 
 @pytest.mark.parametrize(("poison_first", "steps"), [(False, [0, 4, 6]), (True, [0, 2, 4])])
 def test_all_ranks_capture_in_the_same_steps(two: Ranks, poison_first: bool, steps: list[int]) -> None:
-    for listens in two.run(curved.listens, poison_first, timeout=60):
-        assert [step for step, due in enumerate(listens) if due] == steps
+    listens, sent, received = zip(*two.run(curved.listens, poison_first, timeout=60), strict=True)
+    for of_rank in listens:
+        assert [step for step, due in enumerate(of_rank) if due] == steps
+    for outgoing, incoming in zip(zip(*sent, strict=True), zip(*received, strict=True), strict=True):
+        assert list(zip(*outgoing, strict=True)) == [tuple(row) for row in incoming], "one sends what another expects"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("written", "read"), [("hsdp", "ddp"), ("ddp", "units"), ("units", "fsdp")])
+def test_checkpoints_in_other_layouts(four: Ranks, two: Ranks, tmp_path: Path, written: str, read: str) -> None:
+    state = four.run(curved.saved, written, str(tmp_path))[0]
+    found = two.run(curved.loaded, read, str(tmp_path))[0]
+    assert len(state) == 4
+    assert state.keys() == found.keys()
+    assert all(torch.equal(x, found[name][key]) for name, entries in state.items() for key, x in entries.items())
 
 
 REFUSED = {
     "tensor parallel": r"inner.weight is cut by tensor parallelism.*overrides=\{'inner.weight': 'soap'\}",
     "tensor parallel, drawn": r"inner.weight is cut by tensor parallelism",
+    "not called": r"a gradient, but no statistics",
     "static graph": r"static_graph=True.*fisher='empirical'",
     "ekfac": r"on several ranks.*take 'kfac'",
     "wrapped later": r"wrapped with DistributedDataParallel after.*wrap the model first",

@@ -82,7 +82,8 @@ class Averaging:
 def _message(target: Target, statistics: tuple[Tensor, Tensor] | None, like: Tensor) -> Tensor:
     if statistics is None:
         return like.new_zeros(target.entries)
-    return torch.cat([like.new_ones(1), *(packed(K).flatten() for K in statistics)])
+    # With parameters that are offloaded to the host, statistics are still on the device.
+    return torch.cat([like.new_ones(1), *(packed(K).flatten().to(like) for K in statistics)])
 
 
 def _entries(shape: Sequence[int]) -> int:
