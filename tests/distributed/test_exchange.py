@@ -14,7 +14,7 @@ from ranks import Ranks
 from steepest.rule import Rule
 from steepest.rules import RULES
 
-MATRIX_RULES = sorted(name for name, rule in RULES.items() if issubclass(rule, Rule))
+MATRIX_RULES = sorted(name for name, rule in RULES.items() if issubclass(rule, Rule) and not rule.captures)
 VARIANTS = {
     "bfloat16": ("soap", torch.bfloat16, {}),
     "stochastic rounding": ("soap", torch.bfloat16, {"stochastic_rounding": True}),

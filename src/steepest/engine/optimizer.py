@@ -237,17 +237,7 @@ class Optimizer(torch.optim.Optimizer):
         roster = self._roster
         grads = [p.grad for p in roster.params]
         roster.refuse_untrainable(grads)
-        raising = {number for number, group in enumerate(self.param_groups) if group["nonfinite"] == "raise"}
-        refused = participants.not_finite(roster, grads, raising) if raising else set()
-        marks = self._marks()
-        if roster.distributed:
-            self._elsewhere |= participants.agree(roster.params, grads, refused, roster.peers, roster.buckets, marks)
-        if refused:
-            index = min(refused)
-            raise FloatingPointError(
-                f"the gradient of {roster.names[index]} (shape {list(roster.params[index].shape)}) is not finite or "
-                'too large to square; nonfinite="skip" would leave the parameter out of this step'
-            )
+        self._elsewhere |= participants.agree(roster, self.param_groups, grads, self._marks())
         thawed = [index for index in roster.frozen if grads[index] is not None]
         if thawed:
             roster.adopt(self.param_groups, thawed)

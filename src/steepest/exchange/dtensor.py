@@ -1,8 +1,7 @@
 """All uses of torch.distributed's private parts.
 
-There are six: which shard of a DTensor each rank holds (`shards`), which parameters DDP replicates (`replicated`), and
-whether as a static graph, whether a layer is cut by tensor parallelism, how distributed checkpoints are shown a tensor
-that lives on one rank (`Owned`), and a mesh of that one rank.
+There are four: which shard of a DTensor each rank holds (`shards`), which parameters DDP replicates (`replicated`), how
+distributed checkpoints are shown a tensor that lives on one rank (`Owned`), and a mesh of that one rank.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor as DTensor
 from torch.distributed.tensor import Replicate
@@ -93,16 +92,16 @@ def static_graphs() -> set[Tensor]:
     return {p for module in modules for p in module.parameters()}
 
 
-def tensor_parallel(module: nn.Module, weight: Tensor) -> bool:
-    """Return whether a module computes with a shard of its weight, and not with the whole, as under FSDP2 and HSDP.
+def tensor_parallel(params: Iterable[Tensor]) -> set[Tensor]:
+    """Return the parameters of which a module sees its rank's shard, and not the whole as under FSDP2 and HSDP.
 
-    These leave a mark on the module, and shard the last dimension of their mesh only; the others are replicas.
+    These shard the last dimension of their mesh, and replicate the others.
     """
-    if not isinstance(weight, DTensor) or weight.device_mesh.size() == 1:
-        return False
-    managed = getattr(module, "_is_fsdp_managed_module", False)
-    parallelized = getattr(module, "_distribute_module_applied", False)
-    return parallelized or not managed or not all(x.is_replicate() for x in weight.placements[:-1])
+    cut = {p for p in params if isinstance(p, DTensor) and p.device_mesh.size() > 1}
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    modules = [x for x in gc.get_objects() if issubclass(type(x), kind)] if cut else []
+    gathered = {p for module in modules for p in module.parameters()}
+    return {p for p in cut if p not in gathered or not all(x.is_replicate() for x in p.placements[:-1])}
 
 
 class Owned(DTensor):

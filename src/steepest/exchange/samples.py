@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from steepest.curvature.layers import Layer
-from steepest.exchange.shards import is_dtensor
 
 
 def refuse_parallel(layers: Iterable[Layer], model: nn.Module, rule: str, fisher: str) -> None:
@@ -33,6 +32,7 @@ def refuse_parallel(layers: Iterable[Layer], model: nn.Module, rule: str, fisher
 
     layers = list(layers)
     shared = dtensor.held_by_others([layer.weight for layer in layers])
+    cut = dtensor.tensor_parallel(model.parameters())
     for layer in layers:
         name = f"{layer.name}.weight" if layer.name else "weight"
         if rule == "ekfac" and layer.weight in shared:
@@ -40,18 +40,18 @@ def refuse_parallel(layers: Iterable[Layer], model: nn.Module, rule: str, fisher
                 f"{name} is on several ranks, and the second moments of {rule} need the owner's bases on all of them: "
                 "take 'kfac', whose factors are averages, also with form='eigen'"
             )
-        if dtensor.tensor_parallel(layer.module, layer.weight):
+        if layer.weight in cut:
             raise ValueError(
                 f"{name} is cut by tensor parallelism: a rank sees a part of the layer's inputs or outputs, and "
                 f"{rule} needs statistics of all: give it another rule, overrides={{'{name}': 'soap'}}"
             )
     if fisher != "sampled":
         return
-    cut = [name for name, module in model.named_modules() if _cut(module)]
     if cut:
+        name = next(name for name, p in model.named_parameters() if p in cut)
         raise ValueError(
-            f"fisher='sampled' with {cut[0]!r} under tensor parallelism: ranks that share a sample would draw "
-            "different targets for it: take fisher='empirical'"
+            f"fisher='sampled' with {name} under tensor parallelism: ranks that share a sample would draw different "
+            "targets for it: take fisher='empirical'"
         )
     if not dtensor.static_graphs().isdisjoint(model.parameters()):
         raise ValueError(
@@ -81,11 +81,3 @@ def refuse_unshared(names: Mapping[Tensor, str], peers: Collection[Tensor]) -> N
                 f"{name} was wrapped with DistributedDataParallel after the optimizer was made, so that each rank "
                 "would step by the statistics of its own samples: wrap the model first, and make the optimizer from it"
             )
-
-
-def _cut(module: nn.Module) -> bool:
-    from steepest.exchange import dtensor
-
-    return any(
-        dtensor.tensor_parallel(module, p) for p in module._parameters.values() if p is not None and is_dtensor(p)
-    )
