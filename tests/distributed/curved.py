@@ -357,6 +357,9 @@ def refused(what: str) -> str:
         parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), {"inner": ColwiseParallel()})
     elif what == "static graph":
         model = laid_out(model, "ddp", static_graph=True)
+    elif what == "apart":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(model, mesh=mesh, ignored_params={model.inner.bias})
     elif what == "ekfac":
         model = laid_out(model, "fsdp")
     before = [whole(p).clone() for p in model.parameters()]

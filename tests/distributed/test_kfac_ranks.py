@@ -68,6 +68,13 @@ def test_factors_are_means_of_the_ranks_own(two: Ranks, layout: str, fisher: str
     assert gradients < 1e-13
 
 
+@pytest.mark.slow
+def test_draws_leave_gradients_alone_between_replicas(four: Ranks) -> None:
+    factors, gradients = farthest(four.run(curved.averaged, "hsdp", "sampled", (5, 4, 3, 4)))
+    assert factors < 1e-13
+    assert gradients < 1e-13
+
+
 @pytest.mark.parametrize("layout", ["ddp", slowly("units")])
 def test_nan_on_one_rank_leaves_no_trace(two: Ranks, layout: str) -> None:
     for moved, same, goes_on in two.run(curved.poisoned, layout):
@@ -122,6 +129,7 @@ REFUSED = {
     "tensor parallel": r"inner.weight is cut by tensor parallelism.*overrides=\{'inner.weight': 'soap'\}",
     "tensor parallel, drawn": r"inner.weight is cut by tensor parallelism",
     "not called": r"a gradient, but no statistics",
+    "apart": r"inner.weight and inner.bias lie on different ranks.*shard or replicate both",
     "static graph": r"static_graph=True.*fisher='empirical'",
     "ekfac": r"on several ranks.*take 'kfac'",
     "wrapped later": r"wrapped with DistributedDataParallel after.*wrap the model first",

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from steepest.curvature.layers import Layer
+from steepest.curvature import Layer
 
 
 def refuse_parallel(layers: Iterable[Layer], model: nn.Module, rule: str, fisher: str) -> None:
