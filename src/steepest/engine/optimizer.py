@@ -237,7 +237,8 @@ class Optimizer(torch.optim.Optimizer):
         roster = self._roster
         grads = [p.grad for p in roster.params]
         roster.refuse_untrainable(grads)
-        self._elsewhere |= participants.agree(roster, self.param_groups, grads, self._marks())
+        marks = self._marks() if self._captures else ()
+        self._elsewhere |= participants.agree(roster, self.param_groups, grads, marks)
         thawed = [index for index in roster.frozen if grads[index] is not None]
         if thawed:
             roster.adopt(self.param_groups, thawed)

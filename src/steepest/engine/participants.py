@@ -35,8 +35,12 @@ def agree(
         FloatingPointError: on all ranks, for a gradient that is not finite on one, if its group says
             ``nonfinite="raise"``.
     """
-    raising = {number for number, group in enumerate(groups) if group["nonfinite"] == "raise"}
-    refused = _not_finite(roster, grads, raising) if raising else set()
+    raising, refused = set(), set()
+    for number, group in enumerate(groups):
+        if group["nonfinite"] == "raise":
+            raising.add(number)
+    if raising:
+        refused = _not_finite(roster, grads, raising)
     elsewhere = _with_others(roster, grads, refused, marks) if roster.distributed else {}
     if refused:
         index = min(refused)
