@@ -230,15 +230,14 @@ class Optimizer(torch.optim.Optimizer):
         return {}
 
     def _participants(self) -> list[Tensor | None]:
-        """Return the gradients that take part in this step; a frozen parameter that has a gradient by now gets state.
-
-        A parameter sits the step out if it has no gradient on some rank; all ranks that hold it agree on that.
-        """
+        """Return the gradients that take part in this step; a frozen parameter that has a gradient by now gets state."""
         roster = self._roster
         grads = [p.grad for p in roster.params]
         roster.refuse_untrainable(grads)
         marks = self._marks() if self._captures else ()
-        self._elsewhere |= participants.agree(roster, self.param_groups, grads, marks)
+        raising = {number for number, group in enumerate(self.param_groups) if group["nonfinite"] == "raise"}
+        if raising or roster.distributed:
+            self._elsewhere |= participants.agree(roster, raising, grads, marks)
         thawed = [index for index in roster.frozen if grads[index] is not None]
         if thawed:
             roster.adopt(self.param_groups, thawed)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from itertools import compress
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +17,13 @@ from steepest.stack.stack import state_dtype
 
 
 def agree(
-    roster: Roster, groups: Sequence[Mapping[str, Any]], grads: list[Tensor | None], marks: Sequence[set[int]]
+    roster: Roster, raising: Collection[int], grads: list[Tensor | None], marks: Sequence[set[int]]
 ) -> dict[Peers, int]:
     """Agree with other ranks on the parameters that take part in a step: those with a gradient on every rank.
 
     Args:
         roster: all parameters.
-        groups: the options of all groups.
+        raising: the numbers of the groups with ``nonfinite="raise"``.
         grads: this rank's gradients; they become local shards, and None where another rank has none.
         marks: sets of numbers of parameters; those of other ranks are added.
 
@@ -32,15 +31,9 @@ def agree(
         For each set of peers, the number of updates that the other ranks have skipped.
 
     Raises:
-        FloatingPointError: on all ranks, for a gradient that is not finite on one, if its group says
-            ``nonfinite="raise"``.
+        FloatingPointError: on all ranks, for a gradient of these groups that is not finite on one.
     """
-    raising, refused = set(), set()
-    for number, group in enumerate(groups):
-        if group["nonfinite"] == "raise":
-            raising.add(number)
-    if raising:
-        refused = _not_finite(roster, grads, raising)
+    refused = _not_finite(roster, grads, raising) if raising else set()
     elsewhere = _with_others(roster, grads, refused, marks) if roster.distributed else {}
     if refused:
         index = min(refused)
