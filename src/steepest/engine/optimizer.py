@@ -230,7 +230,7 @@ class Optimizer(torch.optim.Optimizer):
         return {}
 
     def _participants(self) -> list[Tensor | None]:
-        """Return the gradients that take part in this step; a frozen parameter that has a gradient by now gets state."""
+        """Return the gradients that take part in this step; frozen parameters with a gradient get state."""
         roster = self._roster
         grads = [p.grad for p in roster.params]
         roster.refuse_untrainable(grads)
