@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from steepest.testing.evidence import Broken, NotApplicable, Snapshot, expect, expect_same, leaves, snapshot
-from steepest.testing.subject import Run, Subject, clause
+from steepest.testing.evidence import Broken, NotApplicable, Snapshot, expect, expect_same, leaves, one_line, snapshot
+from steepest.testing.run import Run
+from steepest.testing.subject import Subject, clause
 
 Transfer = Callable[[Subject, Run], Run]
 """A function that returns an interrupted run as another process would have it."""
@@ -78,8 +78,16 @@ def resume_untrained(subject: Subject) -> None:
 
 @clause(7, "resume by parameter name, in another order", several=True)
 def resume_by_name(subject: Subject) -> None:
-    """State of (name, tensor) pairs is matched by name: in another order, equal shapes would swap state unnoticed."""
-    _resumes(subject, by_name_reversed)
+    """State of (name, tensor) pairs is matched by name: in another order, equal shapes would swap state unnoticed.
+
+    Where all parameters move as one vector, whose order the state has, another order may be refused.
+    """
+    try:
+        _resumes(subject, by_name_reversed)
+    except ValueError as refusal:
+        if subject.joint:
+            raise NotApplicable(f"refuses another order: {one_line(refusal)}") from refusal
+        raise
 
 
 @clause(7, "resume with parameters that were frozen", several=True)
@@ -181,11 +189,17 @@ def by_file(subject: Subject, run: Run) -> Run:
     return carry(run.params, subject.start(run.dtype), through_file(run.optimizer.state_dict()))
 
 
-def by_copy(subject: Subject, run: Run, duplicate: Callable[[Optimizer], Optimizer]) -> Run:
-    """Transfer a run by a copy of the optimizer, which contains copies of its parameters."""
+def by_copy(subject: Subject, run: Run, duplicate: Callable[[Any], Any]) -> Run:
+    """Transfer a run by a copy of the optimizer, which contains copies of its parameters.
+
+    Where it was given a model, both are copied together.
+    """
+    if subject.by_model:
+        params, optimizer, source = duplicate((run.params, run.optimizer, run.source))
+        return Run(params, optimizer, source)
     optimizer = duplicate(run.optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return Run(dict(zip(run.params, params, strict=True)), optimizer, run.by_closure)
+    return Run(dict(zip(run.params, params, strict=True)), optimizer, run.source)
 
 
 def by_name_reversed(subject: Subject, run: Run) -> Run:
