@@ -16,6 +16,8 @@ from steepest.functional import (
     update_kronecker_factors_kl_shampoo,
 )
 from steepest.linalg.precision import fp32_matmul_precision
+from steepest.newton.gauss_newton import GaussNewton
+from steepest.newton.residual import Residual
 from steepest.optimizers import create
 from steepest.optimizers.lion import Lion
 from steepest.optimizers.muon import AdaMuon, Dion, Dion2, Muon, NorMuon
@@ -26,8 +28,8 @@ from steepest.routing import for_model, route
 from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
 
 __all__ = [
-    "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "InverseRootSOAP", "KLShampoo",
-    "LinearSchedule", "Lion", "Muon", "NorMuon", "Optimizer", "Shampoo", "StepSchedule",
+    "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "GaussNewton", "InverseRootSOAP",
+    "KLShampoo", "LinearSchedule", "Lion", "Muon", "NorMuon", "Optimizer", "Residual", "Shampoo", "StepSchedule",
     "adopt", "all_eigenbases_met_criteria", "conjugate", "create", "eigh_with_fallback", "for_model",
     "fp32_matmul_precision", "get_eigenbasis_eigh", "get_eigenbasis_qr", "init_kronecker_factors",
     "orthogonal_iteration", "precondition", "recipe", "route", "update_eigenbasis_and_exp_avgs",

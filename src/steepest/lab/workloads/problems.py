@@ -53,8 +53,8 @@ class Problem:
     @torch.no_grad()
     def error(self, model: nn.Module) -> float:
         """Return the relative L2 error of a network, ``‖u - truth‖ / ‖truth‖`` over `points`."""
-        distance = (model(self.points).squeeze(-1) - self.truth).norm() / self.truth.norm()
-        return distance.item()
+        distance = model(self.points).squeeze(-1) - self.truth
+        return float(distance.norm() / self.truth.norm())
 
 
 def poisson() -> Problem:
@@ -65,7 +65,8 @@ def poisson() -> Problem:
     source = 2 * math.pi**2 * sines(inside)
 
     def equation(u: Callable[[Tensor], Tensor], x: Tensor, f: Tensor) -> Tensor:
-        return jacrev(jacrev(u))(x).trace() + f
+        hessian: Tensor = jacrev(jacrev(u))(x)  # [2, 2]
+        return hessian.trace() + f
 
     def boundary(u: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return u(x)
@@ -92,8 +93,9 @@ def burgers() -> Problem:
             g, value = grad_and_value(u)(p)
             return g[1], (value, g)
 
-        curvature, (value, (u_t, u_x)) = grad(slope, has_aux=True)(p)
-        return u_t + value * u_x - NU * curvature[1]
+        curvature, (value, first) = grad(slope, has_aux=True)(p)
+        left: Tensor = first[0] + value * first[1] - NU * curvature[1]
+        return left
 
     def initial(u: Callable[[Tensor], Tensor], p: Tensor) -> Tensor:
         return u(p) + (math.pi * p[1]).sin()
