@@ -54,7 +54,7 @@ def empty_group(subject: Subject) -> None:
 def empty_parameters(subject: Subject) -> None:
     """A parameter of shape ``[0, 3]`` changes nothing for the others: shards of sharded models are often empty."""
     expected = subject.start()
-    params = subject.params() | {"empty": nn.Parameter(torch.zeros(0, 3, device=subject.device))}
+    params = subject.params() | {"empty": nn.Parameter(torch.zeros(0, 3, dtype=subject.dtype, device=subject.device))}
     run = subject.over(params, list(params.values()))
     for each in (expected, run):
         each.steps(range(2))

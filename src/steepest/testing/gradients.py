@@ -45,9 +45,9 @@ def no_gradients(subject: Subject) -> None:
     run.step(0, missing=run.params)
     expect_same(run.weights(), subject.params(), "no change in a first step without gradients")
     run.step(1)
-    before = _lasting(subject, run)
+    before = lasting(subject, run)
     run.step(2, missing=run.params)
-    expect_same(_lasting(subject, run), before, "no change in a step without gradients")
+    expect_same(lasting(subject, run), before, "no change in a step without gradients")
 
 
 @clause(4, "a gradient that is missing on some steps leaves weights and state alone", several=True, each=True)
@@ -65,7 +65,7 @@ def missing_leaves_clock(subject: Subject) -> None:
 @clause(11, "torch.amp.GradScaler trains as without it")
 def scaler(subject: Subject) -> None:
     """Losses scaled by a power of two and gradients unscaled again give the same steps."""
-    expected, run, scaling = subject.start(), subject.start(), _scaler(subject)
+    expected, (run, scaling) = subject.start(), _scaled(subject)
     start = run.weights()
     for k in range(3):
         _scaled_step(run, scaling, k)
@@ -76,12 +76,18 @@ def scaler(subject: Subject) -> None:
 @clause(11, "a step that GradScaler skips leaves no trace")
 def skipped_by_scaler(subject: Subject) -> None:
     """When gradients overflow at its scale, the scaler takes no step: weights and state are as before."""
-    run, scaling = subject.start(), _scaler(subject)
+    expected, (run, scaling) = subject.start(), _scaled(subject)
+    start = run.weights()
+    expected.step(0)
     _scaled_step(run, scaling, 0)
     before, scale = run.everything(), scaling.get_scale()
     _scaled_step(run, scaling, 1, factor=math.inf)
     expect(scaling.get_scale() < scale, "the scaler to see the overflow", "no smaller scale")
     expect_same(run.everything(), before, "no trace of a step that the scaler skipped")
+    for k in (2, 3):
+        _scaled_step(run, scaling, k)
+        expected.step(k)
+    expect_close(run.weights(), expected.weights(), start, "the same training as without the step that was skipped")
 
 
 @clause(12, "NaN in a gradient poisons neither weights nor state")
@@ -132,7 +138,7 @@ def bad_gradient_resumes(subject: Subject) -> None:
     _expect_resuming(subject, "bad", at=(0, 3), poison={subject.first: math.nan})
 
 
-def _lasting(subject: Subject, run: Run, *names: str) -> Snapshot:
+def lasting(subject: Subject, run: Run, *names: str) -> Snapshot:
     """Return what a step that can't be taken leaves as it is: these weights and their state, by default all.
 
     Where all parameters have one state, it may count the attempt, and all weights must stay.
@@ -144,11 +150,11 @@ def _expect_waiting(subject: Subject, what: str, **bad: Any) -> None:
     """Expect weights and state of a parameter to stay in steps in which its gradient is missing or bad."""
     run = subject.start()
     run.step(0)
-    before = _lasting(subject, run, subject.first)
+    before = lasting(subject, run, subject.first)
     for k in (1, 2):
         run.step(k, **bad)
         expect_same(
-            _lasting(subject, run, subject.first), before, f"weights and state to stay while the gradient is {what}"
+            lasting(subject, run, subject.first), before, f"weights and state to stay while the gradient is {what}"
         )
 
 
@@ -175,10 +181,13 @@ def _train_through(subject: Subject, at: int, what: str, **bad: Any) -> Run:
     return run
 
 
-def _scaler(subject: Subject) -> torch.amp.GradScaler:
+def _scaled(subject: Subject) -> tuple[Run, torch.amp.GradScaler]:
+    """Return a run and its scaler, of which the optimizer is told if it asks."""
     if subject.by_closure:
         raise NotApplicable("GradScaler does not support closures")
-    return torch.amp.GradScaler(subject.device.type, init_scale=256.0)
+    scaling = torch.amp.GradScaler(subject.device.type, init_scale=256.0)
+    told = {"grad_scaler": scaling} if "grad_scaler" in subject.arguments else {}
+    return subject.start(**told), scaling
 
 
 def _scaled_step(run: Run, scaling: torch.amp.GradScaler, k: int, factor: float = 1.0) -> None:

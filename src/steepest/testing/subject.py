@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from steepest.testing.draws import drawn
-from steepest.testing.evidence import NotApplicable, one_line
+from steepest.testing.evidence import NotApplicable, leaves, one_line
 from steepest.testing.run import Run
 from steepest.testing.sources import ANSWERS, Drawn, Evaluated, Propagated, Source
 
@@ -26,7 +26,7 @@ Check = Callable[["Subject"], None]
 Factory = Callable[..., torch.optim.Optimizer]
 """``factory(params, **overrides)`` returns an optimizer for ``params``, with some of its options overridden.
 
-If the first parameter of its signature is called ``model``, it gets a module instead.
+If the first parameter of its signature is called ``model``, it gets a module, and ``params`` by name if it takes them.
 """
 Form = Callable[[dict[str, Tensor]], Any]
 """A function that gives parameters the form in which an optimizer gets them, as an iterator or as groups."""
@@ -69,10 +69,15 @@ class Subject:
     @cached_property
     def by_model(self) -> bool:
         """Whether the optimizer takes a model, going by the name of its first argument."""
+        return next(iter(self.arguments), "") == "model"
+
+    @cached_property
+    def arguments(self) -> tuple[str, ...]:
+        """The names of the factory's arguments."""
         try:
-            return next(iter(inspect.signature(self.factory).parameters), "") == "model"
+            return tuple(inspect.signature(self.factory).parameters)
         except ValueError:  # no signature
-            return False
+            return ()
 
     @cached_property
     def by_closure(self) -> bool:
@@ -111,12 +116,14 @@ class Subject:
 
     @cached_property
     def joint(self) -> bool:
-        """Whether it has a closure evaluated, and keeps the state of all parameters under one of them."""
+        """Whether it has a closure evaluated, and keeps what it knows of all parameters under one of them."""
         if not (self.by_closure and self.others):
             return False
         run = self.start()
         run.steps(range(2))
-        return sum(bool(run.optimizer.state.get(p)) for p in run.params.values()) == 1
+        state = {name: leaves(run.optimizer.state.get(p, {})).values() for name, p in run.params.items()}
+        holders = [any(isinstance(x, Tensor) and x.numel() > 1 for x in entries) for entries in state.values()]
+        return sum(holders) == 1 or sum(map(bool, state.values())) == 1
 
     @cached_property
     def coupled(self) -> bool:
@@ -147,12 +154,17 @@ class Subject:
     ) -> Run:
         """Return a run before its first step, whose optimizer was given a list of tensors, or another form of them."""
         params = self.params(dtype, names)
-        return self.over(params, form(params) if form else list(params.values()), **overrides)
+        try:
+            return self.over(params, form(params) if form else list(params.values()), **overrides)
+        except (TypeError, ValueError) as refusal:
+            if dtype is not None and dtype != self.dtype and str(dtype)[6:] in str(refusal):
+                raise NotApplicable(f"refuses parameters in {str(dtype)[6:]}: {one_line(refusal)}") from refusal
+            raise
 
     def over(self, params: Mapping[str, Tensor], given: Any, **overrides: Any) -> Run:
         """Return a run before its first step, whose optimizer was given the parameters as ``given``."""
         in_order = isinstance(given, list) and [id(p) for p in given] == [id(p) for p in params.values()]
-        if self.by_model and not in_order:
+        if self.by_model and not in_order and "params" not in self.arguments:
             raise NotApplicable("takes a model, which has its parameters in one form")
         source: Source = Propagated(params) if self.by_model else Drawn()
         if self.by_closure:
@@ -160,7 +172,9 @@ class Subject:
         return self._run(params, source, given, **overrides)
 
     def _run(self, params: Mapping[str, Tensor], source: Source, given: Any = None, **overrides: Any) -> Run:
-        if given is None or self.by_model:
+        if self.by_model and given is not None and "params" in self.arguments:
+            overrides["params"] = given
+        if self.by_model or given is None:
             given = source.given(params)
         return Run(params, self.factory(given, **overrides), source)
 
