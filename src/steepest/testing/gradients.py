@@ -186,7 +186,7 @@ def _scaled(subject: Subject) -> tuple[Run, torch.amp.GradScaler]:
     if subject.by_closure:
         raise NotApplicable("GradScaler does not support closures")
     scaling = torch.amp.GradScaler(subject.device.type, init_scale=256.0)
-    told = {"grad_scaler": scaling} if "grad_scaler" in subject.arguments else {}
+    told: dict[str, Any] = {"grad_scaler": scaling} if "grad_scaler" in subject.arguments else {}
     return subject.start(**told), scaling
 
 
