@@ -177,7 +177,7 @@ def _act_spoiled(run: Run, k: int, value: float, first: int) -> int:
         found = required()
         if calls < first:
             return found
-        return tuple(x * value for x in found) if isinstance(found, tuple) else found * value
+        return (found[0], found[1] * value) if isinstance(found, tuple) else found * value
 
     run.act(evaluate)
     return calls

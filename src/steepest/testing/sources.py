@@ -107,7 +107,9 @@ class Propagated(Source):
         return self.model
 
     def set_gradients(self, params: Params, batch: Batch, optimizer: Any) -> None:
-        """Give every parameter its gradient."""
+        """Give every parameter its gradient, as a training loop does."""
+        if hasattr(optimizer, "zero_grad"):  # may forget more than gradients
+            optimizer.zero_grad()
         for p in params.values():
             p.grad = None
         with torch.enable_grad(), torch.autocast(next(iter(params.values())).device.type, enabled=False):
@@ -129,7 +131,7 @@ class Propagated(Source):
 class Evaluated(Source):
     """A closure computes a loss, which is strictly convex and has no minimum at the weights of any other batch.
 
-        u = h(w - t)        h(x) = x + tanh(x) / 2        loss = ½ Σ c u²
+        r = √c h(w - t)        h(x) = x + tanh(x) / 2        loss = ½ Σ r²
 
     with c and t drawn for each entry, so that the gradient of one parameter never depends on another. Its curvature is
     between 0.5 and 3.4. It is no quadratic function, since a Newton step would forget where it began.
@@ -170,32 +172,25 @@ class Evaluated(Source):
             raise NotApplicable("makes its gradients itself")
         return lambda: ANSWERS[self.answer](self, params, batch)
 
-    def _terms(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return u and c, each ``[P]``."""
-        terms, weights = [], []
+    def _residuals(self, params: Params, batch: Batch) -> Tensor:
+        """Return r ``[P]``."""
+        residuals = []
         for name, p in params.items():
             if name in batch.missing:
                 continue
             x = p - drawn(1 + batch.k, name, p.shape).to(p.device, p.dtype)
-            u = (x + x.tanh() / 2).flatten()
+            c = batch.scale * (0.5 + drawn(-1 - batch.k, name, p.shape).sigmoid())
+            r = (c.sqrt().to(p.device, p.dtype) * (x + x.tanh() / 2)).flatten()
             if name in batch.poison and not self.makes_gradients:
-                u = torch.cat([u[:1] * batch.poison[name], u[1:]])
-            terms.append(u)
-            c = 0.5 + drawn(-1 - batch.k, name, p.shape).sigmoid().flatten()
-            weights.append((batch.scale * c).to(p.device, p.dtype))
-        if not terms:
-            nothing = next(iter(params.values())).new_zeros(0)
-            return nothing, nothing
-        return torch.cat(terms), torch.cat(weights)
+                r = torch.cat([r[:1] * batch.poison[name], r[1:]])
+            residuals.append(r)
+        return torch.cat(residuals) if residuals else next(iter(params.values())).new_zeros(0)
 
     def _outputs_and_loss(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor]:
-        u, c = self._terms(params, batch)
-        squares = (u * u.conj()).real if u.is_complex() else u * u
-        return u, (c.real * squares).sum() / 2
-
-    def _residuals(self, params: Params, batch: Batch) -> Tensor:
-        u, c = self._terms(params, batch)
-        return c.sqrt() * u
+        """Return a row of outputs, and a loss that is the negative log likelihood of means with unit variance."""
+        outputs = self._residuals(params, batch)[None]  # [1, P]
+        squares = (outputs * outputs.conj()).real if outputs.is_complex() else outputs * outputs
+        return outputs, squares.sum() / 2
 
     def _backward(self, params: Params, batch: Batch) -> Tensor:
         for p in params.values():
