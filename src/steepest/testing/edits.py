@@ -69,7 +69,7 @@ def cleared_state(subject: Subject) -> None:
     for run in (straight, fresh):
         run.steps(range(3, 6))
     for way, (clear, names) in ways.items():
-        if subject.joint and names is one:
+        if subject.coupled and names is one:
             continue
         run = _run(subject)
         clear(run.optimizer, run.params[subject.first])
@@ -84,6 +84,8 @@ def cleared_state(subject: Subject) -> None:
 def reordered_parameters(subject: Subject) -> None:
     """State belongs to its parameter, wherever that stands in its group; checkpoints have the group's new order."""
     straight, run = _pair(subject)
+    if not subject.takes_forms:
+        raise NotApplicable("takes a model, whose order is that of its layers")
     run.optimizer.param_groups[0]["params"].reverse()
     params = subject.params()
     reverse = subject.over(params, list(reversed(params.values())))

@@ -55,7 +55,7 @@ class Layers(nn.Module):
         Layers with a missing parameter are not called, as experts without tokens.
         """
         outputs, terms = [], []
-        for layer, names in self.of.items():
+        for layer, names in sorted(self.of.items()):  # outputs in the same order, so that targets drawn for them are
             if missing and not set(names).isdisjoint(missing):
                 continue
             module = self.get_submodule(layer)

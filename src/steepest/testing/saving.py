@@ -106,10 +106,7 @@ def resume_by_name(subject: Subject) -> None:
 @clause(7, "resume with parameters that were frozen", several=True)
 def resume_frozen(subject: Subject) -> None:
     """A saved state without entries for a frozen parameter loads, and the parameter may thaw later."""
-    params = [subject.params() for _ in range(3)]
-    for each in params:
-        each[subject.first].requires_grad_(False)
-    straight, first, second = (subject.over(each, list(each.values())) for each in params)
+    straight, first, second = (subject.start_frozen(subject.first) for _ in range(3))
     for run in (straight, first):
         run.steps(range(3))
     carry(first.params, second, through_file(first.optimizer.state_dict()))
@@ -134,12 +131,14 @@ def resume_flattened(subject: Subject) -> None:
 @clause(7, "a state of other parameters is refused, and nothing has changed", several=True)
 def mismatched_state(subject: Subject) -> None:
     """A state with another number of groups or parameters raises an error, and the optimizer is as before."""
-    params = subject.params()
-    fewer = subject.over(params, list(params.values())[1:])
-    two = subject.over(params, [{"params": [p]} for p in list(params.values())[:2]])
+    others = {"another number of parameters": subject.start(names=subject.others)}
+    if subject.takes_forms:
+        params = subject.params()
+        in_two = [{"params": [p]} for p in list(params.values())[:2]]
+        others["another number of groups"] = subject.over(params, in_two)
     run = subject.start()
     run.steps(range(2))
-    for name, other in (("another number of parameters", fewer), ("another number of groups", two)):
+    for name, other in others.items():
         _expect_refusal(run, other.optimizer.state_dict(), f"a state with {name}")
 
 
@@ -227,7 +226,15 @@ def by_copy(subject: Subject, run: Run, duplicate: Callable[[Any], Any]) -> Run:
 
 
 def by_name_reversed(subject: Subject, run: Run) -> Run:
-    """Transfer a run from an optimizer of (name, tensor) pairs to one of the same pairs in reverse order."""
+    """Transfer a run from an optimizer of (name, tensor) pairs to one of the same pairs in reverse order.
+
+    The layers of a model are in reverse order, where the optimizer has their parameters' names.
+    """
+    if not subject.takes_forms:
+        if not all("param_names" in group for group in run.optimizer.param_groups):
+            raise NotApplicable("takes a model, and keeps no names of its parameters")
+        params = dict(reversed(subject.params(run.dtype).items()))
+        return carry(run.params, subject.over(params, list(params.values())), through_file(run.optimizer.state_dict()))
     named = subject.over(run.params, list(run.params.items()))
     named.optimizer.load_state_dict(run.optimizer.state_dict())
     params = dict(reversed(subject.params(run.dtype).items()))

@@ -181,11 +181,9 @@ def global_settings(subject: Subject) -> None:
 @clause(5, "parameters stay the leaves that they were, in their memory")
 def same_parameters(subject: Subject) -> None:
     """A step writes into parameters: others hold them, or views of their memory, and differentiate for them."""
-    params = subject.params()
     cold = subject.others[-1] if subject.others else None
-    if cold is not None:
-        params[cold].requires_grad_(False)
-    run = subject.over(params, list(params.values()))
+    run = subject.start_frozen(*[cold] if cold is not None else [])
+    params = run.params
     run.step(0)
     before = {name: _identity(p) for name, p in params.items()}
     frozen = run.weights(cold) if cold is not None else {}

@@ -136,7 +136,7 @@ class Subject:
         run, other = self.start(), self.start()
         for k in range(3):
             run.step(k)
-            other.step(k, missing=[self.others[-1]])
+            other.step(k, missing=self.others)
         return not torch.equal(run.params[self.first], other.params[self.first])
 
     @property
@@ -161,10 +161,26 @@ class Subject:
                 raise NotApplicable(f"refuses parameters in {str(dtype)[6:]}: {one_line(refusal)}") from refusal
             raise
 
+    @property
+    def takes_forms(self) -> bool:
+        """Whether parameters can be given in the forms of torch.optim, as groups for example."""
+        return not self.by_model or "params" in self.arguments
+
+    def start_frozen(self, *names: str) -> Run:
+        """Return a run with frozen parameters: before the optimizer is there, or after it where it takes a model."""
+        params = self.params()
+        if self.takes_forms:
+            for name in names:
+                params[name].requires_grad_(False)
+        run = self.over(params, list(params.values()))
+        for name in names:
+            params[name].requires_grad_(False)
+        return run
+
     def over(self, params: Mapping[str, Tensor], given: Any, **overrides: Any) -> Run:
         """Return a run before its first step, whose optimizer was given the parameters as ``given``."""
         in_order = isinstance(given, list) and [id(p) for p in given] == [id(p) for p in params.values()]
-        if self.by_model and not in_order and "params" not in self.arguments:
+        if not in_order and not self.takes_forms:
             raise NotApplicable("takes a model, which has its parameters in one form")
         source: Source = Propagated(params) if self.by_model else Drawn()
         if self.by_closure:
