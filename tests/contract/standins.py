@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,13 +10,30 @@ import torch
 from torch import Tensor, nn
 
 
+class Ear:
+    """A hook that hears for one optimizer, and is deaf in copies of its model."""
+
+    def __init__(self, optimizer: Whitens | None = None) -> None:
+        self.of = None if optimizer is None else weakref.ref(optimizer)
+
+    def __call__(self, *call: Any) -> None:
+        optimizer = None if self.of is None else self.of()
+        if optimizer is not None:
+            optimizer.listen(*call)
+
+    def __reduce__(self) -> Any:
+        return Ear, ()
+
+
 class Whitens(torch.optim.SGD):
     """SGD whose gradients are divided by the size of what comes into and back to each layer, which hooks measure."""
 
     guarded = True
     """Whether it looks for numbers that are not finite."""
-    rehooks = True
-    """Whether a copy puts hooks on its copy of the model."""
+    unhooks = False
+    """Whether it takes its hooks away when it is copied."""
+    rehooks = False
+    """Whether it adds hooks whenever it gets a state."""
 
     def __init__(self, model: nn.Module, *, lr: float = 1e-2, momentum: float = 0.9, **options: Any) -> None:
         super().__init__(model.parameters(), lr=lr, momentum=momentum, **options)
@@ -24,11 +42,11 @@ class Whitens(torch.optim.SGD):
 
     def hook(self) -> None:
         self.sums: dict[Tensor, Tensor] = {}
-        self.hooks = [layer.register_forward_hook(self.listen) for layer in self.model.modules() if layer.parameters]
+        self.hooks = [layer.register_forward_hook(Ear(self)) for layer in self.model.modules()]
 
     def listen(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight: Any = getattr(layer, "weight", None)
-        if weight is None or not output.requires_grad:
+        if weight is None or not output.requires_grad or all(weight is not p for p in self.all()):
             return
 
         def add(grad: Tensor) -> None:
@@ -60,11 +78,11 @@ class Whitens(torch.optim.SGD):
         return (p for group in self.param_groups for p in group["params"])
 
     def __getstate__(self) -> dict[str, Any]:
-        for hook in self.hooks if self.rehooks else ():
+        for hook in self.hooks if self.unhooks else ():
             hook.remove()
-        state = super().__getstate__() | {"model": self.model}
-        return state
+        return super().__getstate__() | {"model": self.model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.hook()
+        if "model" in state or self.rehooks:
+            self.hook()

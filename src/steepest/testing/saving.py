@@ -289,6 +289,8 @@ def _resumes(subject: Subject, transfer: Transfer, dtype: torch.dtype | None = N
         run.steps(range(4, 8))
     expect_same(second.everything(), straight.everything(), "the same training as without the break, bit for bit")
     expect_same(first.everything(), middle, "no change in the original while its copy trains")
+    first.steps(range(4, 8))
+    expect_same(first.everything(), straight.everything(), "the original to train on as if there were no copy")
 
 
 def _expect_refusal(run: Run, state: Any, name: str) -> None:
