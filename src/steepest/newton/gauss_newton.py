@@ -4,9 +4,9 @@
     d = (Jᵀ J + λ s I)⁻¹ Jᵀ r        s = ‖J‖_F² / R
     θ ← θ - t d                      t = 1, ½, ¼ ... 2⁻⁷, as long as f goes on falling
 
-λ falls to a tenth after a step of t ≥ ¼, and grows tenfold after one of t < 0.03, and whenever no t lowers f. Levenberg
-(1944) added the damping; that λ follows the accepted length, and not the ratio of actual to predicted reduction, was
-measured (docs/pinns.md).
+λ falls to a tenth after a step of t ≥ ¼, and grows tenfold after one of t < 0.03, and whenever no t lowers f. So the
+damping of Levenberg ("A method for the solution of certain non-linear problems in least squares", 1944) follows the
+accepted length, and not, as in Marquardt's rule, the ratio of the actual to the predicted reduction.
 """
 
 from __future__ import annotations
@@ -111,7 +111,10 @@ class GaussNewton(FlatOptimizer):
             raise ValueError("GaussNewton needs parameters that require a gradient; the model has none")
         super().__init__(moved, {"damping": damping, "solver": solver, "products": products, "rank": rank})
         self._named()
-        if self.param_groups[0]["params"][0].dtype == torch.float32:
+        dtype = self.param_groups[0]["params"][0].dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"parameters of {dtype}: GaussNewton needs float64, as of model.double(), or float32")
+        if dtype == torch.float32:
             warnings.warn(
                 "GaussNewton on float32 parameters: below relative errors of about 1e-5 it needs float64, as "
                 "model.double() and points of float64",
