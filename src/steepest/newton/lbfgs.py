@@ -124,8 +124,8 @@ class LBFGS(FlatOptimizer):
         """
         if not callable(closure):
             raise TypeError(
-                f"LBFGS.step({closure!r}): must be a function that clears the gradients, computes the loss, calls "
-                "backward on it and returns it, because a step evaluates the loss at several points"
+                f"LBFGS.step({closure!r}): the closure must be a function that clears the gradients, computes the "
+                "loss, calls backward on it and returns it, because a step evaluates the loss at several points"
             )
         self._check()
         if not sum(p.numel() for p in self.trainable):
