@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any
 
 from steepest.lab.race.results import Result, Results
-from steepest.lab.race.trial import loss
+from steepest.lab.race.trial import distance, loss
 from steepest.lab.shared.contenders import Contender
 from steepest.lab.shared.table import Table
 
@@ -20,7 +20,9 @@ def headline(results: Results) -> tuple[str, str]:
         return "The baseline has not finished a run yet, so there is nothing to compare with.", ""
     rivals = [result for result in results.entries if result is not base]
     poison = f" with {poisoned(results.plan.poison)}" if results.plan.poison else ""
-    losses = f"After {results.plan.steps} steps{poison}, {base.label} ends at {loss(base.final)}"
+    losses = (
+        f"After {distance(results.plan.steps, results.plan.seconds)}{poison}, {base.label} ends at {loss(base.final)}"
+    )
     if not rivals:
         return "No other contender has finished a run to compare with.", f"{losses}."
     top = min(rivals, key=lambda result: result.final)
@@ -44,6 +46,10 @@ def notes(results: Results) -> list[str]:
     chosen = [f"{result.label} {others}" for result in results.entries if (others := _other_choices(result))]
     if chosen:
         lines.append(f"Best of what was tuned besides lr: {'; '.join(chosen)}.")
+    if results.plan.seconds:
+        lines.append(f"Everybody had {results.plan.seconds:g} s of {results.clock}: numbers of steps differ.")
+    if own := [result.label for result in results.entries if result.own_passes]:
+        lines.append(f"In the times of {', '.join(own)} the model's passes and the optimizer's work are not separable.")
     if any(result.best_at_edge_of for result in results.entries):
         lines.append("* best at the edge of what was tried: the optimum may lie beyond.")
     if any(result.bound for result in results.entries):
@@ -104,7 +110,7 @@ def _cells(result: Result) -> list[str]:
     half_range = f" ±{result.half_range:#.2g}" if len(result.finals) > 1 else ""
     return [
         result.label,
-        f"{result.best.lr:g}{_star(result, 'lr')}",
+        f"{result.best.rate}{_star(result, 'lr')}",
         loss(result.final) + half_range if math.isfinite(result.final) else "diverged",
         f"{count} ({result.steps_share:.2f})" if count else "not reached",
         f"{result.bound}{result.time_share:.2f}" if result.time_share else "–",
@@ -165,5 +171,6 @@ def as_json(results: Results) -> dict[str, Any]:
         "headline": " ".join(headline(results)),
         "target": results.target,
         "poison": results.plan.poison,
+        "seconds": results.plan.seconds,
         "contenders": [entry(result) for result in results.entries],
     }
