@@ -135,4 +135,4 @@ def gradients(model: nn.Module, workload: Workload, batch: Any) -> Tensor:
     loss = workload.loss(model, batch)
     model.zero_grad()
     torch.autograd.backward(loss)
-    return loss
+    return loss.detach()
