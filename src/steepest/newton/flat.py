@@ -68,7 +68,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         first, params = self.param_groups[0], [p for group in self.param_groups for p in group["params"]]
         name = type(self).__name__
         for number, group in enumerate(self.param_groups):
-            for option in self.defaults:
+            for option in self.checks:
                 if group[option] != first[option]:
                     raise ValueError(
                         f"{option}={group[option]!r} in group {number}, {first[option]!r} in group 0: {name} moves all "
