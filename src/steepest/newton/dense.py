@@ -39,8 +39,13 @@ class Dense:
         """Whether a step can be computed: from one residual or derivative that is not finite none can."""
         return bool(torch.tensor(self.loss + self.scale).isfinite())
 
+    def renew(self) -> None:
+        """Do nothing: J does not change with the weights."""
+
     def solve(self, damping: float) -> tuple[Tensor, float] | None:
         """Return d ``[P]``, and its product with the gradient; None where the decomposition fails."""
+        if not self.scale:  # J is zero, and so is the gradient
+            return self.J.new_zeros(self.J.shape[1]), 0.0
         A = self.K.clone()
         A.diagonal().add_(damping * self.scale)
         L, info = torch.linalg.cholesky_ex(A)
