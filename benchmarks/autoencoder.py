@@ -71,7 +71,7 @@ def kfac(name: str, fisher: str) -> Make:
     return make
 
 
-ADAMWS = {"lr": (2.5e-3, 5e-3, 1e-2, 2e-2), "beta2": (0.95, 0.999)}
+ADAMWS = {"lr": (5e-3, 1e-2, 2e-2, 4e-2), "beta2": (0.95, 0.999)}
 SOAPS = {"lr": (1e-2, 2e-2, 4e-2, 8e-2), "shampoo_beta": (0.9, 0.95)}
 KFACS = {"damping": (1e-3, 3e-3, 1e-2, 3e-2), "kl_clip": (3e-3, 1e-2)}
 ROWS: dict[str, Row] = {

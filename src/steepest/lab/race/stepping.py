@@ -1,8 +1,8 @@
 """How a step is taken, which depends on the optimizer.
 
 Most want gradients, and step along them. K-FAC does too, but needs targets drawn from the model between the forward and
-the backward pass. Others evaluate the loss as often as they like, on the batch of the step, and get a closure.
-Gauss-Newton gets the workload's residuals.
+the backward pass. Others evaluate the loss as often as they like, on the batch of the step, and get a closure: with
+a backward pass (L-BFGS), or with the graph (Newton-CG). Gauss-Newton gets the workload's residuals.
 
 `Stepper.prepare` is the model's part of a step, `Stepper.step` the optimizer's.
 """
@@ -95,6 +95,36 @@ class ByClosure(Stepper):
         return float(self.optimizer.step(lambda: gradients(self.model, self.workload, self.batch)))
 
 
+class ByGraph(Stepper):
+    """The optimizer gets the loss in its graph, and with it what the model returned where the likelihood is known."""
+
+    def __init__(self, model: nn.Module, optimizer: Any, workload: Workload, data: torch.Generator) -> None:
+        super().__init__(model, optimizer, workload, data)
+        self.outputs: Tensor | None = None
+        if workload.likelihood is not None:
+            model.register_forward_hook(self.keep)
+        elif getattr(optimizer, "options", {}).get("curvature") != "hessian":
+            raise BadInput(
+                "it needs the model's outputs and a loss that is convex in them, of which the workload says nothing: "
+                'give it a `likelihood`, such as "categorical"'
+            )
+
+    def keep(self, module: nn.Module, inputs: Any, outputs: Tensor) -> None:
+        """Take what the model returned."""
+        self.outputs = outputs
+
+    def closure(self) -> Any:
+        """Return the outputs and the loss, or the loss alone."""
+        loss = self.workload.loss(self.model, self.batch)
+        return loss if self.outputs is None else (self.outputs, loss)
+
+    @override
+    def step(self) -> float:
+        loss = float(self.optimizer.step(self.closure))
+        self.outputs = None  # its graph is no longer needed
+        return loss
+
+
 class ByResiduals(Stepper):
     """The optimizer gets the residuals, and their derivatives with them."""
 
@@ -125,6 +155,8 @@ def stepper(model: nn.Module, optimizer: Optimizer, workload: Workload, data: to
 KINDS: dict[str, type[Stepper]] = {
     "GaussNewton": ByResiduals,
     "LBFGS": ByClosure,
+    "NewtonCG": ByGraph,
+    "NaturalGradient": ByGraph,
     "KFAC": BySampling,
     "EKFAC": BySampling,
 }

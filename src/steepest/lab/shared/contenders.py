@@ -23,6 +23,9 @@ from torch.optim import Optimizer
 import steepest
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.presets import ELEMENTWISE, PRESETS, SECOND_ORDER, WARMUP
+from steepest.newton.gauss_newton import GaussNewton
+from steepest.newton.lbfgs import LBFGS
+from steepest.newton.newton_cg import NewtonCG
 from steepest.optimizers import ALIASES, spelled
 from steepest.recipes import RECIPES, is_recipe
 
@@ -91,7 +94,9 @@ class Contender:
 
 
 FLAT: Mapping[str, Callable[..., Optimizer]] = {
-    "gauss-newton": steepest.GaussNewton,
+    "gauss-newton": GaussNewton,
+    "lbfgs": lambda model, **options: LBFGS(model.parameters(), **options),
+    "newton-cg": lambda model, **options: NewtonCG(model.parameters(), **options),
     "torch-lbfgs": lambda model, **options: torch.optim.LBFGS(model.parameters(), **options),
 }
 """Optimizers of all parameters as one vector, which `steepest.for_model` does not route."""

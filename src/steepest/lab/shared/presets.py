@@ -90,6 +90,8 @@ PRESETS: Mapping[str, Preset] = {
 
 SECOND_ORDER: Mapping[str, Preset] = {
     "gauss-newton": Preset("gauss-newton", {}, (), "its defaults; it has no learning rate", None, warmup=0.0),
+    "lbfgs": Preset("lbfgs", {"lr": 1.0}, (1.0,), "its defaults, with a line search", None, warmup=0.0),
+    "newton-cg": Preset("newton-cg", {}, (), "its defaults; it has no learning rate", None, warmup=0.0),
     "torch-lbfgs": Preset(
         "torch-lbfgs",
         {"lr": 1.0, "history_size": 100, "line_search_fn": "strong_wolfe"},
