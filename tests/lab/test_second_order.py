@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from typer.testing import CliRunner
 import steepest
 from steepest.cli import app
 from steepest.lab.race import training
-from steepest.lab.race.console import ProgressBars
+from steepest.lab.race.command import Request
+from steepest.lab.race.command import make_plan as make_plan_of
+from steepest.lab.race.figures import loss_over_time
 from steepest.lab.race.pool import Pool
 from steepest.lab.race.race import Plan, Runs
 from steepest.lab.race.results import find_results
@@ -271,10 +274,10 @@ def test_trials_over_time_are_kept_apart(make_plan, tmp_path) -> None:
 def test_a_race_over_time_has_a_report(tmp_path, monkeypatch) -> None:
     def at_once(pool, trials, ended):
         for trial in trials:
-            ended(trial, train(trial, load_workload(trial.workload), lambda news: pool.bars.progress(trial, **news)))
+            ended(trial, train(trial, load_workload(trial.workload), lambda news: told.append(news)))
 
+    told: list[dict] = []
     monkeypatch.setattr(Pool, "run", at_once)
-    monkeypatch.setattr(ProgressBars, "progress", lambda bars, trial, done, train, validation: None)
     options = ["--workload", "pinn", "--optimizers", "gauss-newton", "--seconds", "0.2", "--seeds", "1"]
     done = CliRunner().invoke(app, ["race", "--out", str(tmp_path), "--workers", "1", *options])
     assert done.exit_code == 0, done.output
@@ -283,4 +286,23 @@ def test_a_race_over_time_has_a_report(tmp_path, monkeypatch) -> None:
     assert found["contenders"][0]["settings"]["options"] == {}
     page = (tmp_path / "report.html").read_text()
     assert "0.2 s" in page
+    assert told[-1]["done"] >= 0.2 > told[0]["done"]
+    assert set(told[0]) == {"done", "train", "validation"}
     assert steepest.__version__ in page
+
+
+def test_losses_over_decades_have_a_logarithmic_axis(make_plan, make_runs) -> None:
+    finals = {"adamw": 1e-2, "soap": 1e-6}
+    found = find_results(make_runs(make_plan("adamw", "soap"), lambda trial: finals[trial.contender.label]))
+    axis = loss_over_time(found).layout.yaxis
+    assert axis.type == "log"
+    assert -7 < axis.range[0] < -6 < axis.range[1] < 1
+    near = find_results(make_runs(make_plan("adamw", "soap"), lambda trial: 1.0))
+    assert loss_over_time(near).layout.yaxis.type != "log"
+
+
+def test_a_rate_is_swept_where_there_is_one() -> None:
+    request = Request("lbfgs, gauss-newton", "pinn", False, ["lr=0.5, 1.0"], None, 1.0, 1, 0.0, 1, Path("runs"), "")
+    lbfgs, gauss_newton = make_plan_of(request, load_workload("pinn")).entries
+    assert [candidate.lr for candidate in lbfgs.candidates] == [0.5, 1.0]
+    assert [candidate.rate for candidate in gauss_newton.candidates] == ["–"]

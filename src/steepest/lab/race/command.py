@@ -90,7 +90,9 @@ def make_plan(request: Request, workload: Workload) -> Plan:
         axes |= parse_sweep(text)
 
     def entry(contender: Contender) -> Entry:
-        return Entry.of(contender, axes or ({"lr": contender.rates} if request.full and contender.rates else {}))
+        wanted = axes or ({"lr": contender.rates} if request.full else {})
+        fit = {name: values for name, values in wanted.items() if name != "lr" or "lr" in contender.options}
+        return Entry.of(contender, fit)
 
     # The processes of the trials may have another working directory, so a file's path is made absolute.
     name = str(Path(request.workload).resolve()) if request.workload.endswith(".py") else request.workload

@@ -33,8 +33,8 @@ def headline(results: Results) -> tuple[str, str]:
         return f"No contender is ahead of {base.label}{noise}.", losses
     fewest, fastest = (min(ahead, key=attrgetter(share)) for share in ("steps_share", "time_share"))
     at_most = {"≤": "at most ", "": ""}
-    steps = f"{at_most[fewest.bound]}{fewest.steps_share:.0%} of its steps"
-    time = f"{at_most[fastest.bound]}{fastest.time_share:.0%} of its {results.clock}"
+    steps = f"{at_most[fewest.bound]}{percent(fewest.steps_share)} of its steps"
+    time = f"{at_most[fastest.bound]}{percent(fastest.time_share)} of its {results.clock}"
     claim = f"{fewest.label} reaches {base.label}'s final loss in {steps}"
     return claim + (f" and {time}." if fastest is fewest else f", {fastest.label} in {time}."), losses
 
@@ -133,6 +133,16 @@ def poisoned(share: float) -> str:
     '1% of gradients poisoned'
     """
     return f"{share * 100:.3g}% of gradients poisoned"
+
+
+def percent(share: float | None) -> str:
+    """Return a share in percent, with a digit more where it would be 0.
+
+    >>> percent(0.48), percent(0.004)
+    ('48%', '0.4%')
+    """
+    assert share is not None
+    return f"{share:.0%}" if share >= 0.01 else f"{share * 100:.1g}%"
 
 
 def plural(count: int, word: str) -> str:
