@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from steepest.newton.flat import falls
 from steepest.newton.products import Likelihood, Product, likelihood_hessian, output_hessian
 from steepest.newton.residual import Residual
 
 Closure = Callable[[], Any]
+
+HALVINGS = 10
 
 
 class Evaluated(NamedTuple):
@@ -113,6 +117,30 @@ def likelihood_curvature(
             "loss_scale=1.0 to use the model's Fisher matrix for another loss, such as a policy's"
         )
     return fisher, c
+
+
+def backtrack(trial: Callable[[float], float], loss: float, length: float = 1.0) -> tuple[float, float]:
+    """Halve a step length until the loss falls; return the length and the loss there.
+
+    Args:
+        trial: moves by a length, and returns the loss there.
+        loss: the one to fall below.
+        length: the first to be tried; the last is `HALVINGS` halvings shorter.
+
+    Returns:
+        The length is 0 where none of them lowers the loss. The weights are then where the last trial has moved them.
+
+    Example:
+        >>> backtrack(lambda t: (1 - 3 * t) ** 2, loss=1.0)
+        (0.5, 0.25)
+    """
+    now = math.nan
+    for _ in range(HALVINGS + 1):
+        now = trial(length)
+        if falls(now, loss):
+            return length, now
+        length /= 2
+    return 0.0, now
 
 
 def _holds_residuals(x: Any) -> bool:

@@ -18,9 +18,9 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from steepest.newton.closures import Closure, Evaluated, evaluate, likelihood_curvature
+from steepest.newton.closures import HALVINGS, Closure, Evaluated, backtrack, evaluate, likelihood_curvature
 from steepest.newton.conjugate_gradients import Solution, truncated
-from steepest.newton.flat import FlatOptimizer, falls
+from steepest.newton.flat import FlatOptimizer
 from steepest.newton.products import (
     Jacobian,
     Likelihood,
@@ -32,10 +32,9 @@ from steepest.newton.products import (
     output_hessian,
     pull,
 )
+from steepest.rule.options import integer, number
 
 CURVATURES = ("hessian", "ggn", "fisher")
-HALVINGS = 10
-"""Step lengths go down to 2⁻¹⁰."""
 
 
 @final
@@ -78,11 +77,11 @@ class NewtonCG(FlatOptimizer):
 
     checks: ClassVar = {
         "curvature": (lambda x: x in CURVATURES, "'hessian', 'ggn' or 'fisher'"),
-        "loss_scale": (lambda x: x is None or (_number(x) and x > 0), "None or a number above 0"),
-        "radius": (lambda x: _number(x) and x > 0, "a number above 0"),
-        "tolerance": (lambda x: _number(x) and 0 <= x < 1, "a number in [0, 1)"),
-        "progress": (lambda x: _number(x) and x >= 0, "a number >= 0"),
-        "products": (lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1, "an integer >= 1"),
+        "loss_scale": (lambda x: x is None or (number(x) and x > 0), "None or a number above 0"),
+        "radius": (lambda x: number(x) and x > 0, "a number above 0"),
+        "tolerance": (lambda x: number(x) and 0 <= x < 1, "a number in [0, 1)"),
+        "progress": (lambda x: number(x) and x >= 0, "a number >= 0"),
+        "products": (lambda x: integer(x) and x >= 1, "an integer >= 1"),
     }
 
     def __init__(
@@ -159,20 +158,16 @@ class NewtonCG(FlatOptimizer):
         d, eps = solution.x, torch.finfo(before.dtype).eps
         if -solution.value <= eps * abs(loss):  # what is left to gain is below rounding
             return radius if solution.ended != "nonfinite" else radius / 4
-        outputs, length, norm = self.options["curvature"] != "hessian", 1.0, float(d.norm())
-        for _ in range(HALVINGS + 1):
+
+        def trial(length: float) -> float:
             self._move_to(before + length * d)
-            now = float(evaluate(closure, "NewtonCG", outputs=outputs).loss)
-            if falls(now, loss):
-                break
-            length /= 2
-        else:
+            return float(evaluate(closure, "NewtonCG", outputs=self.options["curvature"] != "hessian").loss)
+
+        length, now = backtrack(trial, loss)
+        norm, ratio = float(d.norm()), (now - loss) / solution.value
+        if not length:
             self._move_to(before)
-        ratio = (now - loss) / solution.value
+            return max(norm * 0.5**HALVINGS, eps)
         if length < 1.0 or ratio < 0.25:
             return max(norm * (length if length < 1.0 else 0.25), eps)
         return 2 * radius if ratio > 0.75 and solution.ended in {"boundary", "curvature"} else radius
-
-
-def _number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)

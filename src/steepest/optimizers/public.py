@@ -17,6 +17,7 @@ from steepest.functional import (
 )
 from steepest.linalg.precision import fp32_matmul_precision
 from steepest.newton.gauss_newton import GaussNewton
+from steepest.newton.natural_gradient import NaturalGradient
 from steepest.newton.newton_cg import NewtonCG
 from steepest.newton.residual import Residual
 from steepest.optimizers import create
@@ -30,10 +31,9 @@ from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
 
 __all__ = [
     "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "GaussNewton", "InverseRootSOAP",
-    "KLShampoo", "LinearSchedule", "Lion", "Muon", "NewtonCG", "NorMuon", "Optimizer", "Residual", "Shampoo",
-    "StepSchedule",
-    "adopt", "all_eigenbases_met_criteria", "conjugate", "create", "eigh_with_fallback", "for_model",
-    "fp32_matmul_precision", "get_eigenbasis_eigh", "get_eigenbasis_qr", "init_kronecker_factors",
+    "KLShampoo", "LinearSchedule", "Lion", "Muon", "NaturalGradient", "NewtonCG", "NorMuon", "Optimizer", "Residual",
+    "Shampoo", "StepSchedule", "adopt", "all_eigenbases_met_criteria", "conjugate", "create", "eigh_with_fallback",
+    "for_model", "fp32_matmul_precision", "get_eigenbasis_eigh", "get_eigenbasis_qr", "init_kronecker_factors",
     "orthogonal_iteration", "precondition", "recipe", "route", "update_eigenbasis_and_exp_avgs",
     "update_kronecker_factors", "update_kronecker_factors_kl_shampoo",
 ]  # fmt: skip
