@@ -23,12 +23,12 @@ from steepest.newton.dense import Dense
 from steepest.newton.flat import FlatOptimizer, falls
 from steepest.newton.iterative import Iterative
 from steepest.newton.products import Jacobian
-from steepest.newton.residual import Residual, Rows
+from steepest.newton.residual import Residual, Rows, half_square, joined
 
 LENGTHS = [0.5**k for k in range(8)]
 """The step lengths that are tried."""
-HIGHEST = 1e10
-"""Where no step lowers the loss with this damping, none will."""
+LOWEST, HIGHEST = 1e-14, 1e10
+"""The least damping; and that with which no step lowers the loss where none does with less."""
 SIDE, ENTRIES = 8192, 2**28
 """The largest matrix that "auto" decomposes, and the largest Jacobian that it forms: 0.5 and 2 GiB in float64."""
 
@@ -41,10 +41,8 @@ class System(Protocol):
     """The linear system of one step."""
 
     loss: float
-
-    @property
-    def finite(self) -> bool:
-        """Whether a step can be computed."""
+    finite: bool
+    """Whether a step can be computed."""
 
     def solve(self, damping: float) -> tuple[Tensor, float] | None:
         """Return d ``[P]``, and its product with the gradient; None where that fails."""
@@ -170,7 +168,7 @@ class GaussNewton(FlatOptimizer):
                     return start
                 length = self._search(system.loss, d, before, loss)
                 if length:
-                    return min(max(_next(damping, length), _floor(eps)), HIGHEST)
+                    return min(max(_next(damping, length), LOWEST), HIGHEST)
                 self._move_to(before)
                 system.renew()
             damping *= 10
@@ -197,20 +195,20 @@ class GaussNewton(FlatOptimizer):
         if solver == "dense" and not fits:
             raise ValueError(_too_large(*rows.shape))
         if solver != "cg" and fits:
-            return self._dense(*rows.dense()), lambda: sum(float(r.loss(self.model)) for r in residuals)
+            return self._dense(*rows.dense()), lambda: half_square(joined(self.model, residuals))
 
         def evaluate() -> tuple[Tensor, None]:
             with torch.enable_grad():
-                return torch.cat([r.factor * r.values(self.model).reshape(-1) for r in residuals]), None
+                return joined(self.model, residuals), None
 
-        return self._iterative(evaluate, entries), lambda: sum(float(r.loss(self.model)) for r in residuals)
+        return self._iterative(evaluate, entries), lambda: half_square(joined(self.model, residuals))
 
     def _of_closure(self, closure: Callable[[], Any], entries: dict[str, Any]) -> tuple[System, Evaluation]:
         """Return the system of what a closure returns, and what evaluates its loss."""
 
         def evaluate() -> float:
             outputs, loss = _outputs_and_loss(closure)
-            return float(outputs.detach().square().sum()) / 2 if loss is None else float(loss)
+            return half_square(outputs) if loss is None else float(loss)
 
         if self.options["solver"] != "dense":
             return self._iterative(lambda: _outputs_and_loss(closure), entries), evaluate
@@ -283,7 +281,3 @@ def _too_large(R: int, P: int) -> str:
 def _next(damping: float, length: float) -> float:
     """Return the damping after a step of this length."""
     return damping / 10 if length >= 0.25 else damping if length >= 0.03 else 10 * damping
-
-
-def _floor(eps: float) -> float:
-    return 45 * eps

@@ -17,6 +17,7 @@ from torch import Tensor
 from steepest.newton.conjugate_gradients import conjugate_gradients
 from steepest.newton.nystrom import Nystrom
 from steepest.newton.products import Jacobian, Product, join, output_hessian
+from steepest.newton.residual import half_square
 
 
 class Iterative:
@@ -45,7 +46,7 @@ class Iterative:
         self._evaluate, self._params, self._start, self._products = evaluate, params, start, products
         outputs, loss = self.renew()
         if loss is None:
-            self.loss = float(outputs.detach().square().sum()) / 2
+            self.loss = half_square(outputs)
             self._gradient = self._J.transposed_times(outputs.detach())  # [P]
         else:
             self.loss = float(loss)

@@ -18,6 +18,9 @@ from torch.func import functional_call, vjp, vmap
 NUMBERS = 2**23
 """Of the Jacobian's numbers so many are made at once: 64 MiB in float64."""
 
+POINTS = 2**16
+"""At so many points residuals are evaluated at once."""
+
 
 class Residual:
     """What a network leaves unsatisfied, ``r(x_i)`` at points ``x_i``; its loss is ``½ w mean_i |r(x_i)|²``.
@@ -72,8 +75,7 @@ class Residual:
     def values(self, model: nn.Module) -> Tensor:
         """Return ``r``, ``[n]`` or ``[n, q]``, in the graph of the model's parameters."""
         at = _Evaluation(model, self.function).at
-        params = dict(model.named_parameters())
-        found: Tensor = vmap(lambda *point: at(params, *point))(*self.data)
+        found: Tensor = vmap(lambda *point: at({}, *point), chunk_size=POINTS)(*self.data)
         return found
 
     def loss(self, model: nn.Module) -> Tensor:
@@ -113,6 +115,21 @@ class Residual:
             yield rows, values
             numbers = size * values[0].numel()
             start, stop = stop, stop + max(1, NUMBERS // numbers)
+
+
+def joined(model: nn.Module, residuals: Sequence[Residual]) -> Tensor:
+    """Return the values of residuals times their factors, ``[R]``, in the graph of the model's parameters."""
+    return torch.cat([residual.factor * residual.values(model).reshape(-1) for residual in residuals])
+
+
+def half_square(r: Tensor) -> float:
+    """Return ``½ ‖r‖²``, summed in float64.
+
+    >>> half_square(torch.tensor([3.0, 4.0]))
+    12.5
+    """
+    r = r.detach().reshape(-1).double()
+    return float(r.dot(r)) / 2
 
 
 class Rows:
@@ -166,9 +183,10 @@ class _Evaluation(nn.Module):
         return self.function(self._u, *point)
 
     def at(self, params: Mapping[str, Tensor], *point: Tensor) -> Tensor:
-        """Return the residual at one point with these parameters; the model's buffers stay as they are."""
-        buffers = {name: x.detach().clone() for name, x in self.model.named_buffers()}
-        found: Any = functional_call(self, {f"model.{name}": x for name, x in (buffers | dict(params)).items()}, point)
+        """Return the residual at one point, with these parameters for the model's; its buffers stay as they are."""
+        own = {f"model.{name}": x.detach().clone() for name, x in self.model.named_buffers()}
+        own |= {f"model.{name}": x for name, x in params.items()}
+        found: Any = functional_call(self, own, point) if own else self(*point)
         if not isinstance(found, Tensor) or found.dim() > 1:
             what = f"of shape {list(found.shape)}" if isinstance(found, Tensor) else repr(found)
             raise ValueError(
