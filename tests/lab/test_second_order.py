@@ -122,9 +122,11 @@ def test_a_closure_has_one_batch_a_step(quick, name) -> None:
     assert len(batches) == 5 + 1  # the rehearsal has one
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
-def test_newton_cg_gets_outputs_where_the_likelihood_is_known(curvature) -> None:
-    record = run(load_workload("digits"), f"newton-cg(curvature={curvature!r}, products=5)", steps=3)
+@pytest.mark.parametrize(
+    "contender", ["newton-cg(products=5)", "newton-cg(curvature='ggn', products=5)", "natural-gradient(products=5)"]
+)
+def test_closures_return_outputs_where_the_likelihood_is_known(contender) -> None:
+    record = run(load_workload("digits"), contender, steps=3)
     assert record.train_loss[-1] < record.train_loss[0]
     assert record.own_passes
 
@@ -182,6 +184,7 @@ def test_other_optimizers_step_along_gradients(quick) -> None:
             ["--workload", "pinn", "--optimizers", "newton-cg(curvature='ggn')"],
             "optimizer newton-cg(curvature='ggn'): ",
         ),
+        (["--workload", "autoencoder", "--optimizers", "natural-gradient"], "that of the workload is 'bernoulli'"),
         (["--workload", "digits", "--optimizers", "torch-lbfgs", "--poison", "0.1"], "can't reach gradients"),
         (["--workload", "digits", "--seconds", "3", "--steps", "3"], "--seconds and --steps"),
         (["--workload", "digits", "--seconds", "3", "--full"], "--seconds and --full"),

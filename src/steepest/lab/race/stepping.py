@@ -101,9 +101,12 @@ class ByGraph(Stepper):
     def __init__(self, model: nn.Module, optimizer: Any, workload: Workload, data: torch.Generator) -> None:
         super().__init__(model, optimizer, workload, data)
         self.outputs: Tensor | None = None
+        assumed = optimizer.options["likelihood"]
+        if assumed not in (None, workload.likelihood):
+            raise BadInput(f"likelihood={assumed!r}: that of the workload is {workload.likelihood!r}")
         if workload.likelihood is not None:
             model.register_forward_hook(self.keep)
-        elif getattr(optimizer, "options", {}).get("curvature") != "hessian":
+        elif optimizer.options["curvature"] != "hessian":
             raise BadInput(
                 "it needs the model's outputs and a loss that is convex in them, of which the workload says nothing: "
                 'give it a `likelihood`, such as "categorical"'

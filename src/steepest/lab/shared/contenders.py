@@ -25,6 +25,7 @@ from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.presets import ELEMENTWISE, PRESETS, SECOND_ORDER, WARMUP
 from steepest.newton.gauss_newton import GaussNewton
 from steepest.newton.lbfgs import LBFGS
+from steepest.newton.natural_gradient import NaturalGradient
 from steepest.newton.newton_cg import NewtonCG
 from steepest.optimizers import ALIASES, spelled
 from steepest.recipes import RECIPES, is_recipe
@@ -96,6 +97,7 @@ class Contender:
 FLAT: Mapping[str, Callable[..., Optimizer]] = {
     "gauss-newton": GaussNewton,
     "lbfgs": lambda model, **options: LBFGS(model.parameters(), **options),
+    "natural-gradient": lambda model, **options: NaturalGradient(model.parameters(), **options),
     "newton-cg": lambda model, **options: NewtonCG(model.parameters(), **options),
     "torch-lbfgs": lambda model, **options: torch.optim.LBFGS(model.parameters(), **options),
 }

@@ -92,6 +92,14 @@ SECOND_ORDER: Mapping[str, Preset] = {
     "gauss-newton": Preset("gauss-newton", {}, (), "its defaults; it has no learning rate", None, warmup=0.0),
     "lbfgs": Preset("lbfgs", {"lr": 1.0}, (1.0,), "its defaults, with a line search", None, warmup=0.0),
     "newton-cg": Preset("newton-cg", {}, (), "its defaults; it has no learning rate", None, warmup=0.0),
+    "natural-gradient": Preset(
+        "natural-gradient",
+        {"lr": 1.0, "likelihood": "categorical"},
+        (0.25, 0.5, 1.0, 2.0),
+        "its defaults, for classification",
+        None,
+        warmup=0.0,
+    ),
     "torch-lbfgs": Preset(
         "torch-lbfgs",
         {"lr": 1.0, "history_size": 100, "line_search_fn": "strong_wolfe"},
