@@ -34,6 +34,7 @@ def assign(
     numbered: Iterable[tuple[int, int]],
     buckets: Sequence[Bucket],
     peers: Mapping[Tensor, Peers],
+    biases: Mapping[int, int],
 ) -> list[Bucket]:
     """Return buckets for some parameters, all of which are under rules for matrices.
 
@@ -44,6 +45,7 @@ def assign(
         numbered: the numbers of the parameters that want a bucket, each with the number of its group.
         buckets: the buckets that there are already, whose loads count.
         peers: the ranks that hold shards of a parameter, as `peers_of` returns them.
+        biases: the numbers of the parameters that are stepped together with a weight, by its number.
 
     Raises:
         RuntimeError: if the ranks that hold a parameter plan differently, since their optimizers are not of the same
@@ -56,7 +58,8 @@ def assign(
         holders = peers.get(p)
         layout = None if holders is None else _layout(p, holders)
         if holders is None or layout is None:
-            here.setdefault((None, 0), []).extend((s, local(p)) for s in segments_of(index, number, local(p), group))
+            segments = segments_of(index, number, local(p), group, bias=biases.get(index))
+            here.setdefault((None, 0), []).extend((s, local(p)) for s in segments)
         elif _holds_whole_matrices(layout, group):
             first = layout.shards[holders.me].start[0] * math.prod(p.shape[1:-2])
             key = holders, layout.replica(holders.me)

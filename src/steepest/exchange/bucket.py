@@ -9,14 +9,14 @@ sent to owners, directions are sent back, and the step pauses in between.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from steepest.exchange.peers import Peers
-from steepest.rule import LowRank
+from steepest.rule import LowRank, Statistics
 from steepest.stack.stack import Pieces, Segment, Stack, to_device
 
 Tensors = Sequence[Tensor | None]
@@ -36,6 +36,8 @@ class Directions:
     """The same directions as factors, if the rule has returned factors."""
     finite: Tensor | None
     """``[B, 1, 1]`` on the device, False where the step must leave no trace; None if it is True everywhere."""
+    slopes: Tensor | None = None
+    """``⟨D, G⟩`` of each matrix, ``[B]``, in float64, and 0 for those that stay; where a rule clips directions."""
 
     def may_stay(self, segment: Segment) -> bool:
         """Return whether some matrix of a segment may stay where it is."""
@@ -105,6 +107,16 @@ class Bucket(ABC):
 
         Returns:
             The pieces that this rank steps and that take part in the step, of gradients and of weights.
+        """
+
+    @abstractmethod
+    def statistics(
+        self, captured: Mapping[int, Statistics]
+    ) -> Generator[None, None, Mapping[tuple[int, int], Statistics]]:
+        """Gather what was captured in layers, by the numbers of their weights; pause while it travels.
+
+        Returns:
+            The statistics of each piece that this rank steps, and that got some.
         """
 
     @abstractmethod

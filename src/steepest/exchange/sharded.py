@@ -21,7 +21,7 @@ from steepest.exchange.dtensor import Owned
 from steepest.exchange.peers import Peers
 from steepest.exchange.plan import Plan, Transfer
 from steepest.exchange.shards import local
-from steepest.rule import LowRank
+from steepest.rule import LowRank, Statistics
 from steepest.stack.stack import Pieces, Segment, Way, lay_out, rule_of, state_alone, state_dtype
 
 Made = Mapping[tuple[int, int], tuple[Directions, Segment]]
@@ -91,6 +91,15 @@ class ShardedBucket(Bucket):
         of_weights = None if weights is None else self._issue_gather(weights)
         yield
         return self._wait_gather(*of_grads), None if of_weights is None else self._wait_gather(*of_weights)
+
+    def statistics(
+        self, captured: Mapping[int, Statistics]
+    ) -> Generator[None, None, Mapping[tuple[int, int], Statistics]]:
+        """See `Bucket.statistics`."""
+        yield from ()
+        if captured:
+            raise RuntimeError("K-FAC's statistics are of one process: parameters that ranks share can't use them yet")
+        return {}
 
     def scatter(self, directions: Sequence[Directions]) -> Generator[None, None, list[Move]]:
         """See `Bucket.scatter`."""

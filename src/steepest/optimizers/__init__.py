@@ -44,6 +44,16 @@ def _kl_soap(params: Params, **options: Any) -> SOAP:
     return SOAP(params, use_kl_shampoo=True, **options)
 
 
+def _without_model(rule: str) -> Callable[..., Optimizer]:
+    def refuse(params: Params, **options: Any) -> Optimizer:
+        raise TypeError(
+            f"{rule} is fed by what is captured in a model's layers, which parameters alone don't have: use "
+            f"steepest.{rule.upper()}(model) or steepest.for_model(model, {rule!r})"
+        )
+
+    return refuse
+
+
 NAMES: dict[str, Entry] = {
     "soap": Entry(SOAP, "soap"),
     "kl-soap": Entry(_kl_soap, "kl_soap"),
@@ -56,6 +66,8 @@ NAMES: dict[str, Entry] = {
     "moso": Entry(MOSO, "moso"),
     "shampoo": Entry(Shampoo, "shampoo"),
     "kl-shampoo": Entry(KLShampoo, "kl_shampoo", {"exponent": -0.5}),
+    "kfac": Entry(_without_model("kfac"), "kfac", {"weight_decay": 0.0}),
+    "ekfac": Entry(_without_model("ekfac"), "ekfac", {"weight_decay": 0.0}),
     "muon": Entry(Muon, "muon"),
     "normuon": Entry(NorMuon, "normuon"),
     "adamuon": Entry(AdaMuon, "adamuon"),
