@@ -30,9 +30,9 @@ class Dense:
         dual: which of the two forms is used; by default the one with the smaller matrix.
 
     Example:
-        >>> system = Dense(torch.tensor([[2.0, 0.0]]), torch.tensor([6.0]))
-        >>> system.solve(0.5)  # 2 · 6 / (4 + 0.5 · 4), and its product with the gradient
-        (tensor([2., 0.]), 24.0)
+        >>> system = Dense(torch.tensor([[1.0, 0.0]]), torch.tensor([6.0]))
+        >>> system.solve(3.0)  # 6 / (1 + 3 · 1), and its product with the gradient
+        (tensor([1.5000, 0.0000]), 9.0)
     """
 
     def __init__(self, J: Tensor, r: Tensor, dual: bool | None = None) -> None:

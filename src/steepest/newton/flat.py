@@ -56,7 +56,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
     @property
     def options(self) -> dict[str, Any]:
         """The options, which all groups share."""
-        return {k: v for k, v in self.param_groups[0].items() if k in self.defaults}
+        return {k: v for k, v in self.param_groups[0].items() if k in self.checks}
 
     @property
     def trainable(self) -> list[Tensor]:
