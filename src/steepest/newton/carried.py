@@ -35,7 +35,7 @@ def matched(groups: Groups, state_dict: Any) -> dict[Any, Tensor]:
     sizes, mine = ([len(group["params"]) for group in each] for each in (saved_groups, groups))
     if sizes != mine:
         raise ValueError(f"the saved groups have {sizes} parameters, the optimizer's groups have {mine}")
-    found = {}
+    found: dict[Any, Tensor] = {}
     for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         params = list(group["params"])
         names, saved_names = group.get("param_names"), saved.get("param_names")

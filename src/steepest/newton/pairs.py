@@ -103,4 +103,5 @@ def direction(state: dict[str, Any], g: Tensor) -> Tensor:
     r = gamma * (g - alpha[:, 0].roll(oldest) @ Y)  # [P]
     right = D * alpha - (Y @ r).roll(-oldest)[:, None]
     omega = torch.linalg.solve_triangular(SY.mT, right, upper=False)  # [k, 1]
-    return -(r + omega[:, 0].roll(oldest) @ S)
+    d: Tensor = -(r + omega[:, 0].roll(oldest) @ S)
+    return d

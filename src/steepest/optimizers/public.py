@@ -17,6 +17,7 @@ from steepest.functional import (
 )
 from steepest.linalg.precision import fp32_matmul_precision
 from steepest.newton.gauss_newton import GaussNewton
+from steepest.newton.lbfgs import LBFGS
 from steepest.newton.natural_gradient import NaturalGradient
 from steepest.newton.newton_cg import NewtonCG
 from steepest.newton.residual import Residual
@@ -31,7 +32,7 @@ from steepest.routing import for_model, route
 from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
 
 __all__ = [
-    "EKFAC", "KFAC", "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "GaussNewton",
+    "EKFAC", "KFAC", "LBFGS", "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "GaussNewton",
     "InverseRootSOAP", "KLShampoo", "LinearSchedule", "Lion", "Muon", "NaturalGradient", "NewtonCG", "NorMuon",
     "Optimizer", "Residual", "Shampoo", "StepSchedule", "adopt", "all_eigenbases_met_criteria", "conjugate", "create",
     "eigh_with_fallback", "for_model", "fp32_matmul_precision", "get_eigenbasis_eigh", "get_eigenbasis_qr",
