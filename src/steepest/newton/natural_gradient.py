@@ -26,7 +26,7 @@ from steepest.linalg.precision import fp32_matmul_precision
 from steepest.newton.closures import Closure, Evaluated, backtrack, evaluate, likelihood_curvature
 from steepest.newton.conjugate_gradients import conjugate_gradients
 from steepest.newton.flat import FlatOptimizer
-from steepest.newton.products import Jacobian, Likelihood, Product, check_likelihood, gauss_newton, join, pull
+from steepest.newton.products import LIKELIHOODS, Jacobian, Likelihood, Product, gauss_newton, join, pull
 from steepest.rule.options import integer, number
 
 DENSE = 1024
@@ -43,8 +43,8 @@ class NaturalGradient(FlatOptimizer):
 
     Args:
         params: tensors, dicts that define groups, or ``(name, tensor)`` pairs. All groups have the same options.
-        likelihood: what the outputs ``[rows, ..., C]`` are: "categorical" (logits), "normal" (means, unit variance) or
-            "bernoulli" (logits of independent bits).
+        likelihood: what the outputs ``[rows, ..., C]`` are: "categorical" (logits; the default), "normal" (means, unit
+            variance) or "bernoulli" (logits of independent bits). A loss that belongs to another one is refused.
         lr: the length of a step, in natural gradients.
         damping: λ, in the unit of the Fisher matrix. Smaller ones are faster where all data are in each step.
         max_kl: κ, the divergence in nats per row that a step may make; 0: no bound.
@@ -75,6 +75,7 @@ class NaturalGradient(FlatOptimizer):
     """
 
     checks: ClassVar = {
+        "likelihood": (lambda x: x in LIKELIHOODS, f"one of {', '.join(map(repr, LIKELIHOODS))}"),
         "lr": (lambda x: number(x) and x >= 0, "a number >= 0"),
         "damping": (lambda x: number(x) and x > 0, "a number above 0"),
         "max_kl": (lambda x: number(x) and x >= 0, "a number >= 0"),
@@ -88,7 +89,7 @@ class NaturalGradient(FlatOptimizer):
         self,
         params: Iterable[Any],
         *,
-        likelihood: Likelihood,
+        likelihood: Likelihood = "categorical",
         lr: float = 1.0,
         damping: float = 1e-2,
         max_kl: float = 0.1,
@@ -99,10 +100,6 @@ class NaturalGradient(FlatOptimizer):
     ) -> None:
         options = {"likelihood": likelihood, "lr": lr, "damping": damping, "max_kl": max_kl, "loss_scale": loss_scale}
         super().__init__(params, options | {"solver": solver, "tolerance": tolerance, "products": products})
-
-    def _check(self) -> None:
-        super()._check()
-        check_likelihood(self.options["likelihood"])
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
@@ -136,7 +133,7 @@ class NaturalGradient(FlatOptimizer):
 
             def trial(length: float) -> float:
                 self._move_to(before - length * d)
-                return float(evaluate(closure, "NaturalGradient", outputs=True).loss)
+                return float(evaluate(closure, "NaturalGradient", outputs=True).loss.detach())
 
             if not backtrack(trial, float(loss), length)[0]:
                 self._move_to(before)

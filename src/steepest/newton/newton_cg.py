@@ -22,6 +22,7 @@ from steepest.newton.closures import HALVINGS, Closure, Evaluated, backtrack, ev
 from steepest.newton.conjugate_gradients import Solution, truncated
 from steepest.newton.flat import FlatOptimizer
 from steepest.newton.products import (
+    LIKELIHOODS,
     Jacobian,
     Likelihood,
     Product,
@@ -77,6 +78,7 @@ class NewtonCG(FlatOptimizer):
 
     checks: ClassVar = {
         "curvature": (lambda x: x in CURVATURES, "'hessian', 'ggn' or 'fisher'"),
+        "likelihood": (lambda x: x is None or x in LIKELIHOODS, f"one of {', '.join(map(repr, LIKELIHOODS))}"),
         "loss_scale": (lambda x: x is None or (number(x) and x > 0), "None or a number above 0"),
         "radius": (lambda x: number(x) and x > 0, "a number above 0"),
         "tolerance": (lambda x: number(x) and 0 <= x < 1, "a number in [0, 1)"),
@@ -103,7 +105,7 @@ class NewtonCG(FlatOptimizer):
         super()._check()
         options = self.options
         if options["curvature"] == "fisher":
-            check_likelihood(options["likelihood"])
+            check_likelihood(options["likelihood"])  # None is not enough here
         for option in ("likelihood", "loss_scale"):
             if options["curvature"] != "fisher" and options[option] is not None:
                 raise ValueError(
@@ -124,22 +126,22 @@ class NewtonCG(FlatOptimizer):
         self._check()
         found = evaluate(closure, "NewtonCG", outputs=self.options["curvature"] != "hessian")
         gradient, product = self._curvature(found)
-        loss, entries = float(found.loss), self._entries()
+        start, entries = found.loss.detach(), self._entries()
+        loss = float(start)
         if not entries:
             zero = gradient.new_zeros(())
             entries |= {"step": zero, "skipped": zero.clone(), "radius": zero + self.options["radius"]}
         entries["step"] += 1
         if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
             entries["skipped"] += 1
-            return found.loss.detach()
+            return start
         bounds = {name: self.options[name] for name in ("tolerance", "progress", "products")}
         with self._restoring() as before:
             radius = float(entries["radius"])
             solution = truncated(product, -gradient, radius, residual=bounds.pop("tolerance"), **bounds)
-            before_step = found.loss.detach()
             del found, product  # and with them the graph
             entries["radius"].fill_(self._move(solution, before, loss, radius, closure))
-        return before_step
+        return start
 
     def _curvature(self, found: Evaluated) -> tuple[Tensor, Product]:
         """Return the gradient ``[P]``, and the product of the curvature with vectors ``[P]``."""
@@ -161,7 +163,7 @@ class NewtonCG(FlatOptimizer):
 
         def trial(length: float) -> float:
             self._move_to(before + length * d)
-            return float(evaluate(closure, "NewtonCG", outputs=self.options["curvature"] != "hessian").loss)
+            return float(evaluate(closure, "NewtonCG", outputs=self.options["curvature"] != "hessian").loss.detach())
 
         length, now = backtrack(trial, loss)
         norm, ratio = float(d.norm()), (now - loss) / solution.value

@@ -13,6 +13,8 @@ import torch
 
 from steepest.engine.optimizer import Optimizer
 from steepest.newton.lbfgs import LBFGS
+from steepest.newton.natural_gradient import NaturalGradient
+from steepest.newton.newton_cg import NewtonCG
 from steepest.optimizers.lion import Lion
 from steepest.optimizers.muon import AdaMuon, Dion, Dion2, Muon, NorMuon
 from steepest.optimizers.shampoo import KLShampoo, Shampoo
@@ -89,6 +91,8 @@ class ByClosure:
 
 BY_CLOSURE: dict[str, ByClosure] = {
     "lbfgs": ByClosure(LBFGS, "Liu and Nocedal, Math. Program. 45 (1989) 503"),
+    "newton-cg": ByClosure(NewtonCG, "Steihaug, SIAM J. Numer. Anal. 20 (1983) 626"),
+    "natural-gradient": ByClosure(NaturalGradient, "Amari, Neural Comput. 10 (1998) 251"),
 }
 """Those by name. They have no rules, so they can't be in one optimizer with others, or in `steepest.for_model`."""
 
