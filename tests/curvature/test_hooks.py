@@ -53,7 +53,7 @@ def test_no_hook_is_left(how):
 def test_hooks_that_are_removed_while_a_module_calls_its_hooks():
     """As garbage collection may do it."""
     model = mlp()
-    curvature = Curvature(model)
+    curvature = Curvature(model, loss_terms=6)
     curvature.listening = True
     model[2].register_forward_hook(lambda *_: curvature.detach(), prepend=True)
     loss_of(model(X)).backward()
