@@ -57,3 +57,12 @@ def mlp(**factory: Any) -> nn.Sequential:
 def loss_of(outputs: Tensor) -> Tensor:
     """A mean over rows."""
     return (outputs * outputs.detach().cos()).square().sum(-1).mean()
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(self.a(x).tanh()).tanh())
