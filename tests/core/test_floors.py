@@ -12,7 +12,7 @@ ROOT = Path(steepest.__file__).parent
 FLOORS = [
     {"kernels", "linalg"},
     {"rule", "schedules", "view"},
-    {"rules", "stack"},
+    {"curvature", "rules", "stack"},
     {"exchange"},
     {"engine", "newton"},
     {"adopting", "functional", "optimizers", "recipes", "routing"},

@@ -13,14 +13,12 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
+from steepest.curvature.layer import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, stores_inputs_first
 from steepest.routing.survey import (
-    CONVOLUTIONS,
-    TRANSPOSED_CONVOLUTIONS,
     Place,
     around,
     is_own,
     routes,
-    stores_inputs_first,
 )
 from steepest.view import View
 

@@ -14,8 +14,8 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from steepest.curvature.layer import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, stores_inputs_first
+
 GATE = re.compile(r"(^|_)(gates?|gating|selector|switch)(_|$)", re.IGNORECASE)
 """Names of layers that choose among the modules beside them."""
 
@@ -140,11 +140,6 @@ def survey(model: nn.Module) -> list[Leaf]:
 def is_in_layers(path: Sequence[nn.Module]) -> bool:
     """Return whether the last module of a path is within one of several equal layers, as a transformer's blocks are."""
     return any(_is_list_of_layers(row, layer) for row, layer in pairwise(path[:-1]))
-
-
-def stores_inputs_first(module: nn.Module) -> bool:
-    """Return whether a module's weight is stored as [in, out]: in transposed convolutions and transformers' Conv1D."""
-    return isinstance(module, TRANSPOSED_CONVOLUTIONS) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
 def count_experts(block: nn.Module, gate: str = "") -> int | None:

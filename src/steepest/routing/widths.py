@@ -12,8 +12,9 @@ from itertools import combinations_with_replacement
 
 from torch import nn
 
+from steepest.curvature.layer import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from steepest.routing.layout import find_layout
-from steepest.routing.survey import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Leaf, Place
+from steepest.routing.survey import Leaf, Place
 
 BLOCKS = (1, 2, 3, 4, 6)
 """Into how many blocks people split outputs: gate and up; q, k and v; the gates of an LSTM; shifts and scales."""
