@@ -214,11 +214,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     problem = PROBLEMS[args.problem]()
-    parameters = sum(p.numel() for p in problem.network().parameters())
-    points = sum(map(len, problem.residuals))
-    print(
-        f"torch {torch.__version__}, one thread, float64; {args.problem}: {points} residuals, {parameters} parameters"
-    )
+    size, points = sum(p.numel() for p in problem.network().parameters()), sum(map(len, problem.residuals))
+    print(f"torch {torch.__version__}, one thread, float64; {args.problem}: {points} residuals, {size} parameters")
+    for name in OPTIMIZERS:  # first steps import modules
+        train(problem, name, 0, 1e-9, 1)
     if args.tune:
         tune(problem, args.problem, args.seconds)
         return
