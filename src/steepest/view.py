@@ -12,6 +12,8 @@ of a parameter group choose the view:
 ``heads``       each block's rows are that many matrices, one per attention head
 ``block_size``  no matrix is longer or wider: larger ones are cut into blocks of nearly equal size; 0: none is cut
 ==============  ========================================================================================
+
+K-FAC sees a layer's weight and bias as one matrix, whose last column is the bias: ``bias``.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class View:
     split: tuple[int, ...] = ()
     heads: int = 1
     block_size: int = 0
+    bias: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.block_size, int) or self.block_size < 0:
@@ -63,6 +66,8 @@ class View:
         rows = self.stored[2] if self.transpose else self.stored[1]
         if self.split and (min(self.split) < 1 or sum(self.split) != rows):
             raise ValueError(f"split={self.split!r}: must be positive row counts that add up to {rows}")
+        if self.bias and (len(self.shape) < 2 or self.stored[0] != 1):
+            raise ValueError(f"bias=True: a parameter of shape {list(self.shape)} is no layer's one matrix")
         for block in self.split or (rows,):
             if self.heads < 1 or block % self.heads:
                 raise ValueError(f"heads={self.heads!r}: must divide the {block} rows of a block")
@@ -79,6 +84,7 @@ class View:
             tuple(group["split"]),
             group["heads"],
             group["block_size"],
+            group.get("bias", False),
         )
         if p.dim() > 2 and view.merge_dims and len(view.blocks) > 1 and not p.is_contiguous():
             raise ValueError(
@@ -122,7 +128,23 @@ class View:
         if 0 in self.shape:
             return []
         b, h = self.stored[0], self.heads
-        return [(b * h, (r.stop - r.start) // h, c.stop - c.start) for r, c in self.blocks]
+        shapes = [(b * h, (r.stop - r.start) // h, c.stop - c.start) for r, c in self.blocks]
+        return [(b, m, n + self.joins(piece)) for piece, (b, m, n) in enumerate(shapes)]
+
+    def joins(self, piece: int) -> bool:
+        """Return whether the bias is the last column of a piece: with ``bias``, of those that have the last input."""
+        inputs = self.stored[1] if self.transpose else self.stored[2]
+        return self.bias and self.blocks[piece][1].stop == inputs
+
+    def joined(self, M: Tensor, bias: Tensor, piece: int) -> Tensor:
+        """Return the piece ``M [b, m, n]`` with its part of ``bias``, one entry per output, as one more column.
+
+        >>> View((4, 1), split=(3, 1), bias=True).joined(torch.zeros(1, 3, 1), torch.arange(4.0), piece=0)
+        tensor([[[0., 0.],
+                 [0., 1.],
+                 [0., 2.]]])
+        """
+        return torch.cat([M, bias[self.blocks[piece][0]].reshape(*M.shape[:-1], 1)], dim=-1)
 
     def slices(self, piece: int) -> tuple[slice, ...] | None:
         """Return the slices that cut a piece out of the parameter; None if slices can't, as with merged columns.
@@ -157,6 +179,7 @@ class View:
     def batch(self, part: Tensor, piece: int) -> Tensor:
         """Return a piece that has been `cut` out as ``[b, m, n]``; a view where its layout allows."""
         b, m, n = self.pieces[piece]
+        n -= self.bias and self.joins(piece)
         if self.transpose:
             part = part.reshape(self.stored[0], n, -1).mT
         return part.reshape(b, m, n)

@@ -39,6 +39,11 @@ class Checked(Curvature):
             assert error < tolerance, f"{layer.name}: {error:.1e}"
 
 
+def close(x: Tensor, y: Tensor, tolerance: float = 1e-12) -> None:
+    """Entries differ by at most a fraction of the largest."""
+    torch.testing.assert_close(x, y, rtol=0.0, atol=tolerance * float(y.abs().max()))
+
+
 def mlp(**factory: Any) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(4, 8, **factory),
@@ -52,3 +57,12 @@ def mlp(**factory: Any) -> nn.Sequential:
 def loss_of(outputs: Tensor) -> Tensor:
     """A mean over rows."""
     return (outputs * outputs.detach().cos()).square().sum(-1).mean()
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(self.a(x).tanh()).tanh())

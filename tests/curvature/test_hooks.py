@@ -50,6 +50,16 @@ def test_no_hook_is_left(how):
     loss_of(model(X)).backward()
 
 
+def test_hooks_that_are_removed_while_a_module_calls_its_hooks():
+    """As garbage collection may do it."""
+    model = mlp()
+    curvature = Curvature(model, loss_terms=6)
+    curvature.listening = True
+    model[2].register_forward_hook(lambda *_: curvature.detach(), prepend=True)
+    loss_of(model(X)).backward()
+    assert model[2].weight not in curvature.collect()
+
+
 def test_a_curvature_keeps_no_graph_alive_and_hooks_keep_no_curvature():
     model = mlp()
     curvature = Curvature(model)

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from checked import Checked, loss_of, mlp
+from checked import Checked, close, loss_of, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,7 +55,7 @@ def test_sampled_statistics_are_unbiased(likelihood):
     for _ in range(DRAWS):
         curvature.sample(model(X), likelihood)
         for weight, statistics in curvature.collect().items():
-            torch.testing.assert_close(statistics.A[0], exact[names[weight]].A, rtol=1e-10, atol=1e-12)
+            close(statistics.A[0], exact[names[weight]].A)
             draws[names[weight]].append(statistics.B[0])
     for name, factors in exact.items():
         within(*average(draws[name]), factors.B)
@@ -154,7 +154,22 @@ def test_micro_batches_count_together():
     torch.testing.assert_close(last.A[0, -1, -1], torch.ones(()).double())
     noise = [sampled_gradient_of(curvature, number) for number in range(2)]
     rows = torch.cat(noise)
-    torch.testing.assert_close(last.B[0], rows.T @ rows / 6, rtol=1e-12, atol=1e-14)
+    close(last.B[0], rows.T @ rows / 6)
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def test_terms_are_rows_of_outputs_not_of_inputs():
+    """Five tokens of a sample share one loss term."""
+    model = nn.Sequential(nn.Linear(4, 2), Mean(), nn.Linear(2, 3)).double()
+    curvature = Curvature(model, fisher="sampled")
+    curvature.listening = True
+    curvature.sample(model(X[:3, None].expand(3, 5, 4)), "normal")
+    deltas = sampled_gradient_of(curvature, 0) @ model[2].weight.detach() / 5
+    close(curvature.collect()[model[0].weight].B[0], 5 * deltas.T @ deltas / 3)
 
 
 def sampled_gradient_of(curvature: Curvature, number: int) -> Tensor:

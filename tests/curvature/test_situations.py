@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checked import Checked, loss_of, mlp
+from checked import Checked, Twice, loss_of, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -144,15 +144,6 @@ def test_samples_need_checkpoints_that_are_not_reentrant():
     model.reentrant = True
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         curvature.sample(model(X), "normal")
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(self.a(x).tanh()).tanh())
 
 
 def test_a_module_that_is_used_twice():
@@ -315,53 +306,6 @@ def test_outputs_that_are_views():
             return F.scaled_dot_product_attention(q, k, v)
 
     train(Split(), TOKENS).check()
-
-
-HIDDEN = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # by torch itself, elsewhere than here
-
-
-@HIDDEN
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("first", ["hooks", "compile"])
-def test_compiled_models(backend, first):
-    torch._dynamo.reset()
-    model = Twice()
-    if first == "hooks":
-        curvature = Checked(model)
-        compiled = torch.compile(model, backend=backend)
-    else:
-        compiled = torch.compile(model, backend=backend)
-        curvature = Checked(model)
-    for listening in (True, False, True):
-        curvature.listening = listening
-        model.zero_grad()
-        curvature.sums, curvature.calls = {}, {}
-        loss_of(compiled(TOKENS)).backward()
-        if listening:
-            curvature.check()
-        assert curvature.calls == ({"a": 2, "b": 1} if listening else {})
-
-
-@HIDDEN
-def test_samples_of_compiled_models():
-    torch._dynamo.reset()
-    model = Twice()
-    curvature = Checked(model, fisher="sampled")
-    outputs = torch.compile(model, backend="aot_eager")(X)
-    curvature.sample(outputs, "categorical")
-    loss_of(outputs).backward()
-    assert curvature.calls == {"a": 2, "b": 1}
-
-
-@HIDDEN
-def test_graphs_compiled_before_the_hooks_are_not_heard():
-    torch._dynamo.reset()
-    model = Twice()
-    compiled = torch.compile(model, backend="eager")
-    loss_of(compiled(X)).backward()
-    curvature = Checked(model)
-    loss_of(compiled(X)).backward()
-    assert curvature.uncalled() == ["a", "b"]
 
 
 def test_double_backward_raises():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -52,7 +52,8 @@ class Curvature(Listener):
             all dimensions but the last of the model's outputs; "batch", their first dimension; a function, called in
             each backward pass; a number, of the whole step. Or "sum": the loss is not a mean but a sum.
         grad_scaler: the `torch.amp.GradScaler` that scales the training loss, if there is one.
-        only: the weights to capture; by default those of all layers.
+        only: the weights to capture, by default those of all layers; as a mapping, each with the bias that is captured
+            along, or None.
         seed: of the draws; they leave the global random numbers as they are.
         rank: of the draws; ranks with different samples need different ones.
 
@@ -80,7 +81,7 @@ class Curvature(Listener):
         sharing: str = "expand",
         loss_terms: LossTerms = "rows",
         grad_scaler: Any = None,
-        only: Collection[Tensor] | None = None,
+        only: Collection[Tensor] | Mapping[Tensor, Tensor | None] | None = None,
         seed: int = 0,
         rank: int = 0,
     ) -> None:
@@ -100,6 +101,8 @@ class Curvature(Listener):
         """How often targets have been drawn."""
         wanted = None if only is None else set(only)
         self.layers = [layer for layer in layers(model).values() if wanted is None or layer.weight in wanted]
+        if isinstance(only, Mapping):
+            self.layers = [replace(layer, bias=only[layer.weight]) for layer in self.layers]
         self.nodes = []
         self._heard: set[Tensor] = set()
         self._first = self._warned = False
@@ -231,6 +234,11 @@ class Curvature(Listener):
         self._terms += terms
 
     # What was captured.
+
+    @property
+    def pending(self) -> set[Tensor]:
+        """Return the weights of which `collect` has something."""
+        return {weight for weight, box in self._inbox.items() if box.A is not None and box.B is not None}
 
     def collect(self, terms: float | Tensor | None = None) -> dict[Tensor, Statistics]:
         """Return what was captured since the last time, by weight, and forget it.

@@ -89,12 +89,16 @@ class Hook:
         self.handle = module.register_forward_hook(self, prepend=self.first, with_kwargs=True)
         return self.handle
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the output as it is; while the listener hears it, what `heard` makes of it."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        """Return the output as it is; while the listener hears it, what `heard` makes of it.
+
+        A module calls it with keyword arguments and the output; with the output alone if the hook was removed after
+        the module had begun to call its hooks, as garbage collection may do at any time.
+        """
         listener = self.listener() if self.listener is not None else None
-        if listener is None or not listener.hears(module):
-            return output
-        return self.heard(listener, args, kwargs, output)
+        if len(rest) < 2 or listener is None or not listener.hears(module):
+            return rest[-1]
+        return self.heard(listener, args, *rest)
 
     def heard(self, listener: Listener, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return what takes the output's place."""

@@ -175,6 +175,15 @@ def check_parameter(name: str, p: Tensor, group: Mapping[str, Any], dims: int = 
         refuse_flat(p, name, group["rule"], dims)
 
 
+def refuse_uncaptured(name: str, rule: str) -> None:
+    """Raise if a rule needs statistics of layers, in an optimizer that has none."""
+    if issubclass(kind := RULES[rule], Rule) and kind.captures:
+        raise ValueError(
+            f"{name} under rule={rule!r}: it needs statistics of the model's layers, which parameters alone don't "
+            f"have: use steepest.{rule.upper()}(model), or steepest.for_model(model, {rule!r})"
+        )
+
+
 def check_parameters(groups: Sequence[Mapping[str, Any]], dims: Sequence[int]) -> None:
     """Raise unless all parameters can be optimized, and each stands in one place, with a gradient of its shape.
 

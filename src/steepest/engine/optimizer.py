@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -27,14 +27,15 @@ from steepest.engine.group import (
     listed,
     option_defaults,
     plain_options,
+    refuse_uncaptured,
 )
 from steepest.engine.roster import Roster
-from steepest.engine.step import apply, finish, step_stack
-from steepest.exchange.bucket import Bucket, Move, Tensors
+from steepest.engine.step import apply, clip, finish, interleave, step_stack
+from steepest.exchange.bucket import Bucket, Directions, Move, Tensors
 from steepest.exchange.peers import Peers
 from steepest.exchange.shards import copy_into
 from steepest.linalg.surroundings import undisturbed
-from steepest.rule import nearest
+from steepest.rule import Statistics, nearest
 from steepest.rules.aliases import ALIASES, resolve
 from steepest.stack.names import parameter_names
 from steepest.stack.stack import Stack
@@ -76,7 +77,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name}={options[name]!r}: {rule} has no such option{hint}")
         defaults = known | options
         stand_in = {"lr": 0.0} if defaults["lr"] is None else {}  # each group may have a rate of its own
-        self._roster = Roster()
+        self._roster = Roster(self._biases())
         self._elsewhere: dict[Peers, int] = {}  # the updates that other ranks have skipped
         self._built = False  # state is laid out when all groups are there
         super().__init__(params, plain_options(defaults | stand_in) | dict.fromkeys(stand_in))
@@ -111,6 +112,7 @@ class Optimizer(torch.optim.Optimizer):
             name, p = item if isinstance(item, tuple) else (f"parameter {i}", item)
             if isinstance(p, Tensor):
                 check_parameter(name, p, group)
+                self._admit(name, p, group)
         super().add_param_group(group)
         for name in self.defaults.keys() - known.keys():
             del group[name]  # an option of the other rule, which torch fills in everywhere
@@ -164,59 +166,78 @@ class Optimizer(torch.optim.Optimizer):
         self._heed()
         grads = self._participants()  # raises, if at all, before anything has changed
         self._roster.check_schedules()  # likewise
-        _interleave([self._step_bucket(bucket, grads) for bucket in self._roster.buckets])
+        captured = self._captured(grads) if self._captures else {}
+        buckets = self._roster.buckets
+        if self._roster.clipped:
+            made: list[list[Directions]] = [[] for _ in buckets]
+            interleave([self._directions(b, grads, captured, d) for b, d in zip(buckets, made, strict=True)])
+            clip(made, buckets, self._roster.clipped)
+            interleave([self._move(b, d) for b, d in zip(buckets, made, strict=True)])
+        else:
+            interleave([self._step_bucket(bucket, grads, captured) for bucket in buckets])
         if self._roster.elementwise:
             self._skipped += step_elementwise(self._roster, self.param_groups, grads)
 
-    def _step_bucket(self, bucket: Bucket, grads: Tensors) -> Iterator[None]:
+    def _step_bucket(self, bucket: Bucket, grads: Tensors, captured: Mapping[int, Statistics | None]) -> Iterator[None]:
         """Step the matrices of a bucket; pause wherever tensors travel between ranks."""
+        directions: list[Directions] = []
+        yield from self._directions(bucket, grads, captured, directions)
+        yield from self._move(bucket, directions)
+
+    def _directions(
+        self, bucket: Bucket, grads: Tensors, captured: Mapping[int, Statistics | None], made: list[Directions]
+    ) -> Iterator[None]:
+        """Append the directions of a bucket's matrices to ``made``."""
         roster = self._roster
+        statistics = (yield from bucket.statistics(captured)) if captured else {}
         gradients, weights = yield from bucket.gather(grads, roster.penalized(grads))
-        directions = []
         for stack in bucket.stacks:
             offsets = roster.refresh_offsets(stack, self.param_groups)
-            made = step_stack(stack, gradients, weights, roster.ways, offsets)
-            if made is not None:
-                directions.append(made)
+            directions = step_stack(stack, gradients, weights, roster.ways, offsets, statistics, roster.clipped)
+            if directions is not None:
+                made.append(directions)
+
+    def _move(self, bucket: Bucket, directions: Sequence[Directions]) -> Iterator[None]:
+        """Move the weights of a bucket, and let its rules finish."""
+        roster = self._roster
         moves: dict[int, list[Move]] = {}
         for move in (yield from bucket.scatter(directions)):
             moves.setdefault(roster.numbers[move.index], []).append(move)
         for number, of_group in moves.items():
             apply(roster.rules[number], self.param_groups[number], roster.names, of_group)
-
         for stack in bucket.stacks:
             if stack.deferred:
                 finish(stack)
 
-    def _participants(self) -> list[Tensor | None]:
-        """Return the gradients that take part in this step; a frozen parameter that has a gradient by now gets state.
+    # What an optimizer that captures statistics in a model's layers overrides; see `steepest.engine.capturing`.
 
-        A parameter sits the step out if it has no gradient on some rank; all ranks that hold it agree on that.
-        """
+    _captures: ClassVar[bool] = False
+
+    def _biases(self) -> Mapping[Tensor, Tensor]:
+        """Return the biases that are stepped together with weights, by weight."""
+        return {}
+
+    def _marks(self) -> Sequence[set[int]]:
+        """Return sets of numbers of parameters, to which those of other ranks are added before a step."""
+        return ()
+
+    def _admit(self, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
+        """Raise if a parameter's rule needs statistics."""
+        refuse_uncaptured(name, group["rule"])
+
+    def _captured(self, grads: list[Tensor | None]) -> Mapping[int, Statistics | None]:
+        """Return what was captured, by the number of the weight; None: on other ranks. ``grads`` may become None."""
+        return {}
+
+    def _participants(self) -> list[Tensor | None]:
+        """Return the gradients that take part in this step; frozen parameters with a gradient get state."""
         roster = self._roster
         grads = [p.grad for p in roster.params]
-        for index, grad in enumerate(grads):
-            if grad is not None and grad.is_sparse:
-                raise RuntimeError(
-                    f"the gradient of {roster.names[index]} (shape {list(grad.shape)}) is sparse: only dense gradients "
-                    "work"
-                )
-        for index in roster.untrainable:
-            if grads[index] is not None:
-                raise RuntimeError(
-                    f"{roster.names[index]} (shape {list(roster.params[index].shape)}) was made under "
-                    "torch.inference_mode(), and can't be trained: make it outside, or clone it there"
-                )
+        roster.refuse_untrainable(grads)
+        marks = self._marks() if self._captures else ()
         raising = {number for number, group in enumerate(self.param_groups) if group["nonfinite"] == "raise"}
-        refused = participants.not_finite(roster, grads, raising) if raising else set()
-        if roster.distributed:
-            self._elsewhere |= participants.agree(roster.params, grads, refused, roster.peers, roster.buckets)
-        if refused:
-            index = min(refused)
-            raise FloatingPointError(
-                f"the gradient of {roster.names[index]} (shape {list(roster.params[index].shape)}) is not finite or "
-                'too large to square; nonfinite="skip" would leave the parameter out of this step'
-            )
+        if raising or roster.distributed:
+            self._elsewhere |= participants.agree(roster, raising, grads, marks)
         thawed = [index for index in roster.frozen if grads[index] is not None]
         if thawed:
             roster.adopt(self.param_groups, thawed)
@@ -286,7 +307,7 @@ class Optimizer(torch.optim.Optimizer):
             groups[number]["param_names"] = of_group
         self._skipped += old.skipped() + sum(self._elsewhere.values())
         self._failures, self._elsewhere = self.failed_decompositions, {}
-        self._roster = Roster.filled(groups, values)
+        self._roster = Roster.filled(groups, values, self._biases())
         remove(self.state, gone, old.laid, self._roster.laid)
 
     @undisturbed
@@ -301,7 +322,9 @@ class Optimizer(torch.optim.Optimizer):
         groups, self._elsewhere = self.param_groups, {}
         for group in groups:
             group.update(plain_options(group))  # an older pickle has fewer
-        self._roster = Roster.filled(groups, taken_over(groups, parameter_names(groups), self.state, {}))
+        self._roster = Roster.filled(
+            groups, taken_over(groups, parameter_names(groups), self.state, {}), self._biases()
+        )
         self._show()
 
     # Checkpoints.
@@ -373,15 +396,3 @@ class Optimizer(torch.optim.Optimizer):
         self._show()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
-
-
-def _interleave(tasks: Iterable[Iterator[None]]) -> None:
-    """Run the steps of buckets interleaved: while one computes, the next one's gradients travel."""
-    paused: list[Iterator[None]] = []
-    for task in tasks:
-        paused = [t for t in (task, *paused) if next(t, DONE) is not DONE]
-    while paused:
-        paused = [t for t in paused if next(t, DONE) is not DONE]
-
-
-DONE = object()

@@ -29,7 +29,11 @@ from steepest.view import View
 class Roster:
     """The parameters of all groups, numbered in order, and the state that is laid out for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, biases: Mapping[Tensor, Tensor]) -> None:
+        """Start without parameters; ``biases`` are those that are stepped together with weights, by weight."""
+        self.joined = biases
+        self.biases: dict[int, int] = {}
+        """The same by numbers, of those that are in groups."""
         self.params: list[Tensor] = []
         self.numbers: list[int] = []
         """The number of each parameter's group."""
@@ -38,6 +42,8 @@ class Roster:
         """The rule of each group."""
         self.ways: list[Way | None] = []
         """The way in which each group is stepped; None under an elementwise rule."""
+        self.clipped: dict[int, float] = {}
+        """The groups whose rule clips directions, with its limit κ."""
         self.elementwise: list[int] = []
         """The parameters under elementwise rules."""
         self.laid: dict[Tensor, Laid] = {}
@@ -55,9 +61,11 @@ class Roster:
 
     @classmethod
     @torch.no_grad()
-    def filled(cls, groups: Sequence[dict[str, Any]], values: Mapping[Tensor, State]) -> Roster:
+    def filled(
+        cls, groups: Sequence[dict[str, Any]], values: Mapping[Tensor, State], biases: Mapping[Tensor, Tensor]
+    ) -> Roster:
         """Return the roster of all groups, with these values in the state of their parameters."""
-        roster = cls()
+        roster = cls(biases)
         roster.enter(groups, range(len(groups)), {p for p, state in values.items() if state})
         for p, state in values.items():
             for name, x in state.items():
@@ -88,6 +96,9 @@ class Roster:
             self.params += groups[number]["params"]
             self.numbers += [number] * len(groups[number]["params"])
         entered = range(first, len(self.params))
+        places = {p: i for i, p in enumerate(self.params)}
+        joined = [(places[w], places[b]) for w, b in self.joined.items() if w in places and b in places]
+        self.biases = {w: b for w, b in joined if groups[self.numbers[w]].get("bias")}
         peers = peers_of(self.params[first:])
         self.peers |= peers
         self.distributed = self.distributed or bool(peers) or any(map(is_dtensor, self.params[first:]))
@@ -114,20 +125,28 @@ class Roster:
                 with suppress(TypeError):  # a schedule of refreshes may have no hash
                     way = shared(way)
             self.rules[number : number + 1] = [rule]
+            self.clipped.pop(number, None)
+            if isinstance(rule, Rule) and rule.kl_clip > 0:
+                self.clipped[number] = rule.kl_clip
             if way is not (self.ways[number] if number < len(self.ways) else None):
                 self._offsets = {}
             self.ways[number : number + 1] = [way]
 
     def adopt(self, groups: Sequence[Mapping[str, Any]], indices: Iterable[int]) -> None:
         """Lay out state for parameters that have none."""
-        made: dict[int, State] = {i: {} for i in sorted(indices)}
+        weights = {bias: weight for weight, bias in self.biases.items()}
+        wanted = {weights.get(i, i) for i in indices} & self.frozen  # a layer's weight and bias have one state
+        made: dict[int, State] = {i: {} for i in sorted(wanted | {self.biases[i] for i in wanted if i in self.biases})}
         for i in made:
             rule, p = self.rules[self.numbers[i]], self.params[i]
             if isinstance(rule, Elementwise):
                 made[i] = rule.init(torch.empty_like(p, dtype=state_dtype(p), requires_grad=False))
-        matrices = [(i, self.numbers[i]) for i in made if self.ways[self.numbers[i]] is not None]
+        matrices = [(i, self.numbers[i]) for i in made if self.ways[self.numbers[i]] is not None and i not in weights]
+        for i, number in matrices:
+            if groups[number].get("bias") and i not in self.biases:
+                raise ValueError(f"{self.names[i]}: bias=True in its group, and no group has a bias of its layer")
         if matrices:
-            buckets = assign(self.ways, groups, self.params, matrices, self.buckets, self.peers)
+            buckets = assign(self.ways, groups, self.params, matrices, self.buckets, self.peers, self.biases)
             for bucket in buckets:
                 for i, state in bucket.state():
                     made[i].update(state)
@@ -164,7 +183,7 @@ class Roster:
             if self.ways[self.numbers[i]] is None:
                 states[i] = {name: torch.empty_like(x) for name, x in self.laid[self.params[i]].state.items()}
         for bucket in self.buckets:
-            if any(segment.index in indices for stack in bucket.stacks for segment in stack.segments):
+            if any(not {s.index, s.bias}.isdisjoint(indices) for stack in bucket.stacks for s in stack.segments):
                 for stack in bucket.stacks:
                     stack.renew()
                 for i, state in bucket.state():
@@ -172,6 +191,21 @@ class Roster:
         for i, state in states.items():
             p = self.params[i]
             self.laid[p] = replace(self.laid[p], state=self.laid[p].state | state)
+
+    def refuse_untrainable(self, grads: Tensors) -> None:
+        """Raise for sparse gradients, and for gradients of parameters that were made under inference mode."""
+        for index, grad in enumerate(grads):
+            if grad is not None and grad.is_sparse:
+                raise RuntimeError(
+                    f"the gradient of {self.names[index]} (shape {list(grad.shape)}) is sparse: only dense gradients "
+                    "work"
+                )
+        for index in self.untrainable:
+            if grads[index] is not None:
+                raise RuntimeError(
+                    f"{self.names[index]} (shape {list(self.params[index].shape)}) was made under "
+                    "torch.inference_mode(), and can't be trained: make it outside, or clone it there"
+                )
 
     def settle(self) -> None:
         """Account for what the device has done since the last step."""
@@ -207,7 +241,7 @@ class Roster:
         jobs: dict[int, tuple[Way, list[Job]]] = {}
         for index, (p, number) in enumerate(zip(self.params, self.numbers, strict=True)):
             way = self.ways[number]
-            if way is not None and way.stagger and index not in self.frozen:
+            if way is not None and way.stagger and index not in self.frozen and index not in self.biases.values():
                 order = (number, orders[index]) if isinstance(orders[index], int) else (0, orders[index])
                 jobs.setdefault(id(way), (way, []))[1].append((order, index, View.of(p, groups[number])))
         return {key: offset for way, of_way in jobs.values() for key, offset in dealt(way.rule, of_way).items()}

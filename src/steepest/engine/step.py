@@ -5,18 +5,20 @@ A gradient that is not finite must leave no trace: weights, state and clocks of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steepest.exchange.bucket import Directions, Move
+from steepest.exchange.bucket import Bucket, Directions, Move
+from steepest.exchange.peers import Peers
 from steepest.linalg import attempts
 from steepest.linalg.rounding import positions, round_stochastically, rounding_key
-from steepest.rule import Elementwise, LowRank, Rule, Step
+from steepest.rule import Elementwise, LowRank, Rule, Statistics, Step
 from steepest.stack.graphs import Inputs, compiled
 from steepest.stack.stack import AsyncCopy, Deferred, Pieces, Run, Stack, Way, ranges, to_device
 from steepest.stack.undo import undoing
@@ -25,7 +27,13 @@ from steepest.stack.undo import undoing
 
 
 def step_stack(
-    stack: Stack, grads: Pieces, weights: Pieces | None, ways: Sequence[Way | None], offsets: Sequence[float]
+    stack: Stack,
+    grads: Pieces,
+    weights: Pieces | None,
+    ways: Sequence[Way | None],
+    offsets: Sequence[float],
+    statistics: Mapping[tuple[int, int], Statistics],
+    clipped: Collection[int] = (),
 ) -> Directions | None:
     """Update the state of a stack by its gradients, and return directions; None if no matrix moves.
 
@@ -35,6 +43,8 @@ def step_stack(
         weights: the weights of pieces, where weight decay is part of the gradient.
         ways: the way in which each group is stepped.
         offsets: for each slot, the fraction of its period after which it refreshes.
+        statistics: what was captured for its pieces.
+        clipped: the groups whose directions `clip` will scale.
     """
     stack.deferred.clear()  # a step that raised may have left something
     live = [segment.key in grads for segment in stack.segments for _ in range(segment.start, segment.stop)]
@@ -48,7 +58,7 @@ def step_stack(
     for run in stack.runs(ways, live, offsets):
         penalty = None if W is None or not run.way.penalty else W[run.slots] * run.way.penalty
         inputs = Inputs(G[run.slots], penalty, None if finite is None else finite[run.slots])
-        d = _update(stack, run, inputs)  # [b, m, n]
+        d = _update(stack, run, inputs, stack.fed(run, statistics) if statistics else None)  # [b, m, n]
         if d is not None:
             moved[run.slots] = [True] * (run.slots.stop - run.slots.start)
             made.append((run.slots, d))
@@ -60,7 +70,50 @@ def step_stack(
         low_rank = LowRank(left, right)
         return Directions(stack, low_rank.product(), moved, low_rank, finite)
     D = _joined([(slots, d) for slots, d in made if isinstance(d, Tensor)], stack.size)
-    return Directions(stack, D, moved, None, finite)
+    return Directions(stack, D, moved, None, finite, _slopes(stack, D, G, moved, finite, clipped) if clipped else None)
+
+
+def _slopes(
+    stack: Stack, D: Tensor, G: Tensor, moved: list[bool], finite: Tensor | None, clipped: Collection[int]
+) -> Tensor | None:
+    """Return ``⟨D, G⟩`` of the matrices of clipped groups that move, ``[B]``, and 0 for others; None without any."""
+    counts = [yes and s.group in clipped for s in stack.segments for yes in moved[s.slots]]
+    if not any(counts):
+        return None
+    slopes = (D * G).sum(dim=(-2, -1), dtype=torch.float64)
+    if finite is not None:
+        slopes = slopes.where(finite.view(-1), 0.0)
+    return slopes if all(counts) else slopes.where(to_device(counts, slopes.device), 0.0)
+
+
+def clip(made: Sequence[Sequence[Directions]], buckets: Sequence[Bucket], clipped: Mapping[int, float]) -> None:
+    """Scale directions by ``min(1, sqrt(κ / |Σ ⟨D, G⟩|))``, in place: one sum over all matrices, κ of each group.
+
+    The sum is over the matrices of all ranks, which all call this. Nothing waits for a device.
+
+    Args:
+        made: the directions of each bucket, as far as this rank has made them.
+        buckets: all buckets.
+        clipped: κ, by the numbers of groups.
+    """
+    slopes: list[Tensor] = []
+    shared: dict[Peers, Tensor] = {}
+    for bucket, of_bucket in zip(buckets, made, strict=True):
+        own = [directions.slopes.sum() for directions in of_bucket if directions.slopes is not None]
+        if bucket.communicates and bucket.peers is not None:
+            zero = torch.zeros((), dtype=torch.float64, device=bucket.device)
+            shared[bucket.peers] = sum(own, shared.get(bucket.peers, zero))
+        else:
+            slopes += own
+    slopes += [peers.total(slope) for peers, slope in shared.items()]
+    if not slopes:
+        return
+    total = torch.stack([slope.to(slopes[0].device) for slope in slopes]).sum().abs()
+    for directions in chain.from_iterable(made):
+        D, here = directions.D, total.to(directions.D.device)
+        for number, start, stop in directions.stack.groups:
+            if number in clipped:
+                D[start:stop] *= (clipped[number] / here).sqrt().clamp(max=1.0).to(D.dtype)
 
 
 def _joined(parts: Sequence[tuple[slice, Tensor]], size: int) -> Tensor:
@@ -94,15 +147,15 @@ def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
     return finite
 
 
-def _update(stack: Stack, run: Run, inputs: Inputs) -> Tensor | LowRank | None:
+def _update(stack: Stack, run: Run, inputs: Inputs, statistics: Statistics | None) -> Tensor | LowRank | None:
     """Advance the clocks of a run, and return its directions; where ``inputs.finite`` is False nothing changes."""
     slots, rule, finite = run.slots, run.way.rule, inputs.finite
     whole = slots == slice(0, stack.size)
     t, failures, state = stack.t, stack.failures, dict(stack.state)
     if not whole:
         t, failures, state = t[slots], failures[slots], {name: x[slots] for name, x in state.items()}
-    step = Step(t, run.stage, run.refresh, inputs.penalty, failures)
-    steady = run.stage == "steady" and run.refresh is None
+    step = Step(t, run.stage, run.refresh, inputs.penalty, failures, statistics)
+    steady = run.stage == "steady" and run.refresh is None and statistics is None
     compiles = steady and whole and run.way.compile
     update = compiled(rule, inputs.G) if compiles else rule.update
 
@@ -256,3 +309,18 @@ def _descend(group: Mapping[str, Any], weights: list[Tensor], steps: list[Tensor
         torch._foreach_add_(weights, steps, alpha=-lr)
     if decays and decay_follows:
         torch._foreach_mul_(weights, factors)
+
+
+# Buckets.
+
+
+def interleave(tasks: Iterable[Iterator[None]]) -> None:
+    """Run the steps of buckets interleaved: while one computes, the next one's gradients travel."""
+    paused: list[Iterator[None]] = []
+    for task in tasks:
+        paused = [t for t in (task, *paused) if next(t, DONE) is not DONE]
+    while paused:
+        paused = [t for t in paused if next(t, DONE) is not DONE]
+
+
+DONE = object()

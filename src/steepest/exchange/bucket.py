@@ -9,14 +9,14 @@ sent to owners, directions are sent back, and the step pauses in between.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from steepest.exchange.peers import Peers
-from steepest.rule import LowRank
+from steepest.rule import LowRank, Statistics
 from steepest.stack.stack import Pieces, Segment, Stack, to_device
 
 Tensors = Sequence[Tensor | None]
@@ -36,6 +36,8 @@ class Directions:
     """The same directions as factors, if the rule has returned factors."""
     finite: Tensor | None
     """``[B, 1, 1]`` on the device, False where the step must leave no trace; None if it is True everywhere."""
+    slopes: Tensor | None = None
+    """``⟨D, G⟩`` of each matrix, ``[B]``, in float64, and 0 for those that stay; where a rule clips directions."""
 
     def may_stay(self, segment: Segment) -> bool:
         """Return whether some matrix of a segment may stay where it is."""
@@ -85,10 +87,17 @@ class Bucket(ABC):
     """The stacks of the matrices that this rank steps."""
     peers: Peers | None
     """The ranks that hold shards of its parameters; None if only this rank does."""
+    device: torch.device
+    """The device of its parameters."""
     communicates: bool
     """Whether gradients and directions are sent between ranks."""
     counts: bool = True
     """Whether this rank counts the updates that are skipped in it; False if the rank of another replica does."""
+
+    @property
+    @abstractmethod
+    def segments(self) -> Sequence[Segment]:
+        """Return the segments of its matrices, also of those that other ranks step, which have no slots here."""
 
     @abstractmethod
     def state(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -105,6 +114,18 @@ class Bucket(ABC):
 
         Returns:
             The pieces that this rank steps and that take part in the step, of gradients and of weights.
+        """
+
+    @abstractmethod
+    def statistics(
+        self, captured: Mapping[int, Statistics | None]
+    ) -> Generator[None, None, Mapping[tuple[int, int], Statistics]]:
+        """Gather what was captured in layers, by the numbers of their weights; pause while it travels.
+
+        The numbers are the same on all ranks; None stands for what only other ranks have captured.
+
+        Returns:
+            The statistics of each piece that this rank steps, and that got some.
         """
 
     @abstractmethod

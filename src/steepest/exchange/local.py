@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from steepest.exchange.bucket import Bucket, Directions, Move, Tensors
 from steepest.exchange.peers import Peers
 from steepest.exchange.shards import PLAIN, local, meta_shard, shard_like
+from steepest.rule import Statistics
 from steepest.stack.stack import Pieces, Segment, Stack
 
 
@@ -22,7 +24,15 @@ class LocalBucket(Bucket):
         self.peers = peers
         self.counts = replica == 0
         self.stacks = [stack]
+        self.device = stack.device
         self.params = params
+        self._takes_part: Sequence[bool] = ()
+        """For each parameter, whether it takes part in the step."""
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """See `Bucket.segments`."""
+        return self.stacks[0].segments
 
     def state(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """See `Bucket.state`."""
@@ -30,11 +40,22 @@ class LocalBucket(Bucket):
         for segment in stack.segments:
             p = self.params[segment.index]
             yield segment.index, {name: shard_like(p, x) for name, x in stack.views(segment).items()}
+            if segment.bias is not None:
+                yield segment.bias, stack.clocks(segment)
 
     def gather(self, grads: Tensors, weights: Tensors | None) -> Generator[None, None, tuple[Pieces, Pieces | None]]:
         """See `Bucket.gather`."""
         yield from ()
+        self._takes_part = [x is not None for x in grads]
         return self._pieces(grads), None if weights is None else self._pieces(weights)
+
+    def statistics(
+        self, captured: Mapping[int, Statistics | None]
+    ) -> Generator[None, None, Mapping[tuple[int, int], Statistics]]:
+        """See `Bucket.statistics`."""
+        yield from ()
+        segments = self.stacks[0].segments if captured else ()
+        return {s.key: s.part(here) for s in segments if (here := captured.get(s.index)) is not None}
 
     def scatter(self, directions: Sequence[Directions]) -> Generator[None, None, list[Move]]:
         """See `Bucket.scatter`."""
@@ -50,18 +71,36 @@ class LocalBucket(Bucket):
                 else:
                     continue
                 p, view, piece = self.params[segment.index], segment.view, segment.piece
-                W, D = view.cut(p if type(p) in PLAIN else local(p), piece), view.unbatch(D, piece)
                 t = made.stack.t[segment.start]
-                moves.append(Move(segment.index, W, D, may_stay, t, partial(_in_whole, p, segment)))
+                if segment.bias is not None:
+                    rows, b = view.blocks[piece][0], local(self.params[segment.bias])
+                    if self._takes_part[segment.bias]:
+                        column = D[..., -1].reshape(-1)
+                        moves.append(Move(segment.bias, b[rows], column, may_stay, t, partial(_rows_in_whole, b, rows)))
+                    D = D[..., :-1]
+                if self._takes_part[segment.index]:
+                    W, D = view.cut(p if type(p) in PLAIN else local(p), piece), view.unbatch(D, piece)
+                    moves.append(Move(segment.index, W, D, may_stay, t, partial(_in_whole, p, segment)))
         return moves
 
     def _pieces(self, tensors: Tensors) -> Pieces:
         pieces = {}
         for segment in self.stacks[0].segments:
-            x = tensors[segment.index]
-            if x is not None:
-                pieces[segment.key] = segment.view.matrices(x, segment.piece)
+            x, view, piece = tensors[segment.index], segment.view, segment.piece
+            bias = None if segment.bias is None else tensors[segment.bias]
+            if segment.bias is None or bias is None is x:
+                if x is not None:
+                    pieces[segment.key] = view.matrices(x, piece)
+                continue
+            # The half of a layer that has no gradient counts as zero, and is not moved.
+            x = torch.zeros_like(local(self.params[segment.index])) if x is None else x
+            bias = torch.zeros_like(local(self.params[segment.bias])) if bias is None else bias
+            pieces[segment.key] = view.joined(view.matrices(x, piece), bias, piece)
         return pieces
+
+
+def _rows_in_whole(bias: Tensor, rows: slice) -> Tensor:
+    return meta_shard(bias)[rows]
 
 
 def _in_whole(p: Tensor, segment: Segment) -> Tensor:

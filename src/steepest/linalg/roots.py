@@ -44,6 +44,28 @@ def matrix_power(K: Tensor, exponent: float, *, eps: float = 0.0, relative: bool
     return attempt(power, K)
 
 
+def inverse(K: Tensor, damping: Tensor | float = 0.0) -> Tensor:
+    """Return ``(K + damping I)⁻¹`` for symmetric positive definite ``K + damping I``, by Cholesky's factorization.
+
+    Args:
+        K: ``[b, d, d]``.
+        damping: a number, or one per matrix ``[b, 1, 1]``.
+
+    Returns:
+        ``[b, d, d]``, symmetric; NaN for a matrix that is not positive definite.
+
+    Example:
+        >>> inverse(torch.tensor([[[3.0]], [[-1.0]]]), damping=1.0).flatten()
+        tensor([0.2500,    nan])
+    """
+
+    def solve(K: Tensor) -> Tensor:
+        L, info = torch.linalg.cholesky_ex(K)
+        return torch.cholesky_inverse(L).masked_fill((info != 0).view(-1, 1, 1), torch.nan)
+
+    return attempt(solve, K + damping * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device))
+
+
 def spectral_power(eigenvalues: Tensor, exponent: float, *, eps: float = 0.0, relative: bool = False) -> Tensor:
     """Return the eigenvalues of `matrix_power`, ``(λ + damping)^exponent`` or zero, for λ ``[..., d]`` in any order.
 

@@ -28,6 +28,7 @@ Product = Callable[[Tensor], Tensor]
 """A square matrix as a function from vectors to vectors."""
 
 Likelihood = Literal["categorical", "normal", "bernoulli"]
+LIKELIHOODS = get_args(Likelihood)
 
 
 class Jacobian:
@@ -167,9 +168,8 @@ def gauss_newton(J: Jacobian, inner: Product) -> Product:
 
 def check_likelihood(likelihood: object) -> None:
     """Raise a ValueError unless the likelihood is one that is known."""
-    if likelihood not in get_args(Likelihood):
-        known = ", ".join(map(repr, get_args(Likelihood)))
-        raise ValueError(f"likelihood={likelihood!r}: must be one of {known}")
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(f"likelihood={likelihood!r}: must be one of {', '.join(map(repr, LIKELIHOODS))}")
 
 
 def pull(

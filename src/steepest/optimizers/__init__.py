@@ -13,6 +13,8 @@ import torch
 
 from steepest.engine.optimizer import Optimizer
 from steepest.newton.lbfgs import LBFGS
+from steepest.newton.natural_gradient import NaturalGradient
+from steepest.newton.newton_cg import NewtonCG
 from steepest.optimizers.lion import Lion
 from steepest.optimizers.muon import AdaMuon, Dion, Dion2, Muon, NorMuon
 from steepest.optimizers.shampoo import KLShampoo, Shampoo
@@ -45,6 +47,16 @@ def _kl_soap(params: Params, **options: Any) -> SOAP:
     return SOAP(params, use_kl_shampoo=True, **options)
 
 
+def _without_model(rule: str) -> Callable[..., Optimizer]:
+    def refuse(params: Params, **options: Any) -> Optimizer:
+        raise TypeError(
+            f"{rule} is fed by what is captured in a model's layers, which parameters alone don't have: use "
+            f"steepest.{rule.upper()}(model) or steepest.for_model(model, {rule!r})"
+        )
+
+    return refuse
+
+
 NAMES: dict[str, Entry] = {
     "soap": Entry(SOAP, "soap"),
     "kl-soap": Entry(_kl_soap, "kl_soap"),
@@ -57,6 +69,8 @@ NAMES: dict[str, Entry] = {
     "moso": Entry(MOSO, "moso"),
     "shampoo": Entry(Shampoo, "shampoo"),
     "kl-shampoo": Entry(KLShampoo, "kl_shampoo", {"exponent": -0.5}),
+    "kfac": Entry(_without_model("kfac"), "kfac", {"weight_decay": 0.0}),
+    "ekfac": Entry(_without_model("ekfac"), "ekfac", {"weight_decay": 0.0}),
     "muon": Entry(Muon, "muon"),
     "normuon": Entry(NorMuon, "normuon"),
     "adamuon": Entry(AdaMuon, "adamuon"),
@@ -77,6 +91,8 @@ class ByClosure:
 
 BY_CLOSURE: dict[str, ByClosure] = {
     "lbfgs": ByClosure(LBFGS, "Liu and Nocedal, Math. Program. 45 (1989) 503"),
+    "newton-cg": ByClosure(NewtonCG, "Steihaug, SIAM J. Numer. Anal. 20 (1983) 626"),
+    "natural-gradient": ByClosure(NaturalGradient, "Amari, Neural Comput. 10 (1998) 251"),
 }
 """Those by name. They have no rules, so they can't be in one optimizer with others, or in `steepest.for_model`."""
 
@@ -118,6 +134,11 @@ def create(name: str, params: Params, **options: Any) -> torch.optim.Optimizer:
         return TORCH[key.removeprefix("torch.")](params, **options)
     if key in RULES:
         return Optimizer(params, key, **options)
+    if spelled(name, ["gauss-newton"]):
+        raise ValueError(
+            f"name={name!r}: evaluates residuals with the model, so parameters are not enough: use "
+            "steepest.GaussNewton(model)"
+        )
     raise ValueError(f"name={name!r}: no such optimizer{nearest(key, [*NAMES, *BY_CLOSURE, *TORCH, *RULES])}")
 
 

@@ -10,79 +10,29 @@ ties, shapes, positions and names, and shows what it found; `for_model` builds t
   heads     the projections that produce the outputs
   table     the result, to print and to take parameter groups from
   classify  the decision on one parameter, or the user's own
+  captured  the same for K-FAC, which takes layers and not parameters
+  deciding  all of it
   audit     warnings
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.exchange.foreign import refuse_flat
 from steepest.optimizers import group_options
 from steepest.recipes import unfold_elementwise
-from steepest.routing import audit
-from steepest.routing.classify import Overrides, classify, is_matrix_rule, resolve_overrides
-from steepest.routing.heads import find_heads
-from steepest.routing.survey import joined, survey
+from steepest.routing.captured import captures
+from steepest.routing.classify import Overrides
+from steepest.routing.deciding import Model, route
+from steepest.routing.survey import joined
 from steepest.routing.table import Routing, Row
 
 __all__ = ["Overrides", "Routing", "Row", "for_model", "route"]
-
-Model = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
-"""A module, or several, whose parameters' names then begin with indices or keys."""
-
-
-def route(
-    model: Model, rule: str = "soap", *, elementwise: str = "adamw", overrides: Overrides | None = None
-) -> Routing:
-    """Decide for every trainable parameter of a model which rule optimizes it, and as which matrices.
-
-    Weights of linear layers and convolutions, experts and recurrent gates are hidden matrices and go to ``rule``.
-    Embeddings, output heads, norms, biases, routers and all vectors go to ``elementwise``. A ``rule`` that is
-    elementwise itself takes all parameters.
-
-    Args:
-        model: Any module, or a list or dict of modules, such as both networks of a GAN. Frozen parameters are left
-            out.
-        rule: The rule of hidden matrices, or the name of an optimizer or a recipe.
-        elementwise: The rule of all other parameters, likewise.
-        overrides: A dict from a glob pattern over parameter names, or from the type of a module around the parameter,
-            to the name of another rule, or to a dict of options, which may hold ``rule``, ``lr`` and those of the view
-            (`steepest.view`). Later overrides change earlier ones, or replace them if they name a rule. Options of
-            matrices are not applied to vectors.
-
-    Raises:
-        TypeError: If the model is no module: its parameters alone don't tell what they are.
-        ValueError: If a parameter is complex, lazy, looked up with sparse gradients, or cut into flat parts where
-            ``rule`` needs matrices; if a rule is unknown, or an override matches nothing.
-
-    Example:
-        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(64, 10))
-        >>> route(model, overrides={"3.weight": {"lr": 1e-4}})
-        parameter  shape         rule   state    why
-        0.weight   16×(3·3·3)    soap   ...      convolution, flattened
-        0.bias     16            adamw  ...      bias
-        ...
-    """
-    rule, elementwise = (group_options(name, {})["rule"] for name in (rule, elementwise))
-    model = joined(model)
-    leaves = survey(model)
-    trainable = [leaf for leaf in leaves if leaf.param.requires_grad]
-    for leaf in trainable:
-        audit.refuse(leaf)
-        if is_matrix_rule(rule):
-            refuse_flat(leaf.param, leaf.name, rule)
-    if not is_matrix_rule(rule):
-        elementwise = rule
-    heads = find_heads(model, leaves)
-    resolved = resolve_overrides(overrides or {}, leaves)
-    rows = tuple(classify(leaf, rule, elementwise, heads.why, resolved.get(id(leaf.param), {})) for leaf in trainable)
-    return Routing(rows, tuple(audit.warnings(leaves, rows, heads, resolved, rule, elementwise)), rule, elementwise)
 
 
 def for_model(
@@ -101,7 +51,7 @@ def for_model(
         model: Any module, or a list or dict of modules; their frozen parameters are left out.
         name: The optimizer of hidden matrices ("soap", "rekls", "muon", ...); an elementwise one takes all parameters.
             A recipe ("muon/moonlight", see `steepest.recipe`) brings settings for both; yours take precedence.
-        lr: The learning rate of hidden matrices. It may be left out if a recipe has one.
+        lr: The learning rate of hidden matrices. It may be left out if a recipe has one, and for K-FAC.
         elementwise: Options for all other parameters, such as ``{"lr": 3e-4, "betas": (0.9, 0.95)}``; ``rule`` may name
             another rule than AdamW. Learning rate and weight decay default to those of hidden matrices.
         overrides: As in `route`.
@@ -123,6 +73,11 @@ def for_model(
         [('soap', 0.003, ['0.weight']), ('adamw', 0.001, ['0.bias', '2.bias']), ('adamw', 0.001, ['2.weight'])]
     """
     model = joined(model)
+    if captures(group_options(name, {})["rule"]):
+        from steepest.optimizers.kfac import build
+
+        rates = {} if lr is None else {"lr": lr}
+        return build(name, model, elementwise=elementwise, overrides=overrides, decay_1d=decay_1d, **rates, **options)
     settings = group_options(name, options if lr is None else {"lr": lr, **options})
     if "lr" not in settings:
         raise TypeError(f"for_model(model, {name!r}, lr=...): the learning rate is missing")

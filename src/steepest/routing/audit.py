@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from steepest.curvature.layer import CONVOLUTIONS
+from steepest.routing.captured import captures
 from steepest.routing.classify import UNKNOWN
 from steepest.routing.heads import Heads
 from steepest.routing.survey import Leaf
@@ -63,12 +64,12 @@ def warnings(
     if rows and rule != elementwise and not matrices:
         yield f"no parameter goes to {rule}: the whole model runs entry by entry ({elementwise})"
     head_by_override = any(row.view is None and id(row.param) in overridden for row in rows)
-    if matrices and not heads.why and not head_by_override:
+    if matrices and not heads.why and not head_by_override and not captures(rule):
         yield (
             "no output head was recognised; if one of the matrices produces the outputs, say so: "
             f'overrides={{"its.name": "{elementwise}"}}'
         )
-    if rule != elementwise:
+    if rule != elementwise and not captures(rule):
         yield from _doubts(rows, heads, overridden, rule, elementwise)
     if unknown := [row.name for row in rows if row.why == UNKNOWN]:
         yield f"{_some(unknown)} may or may not be matrices and run entry by entry; an override settles it"

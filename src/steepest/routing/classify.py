@@ -80,7 +80,7 @@ def classify(leaf: Leaf, rule: str, elementwise: str, heads: Mapping[int, str], 
     view_options = {name: options.pop(name) for name in OPTIONS if name in options}
     if is_matrix_rule(rule):
         layout = layout or find_layout(leaf) or Layout(View(tuple(leaf.param.shape)))
-        layout = _adjusted(leaf, layout, view_options) if view_options else layout
+        layout = adjusted(leaf, layout, view_options) if view_options else layout
         hidden = True
     elif view_options:
         raise ValueError(f"{leaf.name}: {', '.join(view_options)} mean nothing to {rule}, which works entry by entry")
@@ -173,7 +173,8 @@ def _hidden_layout(leaf: Leaf, heads: Mapping[int, str]) -> tuple[Layout | None,
     return layout, layout.why
 
 
-def _adjusted(leaf: Leaf, layout: Layout, view_options: Mapping[str, Any]) -> Layout:
+def adjusted(leaf: Leaf, layout: Layout, view_options: Mapping[str, Any]) -> Layout:
+    """Return a layout with options of the view that the user has set."""
     try:
         plain = {name: StackOptions.kind(name).read(name, value) for name, value in view_options.items()}
         return Layout(replace(layout.view, **plain), layout.why)

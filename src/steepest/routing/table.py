@@ -156,6 +156,7 @@ class Routing:
         settings: dict[str, Any] = {"rule": row.rule}
         if row.view is not None:
             settings |= {name: getattr(row.view, name) for name in OPTIONS}
+            settings |= {"bias": True} if row.view.bias else {}
         settings |= options if row.rule == self.rule else {name: options[name] for name in SHARED if name in options}
         if row.rule == self.elementwise and not row.hidden:
             settings |= elementwise

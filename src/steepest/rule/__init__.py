@@ -23,7 +23,7 @@ from steepest.rule.options import (
     rate,
 )
 from steepest.rule.refreshing import THE_END, Refreshing, revive
-from steepest.rule.rule import Elementwise, LowRank, Rule, Slots, State, Step, whole
+from steepest.rule.rule import Elementwise, LowRank, Rule, Slots, State, Statistics, Step, whole
 
 __all__ = [
     "THE_END",
@@ -35,6 +35,7 @@ __all__ = [
     "Rule",
     "Slots",
     "State",
+    "Statistics",
     "Step",
     "any_integer",
     "as_integer",

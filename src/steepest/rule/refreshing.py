@@ -21,7 +21,7 @@ from torch import Tensor
 
 from steepest.linalg.precision import fp32_matmul_precision
 from steepest.rule.intervals import intervals, steps_between
-from steepest.rule.options import at_least, flag, frequency, lays_out, one_of
+from steepest.rule.options import at_least, frequency, lays_out, one_of
 from steepest.rule.rule import Rule, Slots, State, Step
 from steepest.rule.words import BasisTiming, Precision
 
@@ -51,7 +51,6 @@ class Refreshing(Rule, ABC, Generic[Factors]):
 
     precondition_frequency: int | Callable[[int], int] = frequency(1)
     max_precond_dim: int = lays_out(at_least(0, 8192))
-    precondition_1d: bool = lays_out(flag(False))
     fp32_matmul_prec: Precision = one_of(Precision, "highest")
 
     @abstractmethod
@@ -86,6 +85,11 @@ class Refreshing(Rule, ABC, Generic[Factors]):
     def refresh_async(self) -> bool:
         """Whether refreshes are deferred until the weights have moved."""
         return False
+
+    @property
+    def settle(self) -> int:
+        """The number of first updates at which a matrix refreshes whatever the frequency."""
+        return 0
 
     @property
     def qr_fp32_matmul_prec(self) -> Precision:
@@ -166,6 +170,8 @@ class Refreshing(Rule, ABC, Generic[Factors]):
         """
         if clock <= self.first_refresh:
             return clock == self.first_refresh
+        if clock < self.settle:
+            return True
         every = self.precondition_frequency
         if callable(every):
             return intervals(every, self.first_refresh).passes(clock, offset)

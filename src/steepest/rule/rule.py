@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,20 @@ State = dict[str, Tensor]
 
 Slots = slice | Tensor
 """Some matrices of a stack: a slice, or a tensor of indices."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of what goes into layers and of the gradients that come back, which feed K-FAC's factors."""
+
+    A: Tensor
+    """Of inputs, ``E[ā āᵀ] [b, n, n]``."""
+    B: Tensor
+    """Of the gradients with respect to outputs, ``E[δ δᵀ] [b, m, m]``."""
+    S: Tensor | None = None
+    """Of the gradients' entries in the bases that there are, ``[b, m, n]``; None where none were taken."""
+    slots: Slots = field(default_factory=lambda: slice(None))
+    """The matrices of the stack that they belong to."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,8 @@ class Step:
     """Weight decay as a gradient (method "l2"), ``[B, m, n]``. Moments take it in, and covariances but SOAP's."""
     failures: Tensor | None = None
     """A count for each matrix, ``[B]``, of decompositions that every solver failed at. The rule adds to it in place."""
+    statistics: Statistics | None = None
+    """What was captured since the last step, for the matrices that got something; see `Rule.captures`."""
 
     def found(self, new: Tensor, old: Tensor | float, slots: Slots = slice(None)) -> Tensor:
         """The result of a decomposition for these slots, ``[b, m, n]``; ``old`` where it is NaN, which is counted."""
@@ -79,6 +96,14 @@ def whole(directions: Tensor | LowRank) -> Tensor:
 
 class Rule(Options, ABC):
     """A rule for stacks of matrices. Subclasses are final, frozen and keyword-only dataclasses."""
+
+    captures: ClassVar[bool] = False
+    """Whether it is fed by `Statistics`, which are captured in a model's layers. Its vectors are the layers' biases."""
+
+    @property
+    def kl_clip(self) -> float:
+        """The limit κ of ``Σ ⟨D, G⟩`` over all matrices, to which all directions are scaled down together; 0: none."""
+        return 0.0
 
     @abstractmethod
     def init(self, G: Tensor) -> State:

@@ -26,4 +26,8 @@ Scale = Literal[
 ]
 Orthonormalizer = Literal["qr", "rcqr"]
 Axis = Literal["rows", "columns"]
+DampingForm = Literal["relative", "absolute"]
+CurvatureForm = Literal["inverse", "eigen"]
+Fisher = Literal["empirical", "sampled"]
+Sharing = Literal["expand", "reduce"]
 MosoInner = Literal["adam", "rmsprop"]

@@ -143,6 +143,7 @@ DECOMPOSITIONS: Mapping[Any, tuple[str, Callable[..., float]]] = {
     ATEN.linalg_householder_product: (QR, lambda m, n, *_: _reflections(m, n)),
     ATEN.linalg_qr: (QR, lambda m, n, mode="reduced": (1 if mode == "r" else 2) * _reflections(m, n)),
     ATEN.linalg_cholesky_ex: (CHOLESKY, lambda d, *_: d**3 / 3),  # section 4.2
+    ATEN.cholesky_inverse: (CHOLESKY, lambda d, *_: 2 / 3 * d**3),  # after the factorization
     ATEN.linalg_solve_triangular: (CHOLESKY, lambda d, _, B: float(d * B.shape[-2] * B.shape[-1])),  # section 3.1
     ATEN._linalg_eigh: (EIGH, lambda d, *_: 9.0 * d**3),  # all eigenvectors, section 8.3
     ATEN._linalg_svd: (SVD, lambda m, n, *_: 6.0 * min(m, n) ** 2 * max(m, n) + 20.0 * min(m, n) ** 3),  # section 8.6

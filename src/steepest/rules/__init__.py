@@ -5,7 +5,9 @@ from steepest.rules.adamuon import AdaMuon
 from steepest.rules.adamw import AdamW
 from steepest.rules.dion import Dion
 from steepest.rules.dion2 import Dion2
+from steepest.rules.ekfac import Ekfac
 from steepest.rules.inverse_root import InverseRoot
+from steepest.rules.kfac import Kfac
 from steepest.rules.kl_shampoo import KLShampoo
 from steepest.rules.kl_soap import KLSoap
 from steepest.rules.lion import Lion
@@ -22,7 +24,9 @@ RULES: dict[str, type[Rule] | type[Elementwise]] = {
         AdamW,
         Dion,
         Dion2,
+        Ekfac,
         InverseRoot,
+        Kfac,
         KLShampoo,
         KLSoap,
         Lion,

@@ -6,14 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from steepest.rule import as_number, check, python
+from steepest.rules.kfac import Kfac
 from steepest.rules.kl_soap import KLSoap
 from steepest.rules.soap import Soap
 
 SOAPS = ("soap", "kl_soap")
 SHAMPOOS = ("shampoo", "kl_shampoo")
+KFACS = ("kfac", "ekfac")
+OF_KFAC = {
+    "factor_update_steps": "statistics_frequency",
+    "T1": "statistics_frequency",
+    "inv_update_steps": "precondition_frequency",
+    "T2": "precondition_frequency",
+    "factor_decay": "factor_beta",
+}
+"""Names that K-FAC's options have in other libraries."""
 UNGUARDED = {"noise_floor": 0.0, "momentum_floor": False, "kl_floor": 0.0}
 """What ``guards=False`` means."""
 ALIASES = {
+    **{name: f"set {target}" for name, target in OF_KFAC.items()},
     "guards": "set noise_floor, momentum_floor and, for KL, kl_floor",
     "preconditioner_decay": "set shampoo_beta",
     "refresh": "set solver",
@@ -35,6 +46,9 @@ def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
     ``guards=False``            ``noise_floor=0``, ``momentum_floor=False``, and for KL ``kl_floor=0``; True: their
                                 defaults, if they are not named
     ``noise_floor="auto"``      its default
+    ``factor_update_steps=k``   for K-FAC: ``statistics_frequency=k``; so does ``T1=k``
+    ``inv_update_steps=k``      for K-FAC: ``precondition_frequency=k``; so does ``T2=k``
+    ``factor_decay=b``          for K-FAC: ``factor_beta=b``
     ==========================  =======================================================================
 
     Raises:
@@ -53,6 +67,11 @@ def resolve(options: Mapping[str, Any]) -> dict[str, Any]:
     if rule in (*SOAPS, "inverse_root") and (decay := options.pop("preconditioner_decay", None)) is not None:
         beta = Soap.kind("shampoo_beta").read("preconditioner_decay", decay)
         _set(options, "preconditioner_decay", decay, {"shampoo_beta": beta})
+    if rule in KFACS:
+        for alias, target in OF_KFAC.items():
+            if alias in options:
+                given = options.pop(alias)
+                _set(options, alias, given, {target: Kfac.kind(target).read(alias, given)})
     if rule not in SOAPS + SHAMPOOS:
         return options
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from steepest.linalg.roots import matrix_power
-from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, betas, flag, one_of
+from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, betas, flag, lays_out, one_of
 from steepest.rules.parts.factors import SIDES, Factors, into
 from steepest.rules.parts.moments import adam, clip_rms, corrected_beta
 from steepest.rules.parts.scales import frobenius, with_norm
@@ -35,6 +35,7 @@ class InverseRoot(Refreshing[Factors]):
     name: ClassVar[str] = "inverse_root"
     paper: ClassVar[str] = "none: a formula that goes by SOAP's name"
 
+    precondition_1d: bool = lays_out(flag(False))
     betas: tuple[float, float] = betas((0.9, 0.95))
     shampoo_beta: float = beta(0.95)
     eps: float = at_least(0, 1e-8)

@@ -39,6 +39,7 @@ from steepest.rules.parts.scales import frobenius, with_norm
 class RootsInBasis(Refreshing[Factors], ABC):
     """The momentum between powers of two covariances; a subclass says of which covariances."""
 
+    precondition_1d: bool = lays_out(flag(False))
     betas: tuple[float, float] = betas((0.9, 0.95))
     shampoo_beta: float = checked(0.95, lambda x: number(x) and 0 <= x <= 1, "a number in [0, 1]; 1 means sums")
     exponent: float | None = checked(

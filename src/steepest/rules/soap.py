@@ -35,6 +35,7 @@ class AdamInBasis(Refreshing[F], ABC):
     """Adam in the eigenbases of two covariances; a subclass says of which covariances."""
 
     precondition_frequency: int | Callable[[int], int] = frequency(5)
+    precondition_1d: bool = lays_out(flag(False))
     betas: tuple[float, float] = betas((0.9, 0.95))
     shampoo_beta: float = beta(0.95)
     eps: float = at_least(0, 1e-8)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steepest.rule import Rule, Slots, State, Step
+from steepest.rule import Rule, Slots, State, Statistics, Step
 from steepest.stack.graphs import Recorder
 from steepest.stack.storage import Storage, laid_out
 from steepest.view import View
@@ -62,6 +62,8 @@ class Segment:
     view: View
     first: int = 0
     """The number of the segment's first matrix in the whole parameter, if this rank holds only some of its matrices."""
+    bias: int | None = None
+    """The number of the parameter that is the last column of the segment's matrices; None if there is none."""
 
     @cached_property
     def key(self) -> tuple[int, int]:
@@ -77,6 +79,22 @@ class Segment:
     def shape(self) -> tuple[int, int, int]:
         """Return the shape ``(b, m, n)`` of the segment's matrices."""
         return self.view.pieces[self.piece]
+
+    def part(self, whole: Statistics) -> Statistics:
+        """Return the segment's part of a layer's statistics ``A [g, n, n]``, ``B [g, m, m]``: diagonal blocks.
+
+        The layer's outputs are in g groups, each with inputs of its own. A layer without groups may have heads, each of
+        which sees all inputs.
+        """
+        rows, columns = self.view.blocks[self.piece]
+        columns = slice(columns.start, columns.stop + self.view.joins(self.piece))
+        A, B, S = whole.A[..., columns, columns], whole.B, whole.S
+        if len(A) == 1:
+            b, m, _ = self.shape
+            B = B[..., rows, rows].reshape(b, m, b, m).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+            A = A.expand(b, -1, -1)
+            S = S if S is None else S[..., rows, columns].reshape(self.shape)
+        return Statistics(A, B, S)
 
 
 @dataclass(frozen=True)
@@ -153,6 +171,10 @@ class Stack:
         suffix = f".{segment.piece}" if len(segment.view.pieces) > 1 else ""
         return {name + suffix: tensor[slots] for name, tensor in named.items()}
 
+    def clocks(self, segment: Segment) -> dict[str, Tensor]:
+        """Return the two clocks of a segment's first matrix, as the state of its bias shows them."""
+        return {"step": self.t.view(-1)[segment.start], "clock": self.clock[segment.start]}
+
     def renew(self) -> None:
         """Move the state to other memory; views of it that others hold keep what they show."""
         self.state = {name: x.clone() for name, x in self.state.items()}
@@ -170,6 +192,27 @@ class Stack:
         if targets:
             torch._foreach_copy_(targets, sources)
         return out
+
+    def fed(self, run: Run, statistics: Mapping[tuple[int, int], Statistics]) -> Statistics | None:
+        """Return the statistics of a run's matrices, by slots of the run; None if none of them has any."""
+        slots: list[int] = []
+        parts: list[Statistics] = []
+        for segment in self.segments:
+            start, stop = max(segment.start, run.slots.start), min(segment.stop, run.slots.stop)
+            if start < stop and segment.key in statistics:
+                x, here = statistics[segment.key], slice(start - segment.start, stop - segment.start)
+                parts.append(Statistics(x.A[here], x.B[here], None if x.S is None else x.S[here]))
+                slots += range(start, stop)
+        where = _relative(slots, run.slots.start, self.device)
+        if where is None:
+            return None
+        S = [x.S for x in parts if x.S is not None]
+        return Statistics(
+            torch.cat([x.A for x in parts]),
+            torch.cat([x.B for x in parts]),
+            torch.cat(S) if len(S) == len(parts) else None,
+            where,
+        )
 
     def runs(self, ways: Sequence[Way | None], live: Sequence[bool], offsets: Sequence[float]) -> list[Run]:
         """Cut the slots that are ``live`` into runs; usually there is one run, which is the whole stack.
@@ -239,7 +282,9 @@ class Stack:
             self.undone = None
 
 
-def segments_of(index: int, number: int, p: Tensor, group: Mapping[str, Any], first: int = 0) -> list[Segment]:
+def segments_of(
+    index: int, number: int, p: Tensor, group: Mapping[str, Any], first: int = 0, bias: int | None = None
+) -> list[Segment]:
     """Return a segment for each piece of a parameter, which is in no stack yet.
 
     Args:
@@ -248,9 +293,13 @@ def segments_of(index: int, number: int, p: Tensor, group: Mapping[str, Any], fi
         p: the parameter.
         group: the options of its group.
         first: the number of its first matrix in the whole parameter, if this rank holds only some of its matrices.
+        bias: the number of the layer's bias, where the view joins it.
     """
     view = View.of(p, group)
-    return [Segment(index, number, piece, 0, b, view, first) for piece, (b, _, _) in enumerate(view.pieces)]
+    return [
+        Segment(index, number, piece, 0, b, view, first, bias if view.joins(piece) else None)
+        for piece, (b, _, _) in enumerate(view.pieces)
+    ]
 
 
 def lay_out(ways: Sequence[Way | None], segments: Iterable[tuple[Segment, Tensor]]) -> list[Stack]:

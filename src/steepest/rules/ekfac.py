@@ -1,0 +1,26 @@
+"""EKFAC: K-FAC with the second moments of gradients in the eigenbases of its factors, in place of eigenvalues.
+
+    S ← β S + (1-β) E[(Q_Bᵀ G_i Q_A)²]          from G_i, the gradient of one loss term; λ_B λ_Aᵀ at each refresh
+    D = Q_B [(Q_Bᵀ M Q_A) / (S + d · mean S)] Q_Aᵀ
+
+George et al., arXiv:1806.03884. All else is K-FAC's form="eigen"; see `steepest.rules.kfac` for the legend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from steepest.rules.kfac import LayerFisher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ekfac(LayerFisher):
+    """Options as `steepest.EKFAC` describes them."""
+
+    name: ClassVar[str] = "ekfac"
+    paper: ClassVar[str] = "George et al., arXiv:1806.03884"
+
+    @property
+    def in_basis(self) -> bool:
+        return True

@@ -1,0 +1,76 @@
+"""K-FAC and EKFAC: five steps, exact natural gradients and π-damping, against numbers that two routes gave."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+import steepest
+from steepest.rule import State, Statistics, Step
+from steepest.rules.kfac import Kfac
+
+
+def values(*shape: int, t: float) -> Tensor:
+    """Entry k, row by row from 1, is sin(1.3 k + 2.1 t) + 0.5 cos(0.9 k (t + 1))."""
+    k = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)
+    return (torch.sin(1.3 * k + 2.1 * t) + 0.5 * torch.cos(0.9 * k * (t + 1))).view(shape)
+
+
+NETS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (6, 3)),
+    "cnn": (
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(36, 2)),
+        (5, 2, 2, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_five_steps(golden, number):
+    case = golden("kfac_steps")["cases"][number]
+    make, shape = NETS[case["net"]]
+    model, options = make().double(), dict(case["options"])
+    for k, p in enumerate(model.parameters()):
+        p.data = 0.3 * values(*p.shape, t=0.3 + k)
+    make_optimizer = {"kfac": steepest.KFAC, "ekfac": steepest.EKFAC}[options.pop("method")]
+    optimizer = make_optimizer(model, settle=0, solver="eigh", **options)
+    for s, expected in enumerate(case["params"]):
+        optimizer.zero_grad()
+        mse_loss(model(values(*shape, t=s + 0.1)), values(shape[0], 2, t=s + 0.6)).backward()
+        optimizer.step()
+        for p, numbers in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.detach(), torch.tensor(numbers, dtype=p.dtype), rtol=1e-9, atol=1e-9)
+
+
+def first_step(rule: Kfac, G: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, State]:
+    """The direction of a first step from ``G [m, n]`` and statistics, and the state after it."""
+    state = rule.init(G.unsqueeze(0))
+    t, statistics = G.new_ones(1, 1, 1), Statistics(A.unsqueeze(0), B.unsqueeze(0))
+    D = rule.update(G.unsqueeze(0), state, Step(t, rule.stage(0), slice(0, 1), statistics=statistics))
+    assert D is not None
+    return D[0], state
+
+
+def test_pi_damping(golden):
+    numbers = {name: torch.tensor(x, dtype=torch.float64) for name, x in golden("kfac_pi").items()}
+    A, B, inverse = numbers["A"], numbers["G"], numbers["inv_kron"]
+    rule = Kfac(damping=float(numbers["damping"]), damping_form="absolute")
+    for k in range(6):  # of each unit vector: the columns of the inverse
+        G = torch.eye(6, dtype=torch.float64)[k].view(2, 3)
+        D, state = first_step(rule, G, A, B)
+        # The authors' damping was rounded to float32, which the inverses of condition 60 magnify.
+        torch.testing.assert_close(D.flatten(), inverse[:, k], rtol=1e-7, atol=1e-8)
+    for name, damped in (("P_A", "A_damped"), ("P_B", "G_damped")):
+        torch.testing.assert_close(torch.inverse(state[name][0]), numbers[damped], rtol=1e-8, atol=1e-8)
+
+
+def test_the_natural_gradient_of_a_linear_layer(golden):
+    """Where B is the identity, damping the product and its eigenvalues are the same thing."""
+    case = golden("kfac_exact")["cases"][0]
+    A, B, V, expected = (torch.tensor(case[name], dtype=torch.float64) for name in ("A", "B", "V", "natural_direction"))
+    rule = Kfac(form="eigen", damping=case["damping"], damping_form="absolute")
+    torch.testing.assert_close(first_step(rule, V, A, B)[0], expected, rtol=1e-12, atol=1e-12)
