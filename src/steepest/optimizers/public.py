@@ -34,8 +34,9 @@ from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
 __all__ = [
     "EKFAC", "KFAC", "LBFGS", "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "GaussNewton",
     "InverseRootSOAP", "KLShampoo", "LinearSchedule", "Lion", "Muon", "NaturalGradient", "NewtonCG", "NorMuon",
-    "Optimizer", "Residual", "Shampoo", "StepSchedule", "adopt", "all_eigenbases_met_criteria", "conjugate", "create",
-    "eigh_with_fallback", "for_model", "fp32_matmul_precision", "get_eigenbasis_eigh", "get_eigenbasis_qr",
-    "init_kronecker_factors", "orthogonal_iteration", "precondition", "recipe", "route",
-    "update_eigenbasis_and_exp_avgs", "update_kronecker_factors", "update_kronecker_factors_kl_shampoo",
+    "Optimizer", "Residual", "Shampoo", "StepSchedule",
+    "adopt", "all_eigenbases_met_criteria", "conjugate", "create", "eigh_with_fallback", "for_model",
+    "fp32_matmul_precision", "get_eigenbasis_eigh", "get_eigenbasis_qr", "init_kronecker_factors",
+    "orthogonal_iteration", "precondition", "recipe", "route", "update_eigenbasis_and_exp_avgs",
+    "update_kronecker_factors", "update_kronecker_factors_kl_shampoo",
 ]  # fmt: skip
