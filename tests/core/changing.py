@@ -2,9 +2,9 @@
 
 import copy
 
+import fed
 import torch
 
-from steepest.engine.optimizer import Optimizer
 from steepest.rules import RULES
 
 SHAPES = [(6, 4), (6, 4), (4, 6), (5,), (3, 2, 2)]
@@ -20,7 +20,7 @@ def seeded(seed):
 
 
 def optimizer(params, rule, **options):
-    return Optimizer(params, rule=rule, **{"lr": 0.05, "weight_decay": 0.1} | options)
+    return fed.optimizer(params, rule, **{"lr": 0.05, "weight_decay": 0.1} | options)
 
 
 def train(opt, params, steps, seed=0):

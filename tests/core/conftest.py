@@ -8,9 +8,9 @@ import torch
 
 from steepest.stack import graphs
 
-sys.path.insert(0, str(Path(__file__).parent))  # what test files share is imported by name
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # what test files share, by name
 
-from training_in_graphs import Backend
+from training_in_graphs import Backend  # noqa: E402
 
 
 @pytest.fixture

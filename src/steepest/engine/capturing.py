@@ -185,12 +185,7 @@ class CapturingOptimizer(Optimizer, ABC):
                     f"{name} under rule={group['rule']!r}: it is in no layer that can be captured. {reasons}"
                 )
             return
-        view, longest = View.of(p, group), max(max(m, n) for _, m, n in View.of(p, group).pieces)
-        if longest > group["max_precond_dim"]:
-            raise ValueError(
-                f"{name}: a side of {longest} is longer than max_precond_dim={group['max_precond_dim']!r}: raise it, "
-                "or send the parameter to another rule"
-            )
+        view = View.of(p, group)
         if view.bias and p not in biases:
             raise ValueError(f"{name} in a group with bias=True: its layer has no bias")
         if view.transpose != layer.transposed or (p.dim() > 2 and not view.merge_dims):

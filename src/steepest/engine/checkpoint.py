@@ -265,7 +265,7 @@ def fresh_state(p: Tensor, group: Mapping[str, Any]) -> State:
     rule = RULES[group["rule"]].from_group(group)
     if isinstance(rule, Elementwise):
         return rule.init(torch.empty_like(p, dtype=state_dtype(p), requires_grad=False))
-    if rule.captures and p.dim() < 2:  # the bias of a layer, whose weight has the state of both
+    if rule.captures and group.get("bias") and p.dim() < 2:  # the bias of a layer, whose weight has the state of both
         step = torch.zeros((), dtype=state_dtype(p), device=p.device)
         return {"step": step, "clock": torch.zeros((), dtype=torch.int64, device="cpu")}
     segments = segments_of(0, 0, p, group)

@@ -142,6 +142,9 @@ class Roster:
             if isinstance(rule, Elementwise):
                 made[i] = rule.init(torch.empty_like(p, dtype=state_dtype(p), requires_grad=False))
         matrices = [(i, self.numbers[i]) for i in made if self.ways[self.numbers[i]] is not None and i not in weights]
+        for i, number in matrices:
+            if groups[number].get("bias") and i not in self.biases:
+                raise ValueError(f"{self.names[i]}: bias=True in its group, and no group has a bias of its layer")
         if matrices:
             buckets = assign(self.ways, groups, self.params, matrices, self.buckets, self.peers, self.biases)
             for bucket in buckets:

@@ -1,0 +1,58 @@
+"""The Fisher matrix of a layer by its two Kronecker factors: how statistics enter, and how it is divided by in a basis.
+
+The state of a stack ``[B, m, n]`` holds ``A [B, n, n]`` and ``B [B, m, m]``, and in eigenbases ``Q_A``, ``Q_B`` and
+``S [B, m, n]``, the Fisher matrix' diagonal in these. A side that the state does not hold is the identity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steepest.linalg.attempts import succeeded
+from steepest.linalg.eigenbasis import conjugate, eigenvectors
+from steepest.linalg.solvers import SOLVERS, choose
+from steepest.rule import Slots, State, Statistics, Step
+from steepest.rules.parts.factors import into
+from steepest.rules.parts.moments import corrected_beta
+
+SIDES = (("B", -2), ("A", -1))
+"""Each factor's name in the state, and the dimension of a gradient ``[B, m, n]`` that it belongs to."""
+
+
+def take_in(state: State, new: Statistics, beta: float) -> Tensor:
+    """Take statistics into the averages, in place; return which matrices' were finite, ``[b]``. Others change nothing.
+
+    ``statistics [B]`` of the state counts what came in, so that averages are unbiased from the first on.
+    """
+    found = {name: x for name, x in (("A", new.A), ("B", new.B), ("S", new.S)) if x is not None and name in state}
+    good = torch.stack([succeeded(x) for x in (new.A, new.B, *found.values())]).all(dim=0)  # [b]
+    state["statistics"][new.slots] += good
+    weight = 1 - corrected_beta(beta, state["statistics"][new.slots].view(-1, 1, 1))
+    for name, x in found.items():
+        old = state[name][new.slots]
+        state[name][new.slots] = torch.where(good.view(-1, 1, 1), old.lerp(x, weight), old)
+    return good
+
+
+def update_eigenbases(state: State, slots: Slots, step: Step, solver: str) -> None:
+    """Let the bases of these slots follow their factors; ``S`` starts again from the products of their eigenvalues."""
+    λ = {side: state["S"].new_ones(1, 1) for side, _ in SIDES}
+    for side, _ in SIDES:
+        if side in state:
+            K, Q = state[side][slots], state[f"Q_{side}"][slots]
+            if step.stage == "first":
+                new = eigenvectors(K)
+            else:
+                new, _ = SOLVERS[choose(K.device.type) if solver == "auto" else solver](K, Q, 1)
+            state[f"Q_{side}"][slots] = Q = step.found(new, Q, slots)
+            λ[side] = conjugate(K, Q, diag=True).clamp(min=0)  # [b, d]
+    state["S"][slots] = λ["B"].unsqueeze(-1) * λ["A"].unsqueeze(-2)
+
+
+def divided(M: Tensor, state: State, damping: float, relative: bool) -> Tensor:
+    """``Q_B [(Q_Bᵀ M Q_A) / (S + damping)] Q_Aᵀ`` for ``M [B, m, n]``; relative damping is a fraction of the mean."""
+    Q_B, Q_A, S = state.get("Q_B"), state.get("Q_A"), state["S"]
+    floor = damping * S.mean(dim=(-2, -1), keepdim=True) if relative else damping
+    u = into(M, Q_B, Q_A) / (S + floor + torch.finfo(S.dtype).tiny)
+    return into(u, None if Q_B is None else Q_B.mT, None if Q_A is None else Q_A.mT)
