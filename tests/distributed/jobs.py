@@ -92,6 +92,19 @@ def with_missing(layout: str, rule: str, options: dict[str, Any] | None = None) 
     return differing(many, one)
 
 
+def with_one_penalty(layout: str) -> list[str]:
+    """Let weight decay be part of the gradient in one of two groups of matrices, which are stepped together."""
+    models = toy(), laid_out(toy(), layout)
+    for model in models:
+        groups = grouped(model, "soap", merge_dims=False)
+        groups[1]["weight_decay_method"] = "l2"
+        opt = Optimizer(groups, lr=0.01)
+        for step in range(2):
+            inject(model, step)
+            opt.step()
+    return differing(models[1], models[0])
+
+
 def with_frozen(layout: str, rule: str) -> list[str]:
     """Freeze a matrix and a bias at first, and let them thaw; add a group later."""
     one, many = toy(), laid_out(toy(), layout)

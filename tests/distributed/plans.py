@@ -51,6 +51,7 @@ def jobs(draw, world: int, most: int = 6) -> list[Job]:
         layout = draw(st.sampled_from(shared))
         edges = [sorted(draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in layout.shape]
         rectangle = Rectangle(tuple(a for a, _ in edges), tuple(b - a for a, b in edges))
+        leader = draw(st.sampled_from([None, *(j for j in found if not j.leader)]))
         found.append(
             job(
                 f"w{number}",
@@ -58,11 +59,12 @@ def jobs(draw, world: int, most: int = 6) -> list[Job]:
                 draw(st.sampled_from([layout.whole, rectangle])),
                 cost=draw(st.integers(0, 9)),
                 memory=draw(st.integers(0, 9)),
-                kind=draw(st.sampled_from(["a", "b"])),
+                kind=leader.kind if leader else draw(st.sampled_from(["a", "b"])),
                 factored=draw(st.sampled_from([0, 5, 50])),
+                leader=leader.name if leader else "",
             )
         )
-    return found
+    return draw(st.permutations(found))  # a follower may come before its leader
 
 
 @st.composite

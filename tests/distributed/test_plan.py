@@ -161,6 +161,7 @@ CHANGES = {
     "itemsizes": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], itemsizes=(4, 2)), *plan.jobs[1:])),
     "kind": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], kind="other"), *plan.jobs[1:])),
     "factored": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], factored=3), *plan.jobs[1:])),
+    "leader": lambda plan: replace(plan, jobs=(replace(plan.jobs[0], leader=plan.jobs[1].name), *plan.jobs[1:])),
     "rectangle": lambda plan: replace(
         plan, jobs=(replace(plan.jobs[0], rectangle=Rectangle((0, 0), (1, 2))), *plan.jobs[1:])
     ),

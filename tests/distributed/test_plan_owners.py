@@ -62,16 +62,37 @@ def test_other_loads_of_ranks_count():
 @few
 @given(plans(), st.sampled_from([1, 100, 2000]))
 def test_buckets(plan, limit):
-    """Every job is in one bucket, kinds are kept apart, and no rank gathers more than the limit or one job."""
+    """Every job is in one bucket, kinds are kept apart, and no rank gathers more than the limit or one job's team."""
     plan = make_plan(plan.jobs, plan.world, bucket_bytes=limit)
     assert sorted(j for bucket in plan.buckets for j in bucket) == list(range(len(plan.jobs)))
     for bucket in plan.buckets:
         assert list(bucket) == sorted(bucket)
         assert len({plan.jobs[j].kind for j in bucket}) == 1
         for rank in range(plan.world):
-            sizes = [plan.jobs[j].rectangle.size * 4 for j in bucket if plan.owners[j] == rank]
-            sizes = [size for size in sizes if size]
-            assert sum(sizes) <= limit or len(sizes) == 1
+            here = [plan.jobs[j] for j in bucket if plan.owners[j] == rank and plan.jobs[j].rectangle.size]
+            assert sum(job.rectangle.size * 4 for job in here) <= limit or len({j.leader or j.name for j in here}) == 1
+
+
+@few
+@given(plans())
+def test_followers_go_where_their_leaders_go(plan):
+    at = {j: bucket for bucket, members in enumerate(plan.buckets) for j in members}
+    places = {job.name: (plan.owners[j], at[j]) for j, job in enumerate(plan.jobs)}
+    assert all(places[job.name] == places[job.leader] for job in plan.jobs if job.leader)
+
+
+def test_followers_fill_buckets_and_load_ranks_with_their_leaders():
+    layout = Layout.replicated((10, 10), 2)
+    listed = [job(name, layout, cost=cost) for name, cost in (("a", 2.0), ("b", 3.0), ("c", 4.0))]
+    assert make_plan(listed, 2).owners == (1, 1, 0)
+    plan = make_plan([*listed, job("a's", layout, cost=9.0, leader="a")], 2, bucket_bytes=800)
+    assert plan.owners == (0, 1, 1, 0)
+    assert plan.loads() == (11, 7)
+    assert plan.buckets == ((0, 1, 2, 3),)
+    with pytest.raises(ValueError, match=r"leader='a' of b: must be a job that follows none"):
+        make_plan([job("b", layout, leader="a")], 2)
+    with pytest.raises(ValueError, match=r"b \(\) and a \(float\) can't share a bucket: must be of one dtype"):
+        make_plan([job("a", layout, kind="float"), job("b", layout, leader="a")], 2)
 
 
 def test_ranks_work_on_similar_matrices_at_the_same_time():

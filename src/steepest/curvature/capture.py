@@ -230,6 +230,11 @@ class Curvature(Listener):
 
     # What was captured.
 
+    @property
+    def pending(self) -> set[Tensor]:
+        """Return the weights of which `collect` has something."""
+        return {weight for weight, box in self._inbox.items() if box.A is not None and box.B is not None}
+
     def collect(self) -> dict[Tensor, Statistics]:
         """Return what was captured since the last time, by weight, and forget it."""
         found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def patches(x: Tensor, module: Convolution) -> Tensor:
     x = x.reshape(N, G, C // G, *x.shape[2:])
     spatial, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
     x = x.permute(1, 0, *spatial, 2, *kernel)
-    return x.reshape(G, N, -1, C // G * module.weight[0, 0].numel())
+    return x.reshape(G, N, -1, C // G * math.prod(module.kernel_size))
 
 
 def margins(module: Convolution) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from steepest.curvature import Curvature, Layer, layers, unsupported
 from steepest.engine.optimizer import Optimizer
+from steepest.exchange import samples
 from steepest.exchange.bucket import Tensors
 from steepest.rule import Rule, Statistics
 from steepest.rules import RULES
@@ -46,6 +47,8 @@ class CapturingOptimizer(Optimizer, ABC):
     _detached = False
     _missed = False
     """Whether a matrix waits for its first statistics."""
+    _checked = False
+    """Whether the ranks that share the model were looked for again at the first statistics."""
 
     def __init__(
         self, model: nn.Module, groups: Iterable[Any], rule: str, capture: Mapping[str, Any], **options: Any
@@ -104,13 +107,28 @@ class CapturingOptimizer(Optimizer, ABC):
         """As ever; where a parameter thaws, statistics come often again."""
         frozen = set(self._roster.frozen)
         grads = super()._participants()
+        self._fresh |= frozen - self._roster.frozen
         for index in frozen - self._roster.frozen:
             group = self.param_groups[self._roster.numbers[index]]
             if COUNT in group:
                 group[COUNT] = 0
         return grads
 
-    def _captured(self, grads: list[Tensor | None]) -> Mapping[int, Statistics]:
+    def _marks(self) -> Sequence[set[int]]:
+        """Of which layers something was captured, and which never had an update; one rank knows, and all need to."""
+        roster, curvature = self._roster, self._curvature
+        places = self._places()
+        self._heard = set() if curvature is None else {places[w] for w in curvature.pending if w in places}
+        self._fresh = {
+            segment.index
+            for stack in roster.stacks
+            if self._captures_group(stack.groups[0][0]) and not bool(stack.clock.all())
+            for segment in stack.segments
+            if not bool(stack.clock[segment.slots].any())
+        }
+        return self._heard, self._fresh
+
+    def _captured(self, grads: list[Tensor | None]) -> Mapping[int, Statistics | None]:
         """Return what was captured since the last step, by the number of the weight.
 
         A layer that never had statistics waits for the next step that has some.
@@ -120,9 +138,14 @@ class CapturingOptimizer(Optimizer, ABC):
         """
         roster, curvature = self._roster, self._curvature
         found = {} if curvature is None else curvature.collect()
-        places = {roster.params[s.index]: s.index for s in self._segments()}
-        statistics = {places[w]: Statistics(x.A, x.B, x.S) for w, x in found.items() if w in places}
-        new = [s for s in self._segments(fresh=True) if s.index not in statistics and _takes_part(s, grads)]
+        places = self._places()
+        if found and not self._checked:
+            samples.refuse_unshared({p: roster.names[index] for p, index in places.items()}, roster.peers)
+            self._checked = True
+        statistics: dict[int, Statistics | None] = dict.fromkeys(self._heard)
+        statistics |= {places[w]: Statistics(x.A, x.B, x.S) for w, x in found.items() if w in places}
+        fresh = [s for s in self._segments() if s.index in self._fresh and s.index not in statistics]
+        new = [segment for segment in fresh if _takes_part(segment, grads)]
         if new and (self.wants_statistics or self._detached):
             raise RuntimeError(self._nothing_captured([roster.names[s.index] for s in new]))
         for segment in new:
@@ -132,16 +155,17 @@ class CapturingOptimizer(Optimizer, ABC):
         self._missed = bool(new)
         return statistics
 
-    def _segments(self, fresh: bool = False) -> list[Segment]:
-        """Return the segments under rules that capture; if ``fresh``, only those that have had no update."""
-        ways, stacks = self._roster.ways, self._roster.stacks
-        return [
-            segment
-            for stack in stacks
-            if (way := ways[stack.groups[0][0]]) and way.rule.captures and not (fresh and bool(stack.clock.all()))
-            for segment in stack.segments
-            if not (fresh and bool(stack.clock[segment.slots].any()))
-        ]
+    def _segments(self) -> list[Segment]:
+        """Return the segments under rules that capture, whichever rank steps them."""
+        return [s for bucket in self._roster.buckets for s in bucket.segments if self._captures_group(s.group)]
+
+    def _places(self) -> dict[Tensor, int]:
+        """Return the numbers of the weights under rules that capture."""
+        return {self._roster.params[segment.index]: segment.index for segment in self._segments()}
+
+    def _captures_group(self, number: int) -> bool:
+        way = self._roster.ways[number]
+        return way is not None and way.rule.captures
 
     def _nothing_captured(self, names: list[str]) -> str:
         shown = ", ".join(dict.fromkeys(names))
@@ -170,6 +194,18 @@ class CapturingOptimizer(Optimizer, ABC):
 
     def _layers(self) -> dict[Tensor, Layer]:
         return {layer.weight: layer for layer in layers(self._model).values()}
+
+    def _enter(self, numbers: Sequence[int]) -> None:
+        """As ever, unless ranks share the model in a way that leaves statistics incomplete."""
+        groups = [self.param_groups[number] for number in numbers]
+        for rule in dict.fromkeys(group["rule"] for group in groups):
+            kind = RULES[rule]
+            if issubclass(kind, Rule) and kind.captures:
+                places = self._layers()
+                params = [p for group in groups if group["rule"] == rule for p in group["params"]]
+                found = [places[p] for p in params if p in places]
+                samples.refuse_parallel(found, self._model, rule, self._capture.get("fisher", "empirical"))
+        super()._enter(numbers)
 
     def _admit(self, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
         """Raise unless a parameter under a rule that captures is what can be captured."""

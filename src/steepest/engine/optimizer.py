@@ -171,21 +171,21 @@ class Optimizer(torch.optim.Optimizer):
         if self._roster.clipped:
             made: list[list[Directions]] = [[] for _ in buckets]
             interleave([self._directions(b, grads, captured, d) for b, d in zip(buckets, made, strict=True)])
-            clip([directions for of_bucket in made for directions in of_bucket], self._roster.clipped)
+            clip(made, buckets, self._roster.clipped)
             interleave([self._move(b, d) for b, d in zip(buckets, made, strict=True)])
         else:
             interleave([self._step_bucket(bucket, grads, captured) for bucket in buckets])
         if self._roster.elementwise:
             self._skipped += step_elementwise(self._roster, self.param_groups, grads)
 
-    def _step_bucket(self, bucket: Bucket, grads: Tensors, captured: Mapping[int, Statistics]) -> Iterator[None]:
+    def _step_bucket(self, bucket: Bucket, grads: Tensors, captured: Mapping[int, Statistics | None]) -> Iterator[None]:
         """Step the matrices of a bucket; pause wherever tensors travel between ranks."""
         directions: list[Directions] = []
         yield from self._directions(bucket, grads, captured, directions)
         yield from self._move(bucket, directions)
 
     def _directions(
-        self, bucket: Bucket, grads: Tensors, captured: Mapping[int, Statistics], made: list[Directions]
+        self, bucket: Bucket, grads: Tensors, captured: Mapping[int, Statistics | None], made: list[Directions]
     ) -> Iterator[None]:
         """Append the directions of a bucket's matrices to ``made``."""
         roster = self._roster
@@ -217,32 +217,27 @@ class Optimizer(torch.optim.Optimizer):
         """Return the biases that are stepped together with weights, by weight."""
         return {}
 
+    def _marks(self) -> Sequence[set[int]]:
+        """Return sets of numbers of parameters, to which those of other ranks are added before a step."""
+        return ()
+
     def _admit(self, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
         """Raise if a parameter's rule needs statistics."""
         refuse_uncaptured(name, group["rule"])
 
-    def _captured(self, grads: list[Tensor | None]) -> Mapping[int, Statistics]:
-        """Return what was captured since the last step, by the number of the weight; ``grads`` may become None."""
+    def _captured(self, grads: list[Tensor | None]) -> Mapping[int, Statistics | None]:
+        """Return what was captured, by the number of the weight; None: on other ranks. ``grads`` may become None."""
         return {}
 
     def _participants(self) -> list[Tensor | None]:
-        """Return the gradients that take part in this step; a frozen parameter that has a gradient by now gets state.
-
-        A parameter sits the step out if it has no gradient on some rank; all ranks that hold it agree on that.
-        """
+        """Return the gradients that take part in this step; frozen parameters with a gradient get state."""
         roster = self._roster
         grads = [p.grad for p in roster.params]
         roster.refuse_untrainable(grads)
+        marks = self._marks() if self._captures else ()
         raising = {number for number, group in enumerate(self.param_groups) if group["nonfinite"] == "raise"}
-        refused = participants.not_finite(roster, grads, raising) if raising else set()
-        if roster.distributed:
-            self._elsewhere |= participants.agree(roster.params, grads, refused, roster.peers, roster.buckets)
-        if refused:
-            index = min(refused)
-            raise FloatingPointError(
-                f"the gradient of {roster.names[index]} (shape {list(roster.params[index].shape)}) is not finite or "
-                'too large to square; nonfinite="skip" would leave the parameter out of this step'
-            )
+        if raising or roster.distributed:
+            self._elsewhere |= participants.agree(roster, raising, grads, marks)
         thawed = [index for index in roster.frozen if grads[index] is not None]
         if thawed:
             roster.adopt(self.param_groups, thawed)

@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
 
 from steepest.engine.roster import Roster
 from steepest.engine.step import safe_norm
-from steepest.exchange.bucket import Bucket, Tensors
+from steepest.exchange.bucket import Tensors
 from steepest.exchange.peers import Peers
 from steepest.exchange.shards import local, local_gradient
 from steepest.stack.stack import state_dtype
 
 
-def not_finite(roster: Roster, grads: Tensors, numbers: Collection[int]) -> set[int]:
+def agree(
+    roster: Roster, raising: Collection[int], grads: list[Tensor | None], marks: Sequence[set[int]]
+) -> dict[Peers, int]:
+    """Agree with other ranks on the parameters that take part in a step: those with a gradient on every rank.
+
+    Args:
+        roster: all parameters.
+        raising: the numbers of the groups with ``nonfinite="raise"``.
+        grads: this rank's gradients; they become local shards, and None where another rank has none.
+        marks: sets of numbers of parameters; those of other ranks are added.
+
+    Returns:
+        For each set of peers, the number of updates that the other ranks have skipped.
+
+    Raises:
+        FloatingPointError: on all ranks, for a gradient of these groups that is not finite on one.
+    """
+    refused = _not_finite(roster, grads, raising) if raising else set()
+    elsewhere = _with_others(roster, grads, refused, marks) if roster.distributed else {}
+    if refused:
+        index = min(refused)
+        raise FloatingPointError(
+            f"the gradient of {roster.names[index]} (shape {list(roster.params[index].shape)}) is not finite or "
+            'too large to square; nonfinite="skip" would leave the parameter out of this step'
+        )
+    return elsewhere
+
+
+def _not_finite(roster: Roster, grads: Tensors, numbers: Collection[int]) -> set[int]:
     """Return the parameters of some groups whose gradient is not finite or too large to square; asking waits."""
     found = set()
     for index, (number, grad) in enumerate(zip(roster.numbers, grads, strict=True)):
@@ -26,43 +55,27 @@ def not_finite(roster: Roster, grads: Tensors, numbers: Collection[int]) -> set[
     return found
 
 
-def agree(
-    params: Sequence[Tensor],
-    grads: list[Tensor | None],
-    refused: set[int],
-    peers: Mapping[Tensor, Peers],
-    buckets: Iterable[Bucket],
+def _with_others(
+    roster: Roster, grads: list[Tensor | None], refused: set[int], marks: Sequence[set[int]]
 ) -> dict[Peers, int]:
-    """Agree with other ranks on the parameters that take part in a step, and on the gradients that are refused.
-
-    A parameter takes part if every rank that holds something of it has a gradient for it.
-
-    Args:
-        params: the parameters of all groups.
-        grads: this rank's gradients; they become local shards, and None where another rank has none.
-        refused: numbers of parameters whose gradients this rank refuses; others' are added.
-        peers: the ranks that hold shards of each parameter, where other ranks do.
-        buckets: all buckets, whose skipped updates are counted.
-
-    Returns:
-        For each set of peers, the number of updates that the other ranks have skipped.
-    """
+    """Do so with the ranks that hold parameters too; other ranks' numbers are added to ``refused`` and ``marks``."""
     shared: dict[Peers, list[int]] = {}
     absent: set[int] = set()
-    for index, (p, grad) in enumerate(zip(params, grads, strict=True)):
+    for index, (p, grad) in enumerate(zip(roster.params, grads, strict=True)):
         holds_nothing = p.numel() and not local(p).numel()
         if grad is None and not holds_nothing:
             absent.add(index)
-        if p in peers:
-            shared.setdefault(peers[p], []).append(index)
+        if p in roster.peers:
+            shared.setdefault(roster.peers[p], []).append(index)
     elsewhere = {}
     for ranks, indices in shared.items():
-        mine = sum(s.skipped for bucket in buckets if bucket.peers == ranks and bucket.counts for s in bucket.stacks)
-        flags = [index in absent for index in indices] + [index in refused for index in indices]
-        agreed, everyone = ranks.agree(flags, mine)
-        absent |= {index for index, flag in zip(indices, agreed[: len(indices)], strict=True) if flag}
-        refused |= {index for index, flag in zip(indices, agreed[len(indices) :], strict=True) if flag}
+        buckets = [bucket for bucket in roster.buckets if bucket.peers == ranks and bucket.counts]
+        mine = sum(stack.skipped for bucket in buckets for stack in bucket.stacks)
+        sets = (absent, refused, *marks)
+        agreed, everyone = ranks.agree([index in marked for marked in sets for index in indices], mine)
+        for k, marked in enumerate(sets):
+            marked |= set(compress(indices, agreed[k * len(indices) :]))
         elsewhere[ranks] = everyone - mine
     if not refused:  # making a gradient local may communicate, which only ranks that go on may do
-        grads[:] = [None if index in absent else local_gradient(p) for index, p in enumerate(params)]
+        grads[:] = [None if index in absent else local_gradient(p) for index, p in enumerate(roster.params)]
     return elsewhere

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steepest.exchange.bucket import Directions, Move
+from steepest.exchange.bucket import Bucket, Directions, Move
+from steepest.exchange.peers import Peers
 from steepest.linalg import attempts
 from steepest.linalg.rounding import positions, round_stochastically, rounding_key
 from steepest.rule import Elementwise, LowRank, Rule, Statistics, Step
@@ -84,16 +86,30 @@ def _slopes(
     return slopes if all(counts) else slopes.where(to_device(counts, slopes.device), 0.0)
 
 
-def clip(made: Sequence[Directions], clipped: Mapping[int, float]) -> None:
+def clip(made: Sequence[Sequence[Directions]], buckets: Sequence[Bucket], clipped: Mapping[int, float]) -> None:
     """Scale directions by ``min(1, sqrt(κ / |Σ ⟨D, G⟩|))``, in place: one sum over all matrices, κ of each group.
 
-    Nothing waits for a device.
+    The sum is over the matrices of all ranks, which all call this. Nothing waits for a device.
+
+    Args:
+        made: the directions of each bucket, as far as this rank has made them.
+        buckets: all buckets.
+        clipped: κ, by the numbers of groups.
     """
-    slopes = [directions.slopes.sum() for directions in made if directions.slopes is not None]
+    slopes: list[Tensor] = []
+    shared: dict[Peers, Tensor] = {}
+    for bucket, of_bucket in zip(buckets, made, strict=True):
+        own = [directions.slopes.sum() for directions in of_bucket if directions.slopes is not None]
+        if bucket.communicates and bucket.peers is not None:
+            zero = torch.zeros((), dtype=torch.float64, device=bucket.device)
+            shared[bucket.peers] = sum(own, shared.get(bucket.peers, zero))
+        else:
+            slopes += own
+    slopes += [peers.total(slope) for peers, slope in shared.items()]
     if not slopes:
         return
     total = torch.stack([slope.to(slopes[0].device) for slope in slopes]).sum().abs()
-    for directions in made:
+    for directions in chain.from_iterable(made):
         D, here = directions.D, total.to(directions.D.device)
         for number, start, stop in directions.stack.groups:
             if number in clipped:

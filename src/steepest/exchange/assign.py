@@ -57,6 +57,12 @@ def assign(
         p, group = params[index], groups[number]
         holders = peers.get(p)
         layout = None if holders is None else _layout(p, holders)
+        if index in biases and peers.get(params[biases[index]]) != holders:
+            names = parameter_names(groups)
+            raise ValueError(
+                f"{names[index]} and {names[biases[index]]} lie on different ranks, and {group['rule']} steps them as "
+                "one matrix: shard or replicate both, or give both another rule"
+            )
         if holders is None or layout is None:
             segments = segments_of(index, number, local(p), group, bias=biases.get(index))
             here.setdefault((None, 0), []).extend((s, local(p)) for s in segments)
@@ -71,7 +77,7 @@ def assign(
     for (where, replica), segments_here in here.items():
         found += [LocalBucket(stack, params, where, replica) for stack in lay_out(ways, segments_here)]
     for holders, layouts in shared.items():
-        found += _shared_buckets(ways, groups, params, holders, layouts, buckets)
+        found += _shared_buckets(ways, groups, params, holders, layouts, buckets, biases)
     return found
 
 
@@ -123,6 +129,7 @@ def _shared_buckets(
     peers: Peers,
     layouts: Sequence[tuple[int, int, Layout]],
     buckets: Sequence[Bucket],
+    biases: Mapping[int, int],
 ) -> list[Bucket]:
     """Plan the parameters of ``layouts`` among their peers, and return the plan's buckets."""
     from steepest.exchange.sharded import ShardedBucket
@@ -131,9 +138,13 @@ def _shared_buckets(
     jobs: list[Job] = []
     segments: list[list[Segment]] = []
     for index, number, layout in layouts:
-        for rectangle, members in _rectangles(segments_of(index, number, params[index], groups[number])):
+        bias = biases.get(index)
+        for rectangle, members in _rectangles(segments_of(index, number, params[index], groups[number], bias=bias)):
             jobs.append(_job(rule_of(ways, members[0]), names[index], params[index], layout, rectangle, members))
             segments.append(members)
+            if bias is not None and any(segment.bias is not None for segment in members):
+                jobs.append(_job_of_bias(jobs[-1], names[bias], params[bias], _layout(params[bias], peers), members))
+                segments.append(members)
     loads = {id(b.plan): b.plan.loads() for b in buckets if isinstance(b, ShardedBucket) and b.peers == peers}
     plan = make_plan(jobs, peers.size, loads=[sum(column) for column in zip(*loads.values(), strict=True)])
     where = ", ".join(map(str, sorted({number for _, number, _ in layouts})))
@@ -153,6 +164,17 @@ def _rectangles(segments: list[Segment]) -> Iterator[tuple[Rectangle, list[Segme
     for segment, cut in zip(segments, slices, strict=True):
         assert cut is not None
         yield Rectangle(tuple(s.start for s in cut), tuple(s.stop - s.start for s in cut)), [segment]
+
+
+def _job_of_bias(leader: Job, name: str, b: Tensor, layout: Layout, segments: Sequence[Segment]) -> Job:
+    """Return the job of a bias, which goes along with its weight's: all of it, or the entries of one piece's rows."""
+    rectangle = layout.whole
+    if leader.rectangle != leader.layout.whole:
+        rows, _ = segments[0].view.blocks[segments[0].piece]
+        rectangle = Rectangle((rows.start,), (rows.stop - rows.start,))
+        name = f"{name}.{segments[0].piece}"
+    kind = leader.kind.replace(leader.kind.split()[0], str(b.dtype), 1)
+    return Job(name, layout, rectangle, 0.0, 0, (b.dtype.itemsize, state_dtype(b).itemsize), kind, 0, leader.name)
 
 
 def _job(rule: Rule, name: str, p: Tensor, layout: Layout, rectangle: Rectangle, segments: Sequence[Segment]) -> Job:

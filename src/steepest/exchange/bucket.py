@@ -87,10 +87,17 @@ class Bucket(ABC):
     """The stacks of the matrices that this rank steps."""
     peers: Peers | None
     """The ranks that hold shards of its parameters; None if only this rank does."""
+    device: torch.device
+    """The device of its parameters."""
     communicates: bool
     """Whether gradients and directions are sent between ranks."""
     counts: bool = True
     """Whether this rank counts the updates that are skipped in it; False if the rank of another replica does."""
+
+    @property
+    @abstractmethod
+    def segments(self) -> Sequence[Segment]:
+        """Return the segments of its matrices, also of those that other ranks step, which have no slots here."""
 
     @abstractmethod
     def state(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -111,9 +118,11 @@ class Bucket(ABC):
 
     @abstractmethod
     def statistics(
-        self, captured: Mapping[int, Statistics]
+        self, captured: Mapping[int, Statistics | None]
     ) -> Generator[None, None, Mapping[tuple[int, int], Statistics]]:
         """Gather what was captured in layers, by the numbers of their weights; pause while it travels.
+
+        The numbers are the same on all ranks; None stands for what only other ranks have captured.
 
         Returns:
             The statistics of each piece that this rank steps, and that got some.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NoReturn
 
@@ -73,6 +73,35 @@ def replicated() -> dict[Tensor, dist.ProcessGroup]:
             else:
                 divided |= {p for group in thing.param_groups for p in group["params"]}
     return {p: group for p, group in found.items() if p not in divided}
+
+
+def held_by_others(params: Iterable[Tensor]) -> set[Tensor]:
+    """Return the parameters that other ranks hold too, replicated by DDP or as DTensors."""
+    groups = replicated()
+    return {
+        p
+        for p in params
+        if (p.device_mesh.size() if isinstance(p, DTensor) else dist.get_world_size(groups[p]) if p in groups else 1)
+        > 1
+    }
+
+
+def static_graphs() -> set[Tensor]:
+    """Return the parameters whose `DistributedDataParallel` module was made with ``static_graph=True``."""
+    modules = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel) and x.static_graph]
+    return {p for module in modules for p in module.parameters()}
+
+
+def tensor_parallel(params: Iterable[Tensor]) -> set[Tensor]:
+    """Return the parameters of which a module sees its rank's shard, and not the whole as under FSDP2 and HSDP.
+
+    These shard the last dimension of their mesh, and replicate the others.
+    """
+    cut = {p for p in params if isinstance(p, DTensor) and p.device_mesh.size() > 1}
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    modules = [x for x in gc.get_objects() if issubclass(type(x), kind)] if cut else []
+    gathered = {p for module in modules for p in module.parameters()}
+    return {p for p in cut if p not in gathered or not all(x.is_replicate() for x in p.placements[:-1])}
 
 
 class Owned(DTensor):

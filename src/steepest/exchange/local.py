@@ -24,9 +24,15 @@ class LocalBucket(Bucket):
         self.peers = peers
         self.counts = replica == 0
         self.stacks = [stack]
+        self.device = stack.device
         self.params = params
         self._takes_part: Sequence[bool] = ()
         """For each parameter, whether it takes part in the step."""
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """See `Bucket.segments`."""
+        return self.stacks[0].segments
 
     def state(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """See `Bucket.state`."""
@@ -44,12 +50,12 @@ class LocalBucket(Bucket):
         return self._pieces(grads), None if weights is None else self._pieces(weights)
 
     def statistics(
-        self, captured: Mapping[int, Statistics]
+        self, captured: Mapping[int, Statistics | None]
     ) -> Generator[None, None, Mapping[tuple[int, int], Statistics]]:
         """See `Bucket.statistics`."""
         yield from ()
         segments = self.stacks[0].segments if captured else ()
-        return {s.key: s.part(captured[s.index]) for s in segments if s.index in captured}
+        return {s.key: s.part(here) for s in segments if (here := captured.get(s.index)) is not None}
 
     def scatter(self, directions: Sequence[Directions]) -> Generator[None, None, list[Move]]:
         """See `Bucket.scatter`."""
@@ -67,7 +73,7 @@ class LocalBucket(Bucket):
                 p, view, piece = self.params[segment.index], segment.view, segment.piece
                 t = made.stack.t[segment.start]
                 if segment.bias is not None:
-                    rows, b = view.blocks[piece][0], self.params[segment.bias]
+                    rows, b = view.blocks[piece][0], local(self.params[segment.bias])
                     if self._takes_part[segment.bias]:
                         column = D[..., -1].reshape(-1)
                         moves.append(Move(segment.bias, b[rows], column, may_stay, t, partial(_rows_in_whole, b, rows)))
@@ -87,8 +93,8 @@ class LocalBucket(Bucket):
                     pieces[segment.key] = view.matrices(x, piece)
                 continue
             # The half of a layer that has no gradient counts as zero, and is not moved.
-            x = torch.zeros_like(self.params[segment.index]) if x is None else x
-            bias = torch.zeros_like(self.params[segment.bias]) if bias is None else bias
+            x = torch.zeros_like(local(self.params[segment.index])) if x is None else x
+            bias = torch.zeros_like(local(self.params[segment.bias])) if bias is None else bias
             pieces[segment.key] = view.joined(view.matrices(x, piece), bias, piece)
         return pieces
 

@@ -75,6 +75,13 @@ class Peers:
         dist.all_reduce(agreed, dist.ReduceOp.MIN, self.group)
         return agreed.bool()
 
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum of a number of each rank, 0-d: in the order of ranks, on a device, and no host waits."""
+        every = x.new_zeros(self.size)
+        every[self.me] = x
+        dist.all_reduce(every, group=self.group)  # which adds zeros
+        return every.sum()
+
     def check_same(self, digest: str, what: str) -> None:
         """Raise on every rank unless ``digest``, which has 16 hexadecimal digits or more, is the same on all."""
         mine = torch.tensor([int(digest[:15], 16)], dtype=torch.int64, device="cpu")

@@ -49,6 +49,9 @@ class Job:
     """Jobs of different kinds never share a bucket, because their tensors can't be packed into one buffer."""
     factored: int = 0
     """Entries of the factors of a low-rank direction, which are sent to ranks where they are fewer; 0: no factors."""
+    leader: str = ""
+    """The name of the job that this one follows, into its bucket and to its owner, as a layer's bias does its weight;
+    "" for a job of its own."""
 
     def held(self, rank: int) -> Rectangle:
         """Return the part of the job's rectangle that a rank holds, which may be empty."""
@@ -129,6 +132,11 @@ class Plan:
                 ]
         return tuple(sorted(found, key=_order))
 
+    def followers(self, bucket: int) -> dict[int, int]:
+        """Return the jobs of a bucket that follow others, by those that they follow."""
+        places = {self.jobs[j].name: j for j in self.buckets[bucket]}
+        return {places[self.jobs[j].leader]: j for j in self.buckets[bucket] if self.jobs[j].leader}
+
     def _relevant(self, j: int, rank: int | None) -> Rectangle:
         """Return the part of a job's rectangle whose transfers may concern a rank."""
         job = self.jobs[j]
@@ -164,7 +172,7 @@ class Plan:
         It is counted by jobs that are alike, because there are many transfers.
         """
         sent_in, received_in, sent_out, received_out = ([0] * self.world for _ in range(4))
-        alike = [replace(job, name="", cost=0.0, memory=0, kind="") for job in self.jobs]
+        alike = [replace(job, name="", cost=0.0, memory=0, kind="", leader="") for job in self.jobs]
         counts = Counter((job, job.layout.replica(owner)) for owner, job in zip(self.owners, alike, strict=True))
         outward: dict[Job, int] = {}  # entries that move to all ranks together
         for (job, replica), count in counts.items():
@@ -185,8 +193,8 @@ class Plan:
     def digest(self) -> str:
         """Return a digest that is the same on all ranks if and only if their plans are."""
         facts = [
-            (job.name, job.layout.digest, job.rectangle, job.cost, job.memory, job.itemsizes, job.factored, job.kind)
-            for job in self.jobs
+            (j.name, j.layout.digest, j.rectangle, j.cost, j.memory, j.itemsizes, j.factored, j.kind, j.leader)
+            for j in self.jobs
         ]
         return fingerprint(self.world, self.owners, self.buckets, *facts)
 
@@ -197,7 +205,8 @@ def make_plan(
     """Give every job an owner, and put jobs into buckets. The same jobs give the same plan, in every process.
 
     Owners: the most expensive jobs come first, and each goes to the least loaded rank so far (Graham, 1969: longest
-    processing time first, at most 4/3 of the best there is). Names break ties.
+    processing time first, at most 4/3 of the best there is). Names break ties. A job that follows another one goes
+    where that goes.
 
     Buckets: every rank puts its most expensive jobs into the first bucket, the next most expensive into the second, and
     so on. So all ranks work on similar matrices at the same time, matrices of one shape meet in one bucket, and no rank
@@ -210,7 +219,8 @@ def make_plan(
         loads: FLOPs that each rank has to do besides, for example by another plan; zero if left out.
 
     Raises:
-        ValueError: for two jobs of one name, and for layouts or loads that don't fit the group.
+        ValueError: for two jobs of one name, for a leader that is none, and for layouts or loads that don't fit the
+            group.
 
     >>> shapes = {"up": (8, 2), "down": (2, 8), "gate": (8, 2)}
     >>> layouts = {name: Layout.sharded(shape, mesh=(2,), placements=(0,)) for name, shape in shapes.items()}
@@ -225,35 +235,49 @@ def make_plan(
     jobs = tuple(jobs)
     loads = list(loads) or [0.0] * world
     _check(jobs, world, bucket_bytes, loads)
-    order = sorted(range(len(jobs)), key=lambda j: (-jobs[j].cost, jobs[j].name))
-    owners = _assign(jobs, order, loads)
-    return Plan(jobs, world, owners, _fill(jobs, order, owners, bucket_bytes))
+    teams = _teams(jobs)
+    owners = _assign(jobs, teams, loads)
+    return Plan(jobs, world, owners, _fill(jobs, teams, owners, bucket_bytes))
 
 
-def _assign(jobs: Sequence[Job], order: Sequence[int], loads: Sequence[float]) -> tuple[int, ...]:
-    """Give each job, in this order, to the rank with the least cost so far; memory and then number break ties."""
+def _teams(jobs: Sequence[Job]) -> list[list[int]]:
+    """Return the jobs that go together, each leader with those that follow it; the most expensive team comes first."""
+    teams = {job.name: [j] for j, job in enumerate(jobs) if not job.leader}
+    for j, job in enumerate(jobs):
+        if job.leader:
+            teams[job.leader].append(j)
+    return sorted(teams.values(), key=lambda team: (-sum(jobs[j].cost for j in team), jobs[team[0]].name))
+
+
+def _assign(jobs: Sequence[Job], teams: Sequence[Sequence[int]], loads: Sequence[float]) -> tuple[int, ...]:
+    """Give each team, in this order, to the rank with the least cost so far; memory and then number break ties."""
     owners = [-1] * len(jobs)
     ranks = [(load, 0, rank) for rank, load in enumerate(loads)]
     heapq.heapify(ranks)
-    for j in order:
+    for team in teams:
         cost, memory, rank = ranks[0]
-        owners[j] = rank
-        heapq.heapreplace(ranks, (cost + jobs[j].cost, memory + jobs[j].memory, rank))
+        for j in team:
+            owners[j] = rank
+            cost, memory = cost + jobs[j].cost, memory + jobs[j].memory
+        heapq.heapreplace(ranks, (cost, memory, rank))
     return tuple(owners)
 
 
-def _fill(jobs: Sequence[Job], order: Sequence[int], owners: Sequence[int], limit: int) -> tuple[tuple[int, ...], ...]:
+def _fill(
+    jobs: Sequence[Job], teams: Sequence[Sequence[int]], owners: Sequence[int], limit: int
+) -> tuple[tuple[int, ...], ...]:
     """Return the buckets of each kind, which every rank fills in this order."""
     kinds = list(dict.fromkeys(job.kind for job in jobs))
     buckets: dict[tuple[int, int], list[int]] = {}
     filled: dict[tuple[int, int], tuple[int, int]] = {}  # by kind and rank: the last bucket, and the bytes in it
-    for j in order:
-        kind, size = kinds.index(jobs[j].kind), jobs[j].rectangle.size * max(jobs[j].itemsizes)
-        last, bytes_ = filled.get((kind, owners[j]), (0, 0))
+    for team in teams:
+        kind, owner = kinds.index(jobs[team[0]].kind), owners[team[0]]
+        size = sum(jobs[j].rectangle.size * max(jobs[j].itemsizes) for j in team)
+        last, bytes_ = filled.get((kind, owner), (0, 0))
         if bytes_ and bytes_ + size > limit:
             last, bytes_ = last + 1, 0
-        filled[kind, owners[j]] = last, bytes_ + size
-        buckets.setdefault((kind, last), []).append(j)
+        filled[kind, owner] = last, bytes_ + size
+        buckets.setdefault((kind, last), []).extend(team)
     return tuple(tuple(sorted(buckets[key])) for key in sorted(buckets))
 
 
@@ -268,6 +292,15 @@ def _check(jobs: Sequence[Job], world: int, bucket_bytes: int, loads: Sequence[f
     for job in jobs:
         if job.layout.world != world:
             raise ValueError(f"world={world}: the layout of {job.name} is for {job.layout.world} ranks")
+    leaders = {job.name: job for job in jobs if not job.leader}
+    for job in jobs:
+        if job.leader and job.leader not in leaders:
+            raise ValueError(f"leader={job.leader!r} of {job.name}: must be a job that follows none")
+        if job.leader and job.kind != leaders[job.leader].kind:
+            raise ValueError(
+                f"{job.name} ({job.kind}) and {job.leader} ({leaders[job.leader].kind}) can't share a bucket: must be "
+                "of one dtype and on one device"
+            )
 
 
 def _order(transfer: Transfer) -> tuple[int, int, int, tuple[int, ...]]:
