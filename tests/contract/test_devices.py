@@ -20,7 +20,8 @@ from steepest.rules import RULES
 from steepest.stack.stack import AsyncCopy
 from steepest.testing import check_optimizer
 from steepest.testing.evidence import Snapshot, expect_same, snapshot
-from steepest.testing.subject import Run, Subject
+from steepest.testing.run import Run
+from steepest.testing.subject import Subject
 
 SOAP: dict[str, dict[str, Any]] = {
     "soap f=3": {"precondition_frequency": 3},

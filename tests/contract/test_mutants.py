@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import mutants
+import mutants_of_closures
 import mutants_of_edits
 import mutants_of_gradients
 import mutants_of_surroundings
@@ -15,13 +16,15 @@ import torch
 from steepest.testing import CLAUSES, Verdict, check_clause, check_optimizer
 from steepest.testing.subject import Factory, Subject
 
-MODULES = (mutants, mutants_saving, mutants_of_gradients, mutants_of_surroundings, mutants_of_edits)
+MODULES = (
+    mutants, mutants_saving, mutants_of_gradients, mutants_of_surroundings, mutants_of_edits, mutants_of_closures,
+)  # fmt: skip
 MUTANTS: dict[str, list[Factory]] = {
     clause: [mutant for module in MODULES for mutant in module.MUTANTS.get(clause, [])]
     for clause in {clause for module in MODULES for clause in module.MUTANTS}
 }
 
-HOSTS = [name for name, clause in CLAUSES.items() if clause.number >= 16]
+HOSTS = [name for name, clause in CLAUSES.items() if clause.number in (16, 17)]
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from torch import nn
 import steepest
 from steepest.engine.optimizer import Optimizer
 from steepest.lab.shared.contenders import preset
-from steepest.optimizers import ALIASES, NAMES, canonical, group_options
+from steepest.optimizers import ALIASES, BY_CLOSURE, NAMES, canonical, group_options
 from steepest.optimizers.torch_optim import PAPERS, TORCH
 from steepest.rules import RULES
 
@@ -37,6 +37,8 @@ def weight():
         ("RMS-prop", "rmsprop"),
         ("sparse_adam", "sparseadam"),
         ("torch.Adam-W", "torch.adamw"),
+        ("L-BFGS", "lbfgs"),
+        ("torch.L-BFGS", "torch.lbfgs"),
     ],
 )
 def test_spellings_don_t_matter(spelling, name):
@@ -45,31 +47,47 @@ def test_spellings_don_t_matter(spelling, name):
         assert group_options(spelling, {"lr": 0.1}) == group_options(name, {"lr": 0.1})
 
 
-@pytest.mark.parametrize("name", sorted(TORCH.keys() - NAMES.keys() - {"sparseadam"}))
+@pytest.mark.parametrize("name", sorted(TORCH.keys() - NAMES.keys() - BY_CLOSURE.keys() - {"sparseadam"}))
 def test_every_optimizer_of_torch_is_there_by_name(name):
     spelling = TORCH[name].__name__
     assert type(steepest.create(spelling, [weight()], lr=0.1)) is TORCH[name]
     assert type(steepest.create(f"torch.{name}", [weight()], lr=0.1)) is TORCH[name]
 
 
-def test_torchs_muon_is_told_from_ours():
-    assert type(steepest.create("muon", [weight()])) is steepest.Muon
-    assert type(steepest.create("torch.muon", [weight()])) is torch.optim.Muon
+@pytest.mark.parametrize(("name", "cls"), [("muon", "Muon"), ("lbfgs", "LBFGS")])
+def test_torchs_is_told_from_ours(name, cls):
+    assert type(steepest.create(name, [weight()])) is getattr(steepest, cls)
+    assert type(steepest.create(f"torch.{name}", [weight()])) is getattr(torch.optim, cls)
+
+
+@pytest.mark.parametrize("name", BY_CLOSURE)
+def test_what_has_no_rule_is_made_of_all_parameters_and_not_routed(name):
+    model = nn.Linear(3, 2)
+    made = steepest.create(name, model.parameters())
+    assert [p.shape for p in made.param_groups[0]["params"]] == [(2, 3), (2,)]
+    for build in (steepest.route, steepest.for_model):
+        with pytest.raises(
+            ValueError, match=rf"name='{name}': .*one vector.*steepest.create\('{name}', model.parameters"
+        ):
+            build(model, name)
+    with pytest.raises(ValueError, match="one vector"):
+        steepest.for_model(model, "soap", lr=0.1, overrides={"weight": name})
 
 
 def test_no_two_names_are_the_same_but_for_their_spelling():
-    for name in [*NAMES, *TORCH]:
+    for name in [*NAMES, *BY_CLOSURE, *TORCH]:
         assert canonical(name) == name
     for rule in RULES:
         assert canonical(rule) == rule or NAMES[canonical(rule)].rule == rule
-    assert ALIASES.keys().isdisjoint({*NAMES, *TORCH, *RULES})
+    assert BY_CLOSURE.keys().isdisjoint({*NAMES, *RULES})
+    assert ALIASES.keys().isdisjoint({*NAMES, *BY_CLOSURE, *TORCH, *RULES})
     assert set(ALIASES.values()) <= NAMES.keys()
 
 
 def test_every_name_has_a_paper():
     assert PAPERS.keys() == TORCH.keys()
     assert all(PAPERS.values())
-    assert all(entry.paper for entry in NAMES.values())
+    assert all(entry.paper for entry in [*NAMES.values(), *BY_CLOSURE.values()])
     assert all(rule.paper for rule in RULES.values())
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import steepest
 from steepest.engine.group import STACK_OPTIONS, option_defaults
-from steepest.optimizers import NAMES
+from steepest.optimizers import BY_CLOSURE, NAMES
 from steepest.optimizers.shared import SharedOptions
 from steepest.optimizers.soap import SOAPOptions
 from steepest.view import OPTIONS as VIEW_OPTIONS
@@ -194,7 +194,8 @@ def options(page):
 
 
 def test_the_readme_lists_every_optimizer():
-    assert {re.match(r"`([\w-]+)`", cells[0])[1] for cells in rows("README.md", "The optimizers")} == set(NAMES)
+    listed = {re.match(r"`([\w-]+)`", cells[0])[1] for cells in rows("README.md", "The optimizers")}
+    assert listed == {*NAMES, *BY_CLOSURE}
 
 
 def test_the_page_on_soap_lists_every_option_and_its_default():

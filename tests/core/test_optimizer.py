@@ -272,7 +272,7 @@ def test_nonfinite_raise_names_the_parameter_and_changes_nothing():
 def test_create_knows_torchs_own():
     W = [torch.nn.Parameter(torch.zeros(2, 2))]
     assert type(steepest.create("Adagrad", W, lr=0.1)) is torch.optim.Adagrad
-    assert type(steepest.create("lbfgs", W)) is torch.optim.LBFGS
+    assert type(steepest.create("rprop", W)) is torch.optim.Rprop
     assert isinstance(steepest.create("moso", W), steepest.MOSO)
 
 

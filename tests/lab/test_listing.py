@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from steepest.cli import app
 from steepest.lab.listing.command import build_model, bytes_per_entry, cost, ours, torchs
 from steepest.lab.shared.errors import BadInput
-from steepest.optimizers import NAMES
+from steepest.optimizers import BY_CLOSURE, NAMES
 from steepest.optimizers.torch_optim import TORCH
 from steepest.recipes import RECIPES
 from steepest.rules import RULES
@@ -54,10 +54,10 @@ def test_work_is_what_the_formulas_say() -> None:
 def test_everything_that_has_a_name_is_listed() -> None:
     names = [line.name for line in [*ours(), *torchs()]]
     assert len(names) == len(set(names))
-    assert set(names) == NAMES.keys() | TORCH.keys() | {"torch.muon"}
+    assert set(names) == NAMES.keys() | BY_CLOSURE.keys() | TORCH.keys() | {"torch.muon", "torch.lbfgs"}
     assert RULES.keys() <= {entry.rule for entry in NAMES.values()} | set(names)
     assert all(line.paper for line in [*ours(), *torchs()])
-    assert [line.name for line in torchs() if line.square is None] == ["lbfgs", "sparseadam"]
+    assert [line.name for line in torchs() if line.square is None] == ["torch.lbfgs", "sparseadam"]
     measured = {line.name: line.square for line in torchs()}
     assert (measured["adamw"], measured["sgd"], measured["adagrad"]) == (8, 0, 4)
 
@@ -65,7 +65,7 @@ def test_everything_that_has_a_name_is_listed() -> None:
 def test_the_command_prints_it_all() -> None:
     done = steepest("optimizers")
     assert done.exit_code == 0, done.output
-    for name in [*NAMES, *TORCH, *RECIPES]:
+    for name in [*NAMES, *BY_CLOSURE, *TORCH, *RECIPES]:
         assert f" {name} " in done.output
     assert "arXiv:2409.11321" in done.output
 

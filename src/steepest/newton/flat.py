@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,6 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
     Args:
         params: tensors, groups, or ``(name, tensor)`` pairs. All groups have the same options.
         defaults: the options.
-        checks: for each option, whether a value is allowed, and what is allowed in words.
 
     Raises:
         ValueError: for options out of range, for groups with different options, and for parameters of different
@@ -34,9 +33,16 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         RuntimeError: for parameters that other ranks hold too.
     """
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], checks: Mapping[str, tuple[Any, str]]) -> None:
-        self._checks = checks
+    checks: ClassVar[Mapping[str, tuple[Callable[[Any], bool], str]]]
+    """For each option, whether a value is allowed, and what is allowed in words."""
+    copied: ClassVar[tuple[str, ...]] = ()
+    """Attributes that copies and pickles take along, such as a model: its parameters stay the optimizer's."""
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {name: getattr(self, name) for name in self.copied}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; the group's options, where it has some, must be those of the other groups."""
@@ -50,7 +56,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
     @property
     def options(self) -> dict[str, Any]:
         """The options, which all groups share."""
-        return {k: v for k, v in self.param_groups[0].items() if k in self.defaults}
+        return {k: v for k, v in self.param_groups[0].items() if k in self.checks}
 
     @property
     def trainable(self) -> list[Tensor]:
@@ -62,13 +68,13 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         first, params = self.param_groups[0], [p for group in self.param_groups for p in group["params"]]
         name = type(self).__name__
         for number, group in enumerate(self.param_groups):
-            for option in self.defaults:
+            for option in self.checks:
                 if group[option] != first[option]:
                     raise ValueError(
                         f"{option}={group[option]!r} in group {number}, {first[option]!r} in group 0: {name} moves all "
                         "parameters as one vector, so all groups must have the same options"
                     )
-        for option, (allowed, words) in self._checks.items():
+        for option, (allowed, words) in self.checks.items():
             if not allowed(first[option]):
                 raise ValueError(f"{option}={first[option]!r}: must be {words}")
         for p in params:

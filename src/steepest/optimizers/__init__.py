@@ -12,6 +12,9 @@ from typing import Any
 import torch
 
 from steepest.engine.optimizer import Optimizer
+from steepest.newton.lbfgs import LBFGS
+from steepest.newton.natural_gradient import NaturalGradient
+from steepest.newton.newton_cg import NewtonCG
 from steepest.optimizers.lion import Lion
 from steepest.optimizers.muon import AdaMuon, Dion, Dion2, Muon, NorMuon
 from steepest.optimizers.shampoo import KLShampoo, Shampoo
@@ -77,6 +80,22 @@ NAMES: dict[str, Entry] = {
 }
 """The optimizers of this package by name. A rule without a class of its own goes by the name of the rule."""
 
+
+@dataclass(frozen=True)
+class ByClosure:
+    """An optimizer of this package that evaluates the loss itself, and moves all parameters as one vector."""
+
+    optimizer: Callable[..., torch.optim.Optimizer]
+    paper: str
+
+
+BY_CLOSURE: dict[str, ByClosure] = {
+    "lbfgs": ByClosure(LBFGS, "Liu and Nocedal, Math. Program. 45 (1989) 503"),
+    "newton-cg": ByClosure(NewtonCG, "Steihaug, SIAM J. Numer. Anal. 20 (1983) 626"),
+    "natural-gradient": ByClosure(NaturalGradient, "Amari, Neural Comput. 10 (1998) 251"),
+}
+"""Those by name. They have no rules, so they can't be in one optimizer with others, or in `steepest.for_model`."""
+
 ALIASES = {"soap-kl": "kl-soap", "shampoo-kl": "kl-shampoo"}
 """Other names of some optimizers. Case, hyphens, underscores and blanks never matter: see `canonical`."""
 
@@ -85,9 +104,10 @@ def create(name: str, params: Params, **options: Any) -> torch.optim.Optimizer:
     """Build an optimizer by name: one of this package, one of torch.optim's, or one with a recipe's settings.
 
     Args:
-        name: A name of `NAMES`; that of a class of torch.optim ("adamw", "nadam", "lbfgs", ..., and "torch.muon" where
-            this package has one of the same name); or that of a recipe (`steepest.recipe`), whose settings for matrices
-            hold for all parameters. Spelling doesn't matter: "KL_SOAP" and "Adam-W" are known too.
+        name: A name of `NAMES` or `BY_CLOSURE`; that of a class of torch.optim ("adamw", "nadam", ..., and "torch.muon"
+            or "torch.lbfgs" where this package has one of the same name); or that of a recipe (`steepest.recipe`),
+            whose settings for matrices hold for all parameters. Spelling doesn't matter: "KL_SOAP" and "Adam-W" are
+            known too.
         params: Tensors, dicts defining parameter groups, or ``(name, tensor)`` pairs.
         options: The arguments of the optimizer's class; they take precedence over a recipe's.
 
@@ -108,19 +128,21 @@ def create(name: str, params: Params, **options: Any) -> torch.optim.Optimizer:
     key = canonical(name)
     if key in NAMES:
         return NAMES[key].optimizer(params, **options)
+    if key in BY_CLOSURE:
+        return BY_CLOSURE[key].optimizer(params, **options)
     if key.removeprefix("torch.") in TORCH:
         return TORCH[key.removeprefix("torch.")](params, **options)
     if key in RULES:
         return Optimizer(params, key, **options)
-    raise ValueError(f"name={name!r}: no such optimizer{nearest(key, [*NAMES, *TORCH, *RULES])}")
+    raise ValueError(f"name={name!r}: no such optimizer{nearest(key, [*NAMES, *BY_CLOSURE, *TORCH, *RULES])}")
 
 
 def group_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a parameter group, ``rule`` among them, for an optimizer or a recipe and its options.
 
     Raises:
-        ValueError: If the name is not that of a rule: torch.optim's optimizers, AdamW excepted, can't share an
-            optimizer with those of this package.
+        ValueError: If the name is not that of a rule: torch.optim's optimizers, AdamW excepted, and those of
+            `BY_CLOSURE` can't share an optimizer with others.
 
     >>> group_options("kl-soap", {"lr": 0.1})
     {'rule': 'kl_soap', 'lr': 0.1}
@@ -133,6 +155,11 @@ def group_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         return resolve({"rule": NAMES[key].rule, **NAMES[key].settings, **options})
     if key in RULES:
         return resolve({"rule": key, **options})
+    if key in BY_CLOSURE:
+        raise ValueError(
+            f"name={name!r}: moves all parameters as one vector, so it has no rule for some of them, and nothing to "
+            f"route: use steepest.create({key!r}, model.parameters())"
+        )
     raise ValueError(f"name={name!r}: no such rule{nearest(key, [*NAMES, *RULES])}")
 
 
@@ -142,7 +169,7 @@ def canonical(name: str) -> str:
     >>> [canonical(name) for name in ("KL_SOAP", "soap-kl", "Adam-W", "inverse root", "torch.Muon", "xyz")]
     ['kl-soap', 'kl-soap', 'adamw', 'inverse_root', 'torch.muon', 'xyz']
     """
-    names = [*NAMES, *TORCH, *RULES, *ALIASES, *(f"torch.{name}" for name in TORCH)]
+    names = [*NAMES, *BY_CLOSURE, *TORCH, *RULES, *ALIASES, *(f"torch.{name}" for name in TORCH)]
     found = spelled(name, names) or name.lower()
     return ALIASES.get(found, found)
 

@@ -16,6 +16,11 @@ from steepest.functional import (
     update_kronecker_factors_kl_shampoo,
 )
 from steepest.linalg.precision import fp32_matmul_precision
+from steepest.newton.gauss_newton import GaussNewton
+from steepest.newton.lbfgs import LBFGS
+from steepest.newton.natural_gradient import NaturalGradient
+from steepest.newton.newton_cg import NewtonCG
+from steepest.newton.residual import Residual
 from steepest.optimizers import create
 from steepest.optimizers.kfac import EKFAC, KFAC
 from steepest.optimizers.lion import Lion
@@ -27,8 +32,9 @@ from steepest.routing import for_model, route
 from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
 
 __all__ = [
-    "EKFAC", "KFAC", "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "InverseRootSOAP",
-    "KLShampoo", "LinearSchedule", "Lion", "Muon", "NorMuon", "Optimizer", "Shampoo", "StepSchedule",
+    "EKFAC", "KFAC", "LBFGS", "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "GaussNewton",
+    "InverseRootSOAP", "KLShampoo", "LinearSchedule", "Lion", "Muon", "NaturalGradient", "NewtonCG", "NorMuon",
+    "Optimizer", "Residual", "Shampoo", "StepSchedule",
     "adopt", "all_eigenbases_met_criteria", "conjugate", "create", "eigh_with_fallback", "for_model",
     "fp32_matmul_precision", "get_eigenbasis_eigh", "get_eigenbasis_qr", "init_kronecker_factors",
     "orthogonal_iteration", "precondition", "recipe", "route", "update_eigenbasis_and_exp_avgs",

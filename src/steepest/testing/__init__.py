@@ -1,8 +1,8 @@
 """The contract of a PyTorch optimizer, as a test suite for any optimizer.
 
-`check_optimizer` runs some sixty small tests, the *clauses*: functions with a docstring that says what is promised and
-why. A clause is kept, broken (with evidence: what was expected, what was seen), or not applicable (with a reason). In a
-project's own tests::
+`check_optimizer` runs some seventy small tests, the *clauses*: functions with a docstring that says what is promised
+and why. A clause is kept, broken (with evidence: what was expected, what was seen), or not applicable (with a reason).
+In a project's own tests::
 
     def test_contract():
         report = steepest.testing.check_optimizer(functools.partial(MyOptimizer, lr=1e-3))
@@ -16,6 +16,12 @@ and on the command line: ``steepest check my_package:MyOptimizer --lr 1e-3``. Th
     4   missing gradients                9   steps with lr 0          14  torch.compile (only on request)
     5   what a step leaves unchanged     10  refusals                 15  hooks
     16  autocast, default device and other settings of the caller     17  state and groups that others edit
+    18  closures that are evaluated several times
+
+An optimizer gets drawn gradients. One whose first argument is called ``model`` gets a small module, and the same
+gradients by a backward pass. One whose step raises TypeError without a closure gets the closure of a convex loss, which
+returns what suits it: the loss after a backward pass, or in its graph residuals, ``(outputs, loss)``, or the loss.
+Clauses that can't be asked of such an optimizer say why.
 
 The suite needs torch only, and uses nothing of `steepest` but itself.
 """
@@ -29,7 +35,7 @@ from enum import Enum
 
 import torch
 
-from steepest.testing import construction, edits, gradients, saving, stepping, surroundings  # noqa: F401, for clauses
+from steepest.testing import closures, construction, edits, gradients, saving, stepping, surroundings  # noqa: F401
 from steepest.testing.evidence import Broken, NotApplicable, one_line
 from steepest.testing.subject import REGISTERED, Clause, Factory, Subject
 

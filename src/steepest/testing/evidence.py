@@ -95,7 +95,8 @@ def difference(seen: Any, expected: Any) -> str:
     by_identity: Any = object.__eq__
     if type(seen).__eq__ is by_identity and type(seen) is type(expected):
         return ""  # objects that can't be compared, which clauses on plain state report
-    return "" if seen == expected else f"{_word(expected)} expected, {_word(seen)} seen"
+    both_nan = seen != seen and expected != expected
+    return "" if seen == expected or both_nan else f"{_word(expected)} expected, {_word(seen)} seen"
 
 
 def one_line(error: BaseException) -> str:

@@ -9,8 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steepest.testing.evidence import NotApplicable, expect, expect_close, expect_finite, expect_moved, expect_same
-from steepest.testing.subject import Run, Subject, clause, gradient, seed
+from steepest.testing.draws import seed
+from steepest.testing.evidence import (
+    NotApplicable,
+    Snapshot,
+    expect,
+    expect_close,
+    expect_finite,
+    expect_moved,
+    expect_same,
+)
+from steepest.testing.run import Run
+from steepest.testing.sources import Batch
+from steepest.testing.subject import Subject, clause
 
 HUGE = 1e30
 """A gradient that is finite in float32 and in bfloat16, but whose square is not."""
@@ -34,18 +45,18 @@ def no_gradients(subject: Subject) -> None:
     run.step(0, missing=run.params)
     expect_same(run.weights(), subject.params(), "no change in a first step without gradients")
     run.step(1)
-    before = run.everything()
+    before = lasting(subject, run)
     run.step(2, missing=run.params)
-    expect_same(run.everything(), before, "no change in a step without gradients")
+    expect_same(lasting(subject, run), before, "no change in a step without gradients")
 
 
-@clause(4, "a gradient that is missing on some steps leaves weights and state alone", several=True)
+@clause(4, "a gradient that is missing on some steps leaves weights and state alone", several=True, each=True)
 def missing_leaves_state(subject: Subject) -> None:
     """Weights, state and step count stay bit for bit in steps without a gradient, as of experts without tokens."""
     _expect_waiting(subject, "missing", missing=[subject.first])
 
 
-@clause(4, "a gradient that is missing on some steps leaves the clock alone", several=True)
+@clause(4, "a gradient that is missing on some steps leaves the clock alone", several=True, alone=True)
 def missing_leaves_clock(subject: Subject) -> None:
     """Steps without a parameter's gradient do not count for it: its bias correction counts its own updates."""
     _expect_resuming(subject, "missing", at=(0, 2, 3), missing=[subject.first])
@@ -54,7 +65,7 @@ def missing_leaves_clock(subject: Subject) -> None:
 @clause(11, "torch.amp.GradScaler trains as without it")
 def scaler(subject: Subject) -> None:
     """Losses scaled by a power of two and gradients unscaled again give the same steps."""
-    expected, run, scaling = subject.start(), subject.start(), _scaler(subject)
+    expected, (run, scaling) = subject.start(), _scaled(subject)
     start = run.weights()
     for k in range(3):
         _scaled_step(run, scaling, k)
@@ -65,12 +76,18 @@ def scaler(subject: Subject) -> None:
 @clause(11, "a step that GradScaler skips leaves no trace")
 def skipped_by_scaler(subject: Subject) -> None:
     """When gradients overflow at its scale, the scaler takes no step: weights and state are as before."""
-    run, scaling = subject.start(), _scaler(subject)
+    expected, (run, scaling) = subject.start(), _scaled(subject)
+    start = run.weights()
+    expected.step(0)
     _scaled_step(run, scaling, 0)
     before, scale = run.everything(), scaling.get_scale()
     _scaled_step(run, scaling, 1, factor=math.inf)
     expect(scaling.get_scale() < scale, "the scaler to see the overflow", "no smaller scale")
     expect_same(run.everything(), before, "no trace of a step that the scaler skipped")
+    for k in (2, 3):
+        _scaled_step(run, scaling, k)
+        expected.step(k)
+    expect_close(run.weights(), expected.weights(), start, "the same training as without the step that was skipped")
 
 
 @clause(12, "NaN in a gradient poisons neither weights nor state")
@@ -97,11 +114,14 @@ def overflow(subject: Subject) -> None:
 
 @clause(12, "a bad gradient leaves its own parameter as it was")
 def bad_gradient_waits(subject: Subject) -> None:
-    """A parameter with NaN in its gradient is left out of the step: weights, state and step count stay bit for bit."""
+    """A parameter with NaN in its gradient is left out of the step: weights, state and step count stay bit for bit.
+
+    Where the closure of a step is evaluated, and all parameters move as one vector, all weights stay.
+    """
     _expect_waiting(subject, "bad", poison={subject.first: math.nan})
 
 
-@clause(12, "a bad gradient leaves the other parameters' training alone", several=True)
+@clause(12, "a bad gradient leaves the other parameters' training alone", several=True, alone=True)
 def bad_gradient_isolated(subject: Subject) -> None:
     """The others' weights and state are bit for bit those of a run in which no gradient was bad."""
     poisoned, expected = subject.start(), subject.start()
@@ -112,20 +132,30 @@ def bad_gradient_isolated(subject: Subject) -> None:
     expect_same(seen, others, "the others to train as if no gradient had been bad")
 
 
-@clause(12, "a parameter trains on after a bad gradient")
+@clause(12, "a parameter trains on after a bad gradient", alone=True)
 def bad_gradient_resumes(subject: Subject) -> None:
     """With clean gradients the poisoned parameter continues as if the step with the bad one had not been taken."""
     _expect_resuming(subject, "bad", at=(0, 3), poison={subject.first: math.nan})
+
+
+def lasting(subject: Subject, run: Run, *names: str) -> Snapshot:
+    """Return what a step that can't be taken leaves as it is: these weights and their state, by default all.
+
+    Where all parameters have one state, it may count the attempt, and all weights must stay.
+    """
+    return run.weights() if subject.joint else run.everything(*names)
 
 
 def _expect_waiting(subject: Subject, what: str, **bad: Any) -> None:
     """Expect weights and state of a parameter to stay in steps in which its gradient is missing or bad."""
     run = subject.start()
     run.step(0)
-    before = run.everything(subject.first)
+    before = lasting(subject, run, subject.first)
     for k in (1, 2):
         run.step(k, **bad)
-        expect_same(run.everything(subject.first), before, f"weights and state to stay while the gradient is {what}")
+        expect_same(
+            lasting(subject, run, subject.first), before, f"weights and state to stay while the gradient is {what}"
+        )
 
 
 def _expect_resuming(subject: Subject, what: str, at: Collection[int], **bad: Any) -> None:
@@ -151,17 +181,20 @@ def _train_through(subject: Subject, at: int, what: str, **bad: Any) -> Run:
     return run
 
 
-def _scaler(subject: Subject) -> torch.amp.GradScaler:
+def _scaled(subject: Subject) -> tuple[Run, torch.amp.GradScaler]:
+    """Return a run and its scaler, of which the optimizer is told if it asks."""
     if subject.by_closure:
         raise NotApplicable("GradScaler does not support closures")
-    return torch.amp.GradScaler(subject.device.type, init_scale=256.0)
+    scaling = torch.amp.GradScaler(subject.device.type, init_scale=256.0)
+    told: dict[str, Any] = {"grad_scaler": scaling} if "grad_scaler" in subject.arguments else {}
+    return subject.start(**told), scaling
 
 
 def _scaled_step(run: Run, scaling: torch.amp.GradScaler, k: int, factor: float = 1.0) -> None:
     """Take a step on a loss whose gradient is that of step ``k``, times a factor."""
     run.optimizer.zero_grad()
-    terms = [(p * gradient(k, name, p) * factor).sum() for name, p in run.params.items()]
-    loss: Tensor = scaling.scale(torch.stack(terms).sum())
+    run.batch = Batch(k)
+    loss: Tensor = scaling.scale(run.source.loss(run.params, run.batch, run.optimizer) * factor)
     seed(k)
     loss.backward()  # type: ignore[no-untyped-call]
     scaling.step(run.optimizer)

@@ -13,10 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from steepest.testing.evidence import Broken, NotApplicable, Snapshot, expect, expect_same, leaves, snapshot
-from steepest.testing.subject import Run, Subject, clause
+from steepest.testing.evidence import (
+    Broken,
+    NotApplicable,
+    Snapshot,
+    expect,
+    expect_close,
+    expect_same,
+    leaves,
+    snapshot,
+)
+from steepest.testing.run import Run
+from steepest.testing.subject import Subject, clause
 
 Transfer = Callable[[Subject, Run], Run]
 """A function that returns an interrupted run as another process would have it."""
@@ -78,17 +87,26 @@ def resume_untrained(subject: Subject) -> None:
 
 @clause(7, "resume by parameter name, in another order", several=True)
 def resume_by_name(subject: Subject) -> None:
-    """State of (name, tensor) pairs is matched by name: in another order, equal shapes would swap state unnoticed."""
-    _resumes(subject, by_name_reversed)
+    """State of (name, tensor) pairs is matched by name: in another order, equal shapes would swap state unnoticed.
+
+    Where all parameters move as one vector, in another order, rounding may differ.
+    """
+    if not subject.joint:
+        return _resumes(subject, by_name_reversed)
+    straight, first = subject.start(), subject.start()
+    start = straight.weights()
+    for run in (straight, first):
+        run.steps(range(4))
+    second = by_name_reversed(subject, first)
+    for run in (straight, second):
+        run.steps(range(4, 8))
+    expect_alike(subject, second, straight, start, "the same training as without the break")
 
 
 @clause(7, "resume with parameters that were frozen", several=True)
 def resume_frozen(subject: Subject) -> None:
     """A saved state without entries for a frozen parameter loads, and the parameter may thaw later."""
-    params = [subject.params() for _ in range(3)]
-    for each in params:
-        each[subject.first].requires_grad_(False)
-    straight, first, second = (subject.over(each, list(each.values())) for each in params)
+    straight, first, second = (subject.start_frozen(subject.first) for _ in range(3))
     for run in (straight, first):
         run.steps(range(3))
     carry(first.params, second, through_file(first.optimizer.state_dict()))
@@ -113,12 +131,14 @@ def resume_flattened(subject: Subject) -> None:
 @clause(7, "a state of other parameters is refused, and nothing has changed", several=True)
 def mismatched_state(subject: Subject) -> None:
     """A state with another number of groups or parameters raises an error, and the optimizer is as before."""
-    params = subject.params()
-    fewer = subject.over(params, list(params.values())[1:])
-    two = subject.over(params, [{"params": [p]} for p in list(params.values())[:2]])
+    others = {"another number of parameters": subject.start(names=subject.others)}
+    if subject.takes_forms:
+        params = subject.params()
+        in_two = [{"params": [p]} for p in list(params.values())[:2]]
+        others["another number of groups"] = subject.over(params, in_two)
     run = subject.start()
     run.steps(range(2))
-    for name, other in (("another number of parameters", fewer), ("another number of groups", two)):
+    for name, other in others.items():
         _expect_refusal(run, other.optimizer.state_dict(), f"a state with {name}")
 
 
@@ -168,6 +188,17 @@ def float32_state(subject: Subject) -> None:
         expect(not coarse, f"state in float32{where}", f"{len(coarse)} tensors coarser, as {coarse[:1]}")
 
 
+def expect_alike(subject: Subject, seen: Run, expected: Run, start: Snapshot, promise: str) -> None:
+    """Raise `Broken` unless two runs have the same weights and state, bit for bit.
+
+    Where all parameters move as one vector, which may join them in another order, weights are the same within rounding.
+    """
+    if subject.joint:
+        expect_close(seen.weights(), expected.weights(), start, promise)
+    else:
+        expect_same(seen.everything(), expected.everything(), promise)
+
+
 def through_file(state: Any) -> Any:
     """Save ``state`` to a file, and read it as hosts do."""
     file = io.BytesIO()
@@ -181,15 +212,29 @@ def by_file(subject: Subject, run: Run) -> Run:
     return carry(run.params, subject.start(run.dtype), through_file(run.optimizer.state_dict()))
 
 
-def by_copy(subject: Subject, run: Run, duplicate: Callable[[Optimizer], Optimizer]) -> Run:
-    """Transfer a run by a copy of the optimizer, which contains copies of its parameters."""
+def by_copy(subject: Subject, run: Run, duplicate: Callable[[Any], Any]) -> Run:
+    """Transfer a run by a copy of the optimizer, which contains copies of its parameters.
+
+    Where it was given a model, both are copied together.
+    """
+    if subject.by_model:
+        params, optimizer, source = duplicate((run.params, run.optimizer, run.source))
+        return Run(params, optimizer, source)
     optimizer = duplicate(run.optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return Run(dict(zip(run.params, params, strict=True)), optimizer, run.by_closure)
+    return Run(dict(zip(run.params, params, strict=True)), optimizer, run.source)
 
 
 def by_name_reversed(subject: Subject, run: Run) -> Run:
-    """Transfer a run from an optimizer of (name, tensor) pairs to one of the same pairs in reverse order."""
+    """Transfer a run from an optimizer of (name, tensor) pairs to one of the same pairs in reverse order.
+
+    The layers of a model are in reverse order, where the optimizer has their parameters' names.
+    """
+    if not subject.takes_forms:
+        if not all("param_names" in group for group in run.optimizer.param_groups):
+            raise NotApplicable("takes a model, and keeps no names of its parameters")
+        params = dict(reversed(subject.params(run.dtype).items()))
+        return carry(run.params, subject.over(params, list(params.values())), through_file(run.optimizer.state_dict()))
     named = subject.over(run.params, list(run.params.items()))
     named.optimizer.load_state_dict(run.optimizer.state_dict())
     params = dict(reversed(subject.params(run.dtype).items()))
@@ -244,6 +289,8 @@ def _resumes(subject: Subject, transfer: Transfer, dtype: torch.dtype | None = N
         run.steps(range(4, 8))
     expect_same(second.everything(), straight.everything(), "the same training as without the break, bit for bit")
     expect_same(first.everything(), middle, "no change in the original while its copy trains")
+    first.steps(range(4, 8))
+    expect_same(first.everything(), straight.everything(), "the original to train on as if there were no copy")
 
 
 def _expect_refusal(run: Run, state: Any, name: str) -> None:

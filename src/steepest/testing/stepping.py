@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 import sys
 from collections.abc import Callable
@@ -13,8 +14,18 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR
 
-from steepest.testing.evidence import Snapshot, expect, expect_close, expect_finite, expect_moved, expect_same, snapshot
-from steepest.testing.subject import Subject, clause, gradient
+from steepest.testing.draws import gradient
+from steepest.testing.evidence import (
+    NotApplicable,
+    Snapshot,
+    expect,
+    expect_close,
+    expect_finite,
+    expect_moved,
+    expect_same,
+    snapshot,
+)
+from steepest.testing.subject import Subject, clause
 
 PRODUCTS: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 """The modules that hold the precision of matrix products."""
@@ -93,23 +104,32 @@ def cycled_momentum(subject: Subject) -> None:
 
 @clause(3, "a closure runs with gradients enabled, and its loss is returned")
 def closure(subject: Subject) -> None:
-    """``step(closure)`` enables gradients for the closure, whatever the caller's mode, and returns its loss."""
+    """``step(closure)`` enables gradients for the closure, whatever the caller's mode, and returns its loss.
+
+    If the closure is evaluated several times, the loss at the weights before the step is returned.
+    """
     run = subject.start()
     modes: list[bool] = []
     loss = torch.tensor(3.0)
 
-    def reevaluate() -> Tensor:
+    def reevaluate() -> Any:
         modes.append(torch.is_grad_enabled())
+        if required is not None:
+            return required()
         run.set_gradients(0)
         return loss
 
     run.step(0)  # some algorithms do not move the weights in their first step
-    before = run.weights()
+    if subject.by_closure:
+        run.set_gradients(1)
+    before, required = run.weights(), run.closure
+    expected = 3.0 if required is None else run.loss()
     with torch.no_grad():
-        returned: Any = run.optimizer.step(reevaluate)  # type: ignore[arg-type]
+        returned = run.act(reevaluate)
     expect(bool(modes), "the closure to be called", "no call")
     expect(all(modes), "gradients enabled in the closure", "torch.is_grad_enabled() is False")
-    expect(returned is loss or (returned is not None and float(returned) == 3.0), "the closure's loss, 3.0", returned)
+    close = returned is loss or (returned is not None and math.isclose(float(returned), expected, rel_tol=1e-5))
+    expect(close, f"the closure's loss, {expected}", returned)
     expect_moved(run.weights(), before, "a step with the closure's gradients")
 
 
@@ -118,11 +138,16 @@ def gradients_unchanged(subject: Subject) -> None:
     """``step()`` neither changes nor clears ``p.grad``: loggers, accumulation and a second ``step()`` rely on it."""
     run = subject.start()
     run.set_gradients(0)
+    if subject.by_closure:
+        if any(p.grad is not None for p in run.params.values()):
+            raise NotApplicable("its closure sets gradients")
+        for name, p in run.params.items():
+            p.grad = gradient(0, name, p)
     before = {name: p.grad for name, p in run.params.items()}
+    expected = snapshot(before)
     run.act()
     for name, p in run.params.items():
         expect(p.grad is before[name], f"{name}.grad to be the same tensor", "None" if p.grad is None else "another")
-    expected = {name: gradient(0, name, p) for name, p in run.params.items()}
     expect_same(snapshot(before), expected, "p.grad unchanged by the step")
 
 
@@ -151,6 +176,24 @@ def global_settings(subject: Subject) -> None:
         backend.fp32_precision = precision
     changed = [f"{name} from {before[name]} to {now}" for name, now in after.items() if now != before[name]]
     expect(not changed, "untouched settings", ", ".join(changed))
+
+
+@clause(5, "parameters stay the leaves that they were, in their memory")
+def same_parameters(subject: Subject) -> None:
+    """A step writes into parameters: others hold them, or views of their memory, and differentiate for them."""
+    cold = subject.others[-1] if subject.others else None
+    run = subject.start_frozen(*[cold] if cold is not None else [])
+    params = run.params
+    run.step(0)
+    before = {name: _identity(p) for name, p in params.items()}
+    frozen = run.weights(cold) if cold is not None else {}
+    run.steps(range(1, 4))
+    held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    for name, p in params.items():
+        expect(id(p) in held, f"{name} in the optimizer's groups", "another tensor")
+        expect(_identity(p) == before[name], f"{name} with {before[name]}", _identity(p))
+    if cold is not None:
+        expect_same(run.weights(cold), frozen, "no change in a frozen parameter")
 
 
 @clause(9, "a step with zero gradients and lr 0 changes no parameter", needs=("lr",))
@@ -209,6 +252,10 @@ def state_hooks(subject: Subject) -> None:
     run.optimizer.load_state_dict({"wrapped": run.optimizer.state_dict()})
     expected = ["state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"]
     expect(calls == expected, f"calls in the order {expected}", calls)
+
+
+def _identity(p: Tensor) -> dict[str, object]:
+    return {"requires_grad": p.requires_grad, "is_leaf": p.is_leaf, "data_ptr": p.data_ptr()}
 
 
 def _random_states() -> dict[str, Tensor]:

@@ -1,14 +1,15 @@
-"""The optimizer under test, its training runs, in which nothing is left to chance, and the clauses that it meets.
+"""The optimizer under test, what it is given and how it steps, and the clauses that it meets.
 
-Gradients come from a random generator that is seeded by step and parameter, not from a model. The gradient of one
-parameter never depends on another, so that two runs can be compared parameter by parameter, bit for bit.
+Gradients come from a random generator that is seeded by step and parameter. The gradient of one parameter never depends
+on another, so that two runs can be compared parameter by parameter, bit for bit. An optimizer that takes a model gets
+the same gradients by a backward pass, and one that requires a closure gets a loss; see `steepest.testing.sources`.
 """
 
 from __future__ import annotations
 
 import inspect
-import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,11 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steepest.testing.evidence import NotApplicable, Snapshot, expect_moved, one_line, snapshot
+from steepest.testing.draws import drawn
+from steepest.testing.evidence import NotApplicable, leaves, one_line
+from steepest.testing.run import Run
+from steepest.testing.sources import ANSWERS, Drawn, Evaluated, Propagated, Source
 
 Check = Callable[["Subject"], None]
 Factory = Callable[..., torch.optim.Optimizer]
-"""``factory(params, **overrides)`` returns an optimizer for ``params``, with some of its options overridden."""
+"""``factory(params, **overrides)`` returns an optimizer for ``params``, with some of its options overridden.
+
+If the first parameter of its signature is called ``model``, it gets a module, and ``params`` by name if it takes them.
+"""
 Form = Callable[[dict[str, Tensor]], Any]
 """A function that gives parameters the form in which an optimizer gets them, as an iterator or as groups."""
 
@@ -31,63 +38,6 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "bias": (4,),
     "gain": (),
 }
-
-
-class Run:
-    """Some parameters, their optimizer, and steps with gradients that depend on step and name only."""
-
-    def __init__(self, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, by_closure: bool) -> None:
-        self.params, self.optimizer, self.by_closure = dict(params), optimizer, by_closure
-        self.dtype = next(iter(self.params.values())).dtype
-
-    def set_gradients(self, k: int, missing: Collection[str] = (), scale: float = 1.0) -> None:
-        """Give every parameter the gradient of step ``k``, and None to those whose gradient is missing."""
-        for name, p in self.params.items():
-            p.grad = None if name in missing or not p.requires_grad else scale * gradient(k, name, p)
-
-    def act(self) -> None:
-        """Call ``optimizer.step()`` with the gradients as they are, with a closure if it requires one."""
-        self.optimizer.step(lambda: torch.zeros((), device="cpu")) if self.by_closure else self.optimizer.step()  # type: ignore
-
-    def step(
-        self, k: int, missing: Collection[str] = (), poison: Mapping[str, float] | None = None, scale: float = 1.0
-    ) -> None:
-        """Take step ``k``. ``poison`` maps parameters to a bad number that one entry of their gradient gets."""
-        self.set_gradients(k, missing, scale)
-        for name, value in (poison or {}).items():
-            grad = self.params[name].grad
-            assert grad is not None
-            grad.view(-1)[0] = value
-        seed(k)  # so that runs compare even if steps draw random numbers, which another clause is about
-        self.act()
-
-    def steps(self, ks: Iterable[int]) -> None:
-        """Take some steps. In step 1 the second matrix has no gradient, so that step counts differ from then on."""
-        for k in ks:
-            self.step(k, missing=["second.weight"] if k == 1 else [])
-
-    def expect_training(self, ks: Iterable[int], promise: str) -> None:
-        """Take some steps, and raise `Broken` unless every parameter moves, to finite values."""
-        before = self.weights()
-        self.steps(ks)
-        expect_moved(self.weights(), before, promise)
-
-    def set(self, option: str, value: Any) -> None:
-        """Write an option into every group, as a scheduler would."""
-        for group in self.optimizer.param_groups:
-            if isinstance(group[option], Tensor):
-                group[option].fill_(value)
-            else:
-                group[option] = value
-
-    def weights(self, *names: str) -> Snapshot:
-        """Return a copy of the parameters of these names, by default of all."""
-        return snapshot({name: self.params[name] for name in names or self.params})
-
-    def everything(self, *names: str) -> Snapshot:
-        """Return a copy of the weights and state of these parameters, by default of all."""
-        state = {name: self.optimizer.state.get(self.params[name], {}) for name in names or self.params}
-        return snapshot({"weight of": self.weights(*names), "state of": state})
 
 
 class Subject:
@@ -117,11 +67,77 @@ class Subject:
         return {option: value for option, value in group.items() if option not in ("params", "param_names")}
 
     @cached_property
+    def by_model(self) -> bool:
+        """Whether the optimizer takes a model, going by the name of its first argument."""
+        return next(iter(self.arguments), "") == "model"
+
+    @cached_property
+    def arguments(self) -> tuple[str, ...]:
+        """The names of the factory's arguments."""
+        try:
+            return tuple(inspect.signature(self.factory).parameters)
+        except ValueError:  # no signature
+            return ()
+
+    @cached_property
     def by_closure(self) -> bool:
-        """Whether ``step`` requires a closure."""
-        step = self.factory(list(self.params(names=["first.weight"]).values())).step
-        closure = inspect.signature(step).parameters.get("closure")
-        return closure is not None and closure.default is inspect.Parameter.empty
+        """Whether ``step`` requires a closure: it raises a TypeError that says so if there is none."""
+        for params in (self.params(names=[name]) for name in SHAPES):
+            try:
+                run = self._run(params, Propagated(params) if self.by_model else Drawn())
+                closure = inspect.signature(run.optimizer.step).parameters.get("closure")
+                if closure is None or closure.default is not inspect.Parameter.empty:
+                    run.step(0)
+            except TypeError as error:
+                if "closure" in str(error):
+                    return True
+            except Exception:
+                continue
+            else:
+                return closure is not None and closure.default is inspect.Parameter.empty
+        return False
+
+    @cached_property
+    def answer(self) -> str:
+        """What its closure returns, one of `ANSWERS`: the first with which a step lowers the loss."""
+        seen = {}
+        for answer, name in itertools.product(ANSWERS, SHAPES):
+            params = self.params(names=[name])
+            try:
+                run = self._run(params, Evaluated(answer, params, self.by_model))
+                before = run.loss()
+                run.step(0)
+                if run.loss() < before:
+                    return answer
+                seen[answer] = f"the loss is {before:.6g} before the step and {run.loss():.6g} after it"
+            except Exception as error:
+                seen[answer] = one_line(error)
+        raise ValueError("no closure suits: " + "; ".join(f"with {answer}, {what}" for answer, what in seen.items()))
+
+    @cached_property
+    def joint(self) -> bool:
+        """Whether it has a closure evaluated, and keeps what it knows of all parameters under one of them."""
+        if not (self.by_closure and self.others):
+            return False
+        run = self.start()
+        run.steps(range(2))
+        state = {name: leaves(run.optimizer.state.get(p, {})).values() for name, p in run.params.items()}
+        holders = [any(isinstance(x, Tensor) and x.numel() > 1 for x in entries) for entries in state.values()]
+        return sum(holders) == 1 or sum(map(bool, state.values())) == 1
+
+    @cached_property
+    def coupled(self) -> bool:
+        """Whether the gradient of one parameter has an effect on another, where the optimizer sees more than gradients.
+
+        It is a fault in one that is given gradients only.
+        """
+        if not ((self.by_model or self.by_closure) and self.others):
+            return False
+        run, other = self.start(), self.start()
+        for k in range(3):
+            run.step(k)
+            other.step(k, missing=self.others)
+        return not torch.equal(run.params[self.first], other.params[self.first])
 
     @property
     def lr(self) -> float:
@@ -130,19 +146,53 @@ class Subject:
 
     def params(self, dtype: torch.dtype | None = None, names: Collection[str] = ()) -> dict[str, Tensor]:
         """Return fresh parameters, the same each time: those of these names, by default all."""
-        drawn = {name: _random(0, name, SHAPES[name]) for name in names or self.shapes}
-        return {name: nn.Parameter(p.to(self.device, dtype or self.dtype)) for name, p in drawn.items()}
+        values = {name: drawn(0, name, SHAPES[name]) for name in names or self.shapes}
+        return {name: nn.Parameter(x.to(self.device, dtype or self.dtype)) for name, x in values.items()}
 
     def start(
         self, dtype: torch.dtype | None = None, names: Collection[str] = (), form: Form | None = None, **overrides: Any
     ) -> Run:
         """Return a run before its first step, whose optimizer was given a list of tensors, or another form of them."""
         params = self.params(dtype, names)
-        return self.over(params, form(params) if form else list(params.values()), **overrides)
+        try:
+            return self.over(params, form(params) if form else list(params.values()), **overrides)
+        except (TypeError, ValueError) as refusal:
+            if dtype is not None and dtype.is_floating_point and str(dtype)[6:] in str(refusal):
+                raise NotApplicable(f"refuses parameters in {str(dtype)[6:]}: {one_line(refusal)}") from refusal
+            raise
+
+    @property
+    def takes_forms(self) -> bool:
+        """Whether parameters can be given in the forms of torch.optim, as groups for example."""
+        return not self.by_model or "params" in self.arguments
+
+    def start_frozen(self, *names: str) -> Run:
+        """Return a run with frozen parameters: before the optimizer is there, or after it where it takes a model."""
+        params = self.params()
+        if self.takes_forms:
+            for name in names:
+                params[name].requires_grad_(False)
+        run = self.over(params, list(params.values()))
+        for name in names:
+            params[name].requires_grad_(False)
+        return run
 
     def over(self, params: Mapping[str, Tensor], given: Any, **overrides: Any) -> Run:
         """Return a run before its first step, whose optimizer was given the parameters as ``given``."""
-        return Run(params, self.factory(given, **overrides), self.by_closure)
+        in_order = isinstance(given, list) and [id(p) for p in given] == [id(p) for p in params.values()]
+        if not in_order and not self.takes_forms:
+            raise NotApplicable("takes a model, which has its parameters in one form")
+        source: Source = Propagated(params) if self.by_model else Drawn()
+        if self.by_closure:
+            source = Evaluated(self.answer, params, self.by_model)
+        return self._run(params, source, given, **overrides)
+
+    def _run(self, params: Mapping[str, Tensor], source: Source, given: Any = None, **overrides: Any) -> Run:
+        if self.by_model and given is not None and "params" in self.arguments:
+            overrides["params"] = given
+        if self.by_model or given is None:
+            given = source.given(params)
+        return Run(params, self.factory(given, **overrides), source)
 
     def require(self, clause: Clause) -> None:
         """Raise `NotApplicable` unless the optimizer has what the clause needs."""
@@ -150,6 +200,12 @@ class Subject:
             raise NotApplicable(f"has {'neither' if len(clause.needs) > 1 else 'no'} {' nor '.join(clause.needs)}")
         if clause.several and not self.others:
             raise NotApplicable("takes a single parameter only")
+        if clause.closure and not self.by_closure:
+            raise NotApplicable("requires no closure")
+        if clause.each and self.joint:
+            raise NotApplicable("moves all parameters as one vector, with one state")
+        if clause.alone and self.coupled:
+            raise NotApplicable("the gradient of one parameter has a say in the steps of others")
 
 
 @dataclass(frozen=True)
@@ -165,6 +221,12 @@ class Clause:
     """Options of which an optimizer must have one for the clause to apply."""
     several: bool = False
     """Whether the clause applies only to optimizers that take several parameters."""
+    closure: bool = False
+    """Whether the clause applies only to optimizers that require a closure."""
+    each: bool = False
+    """Whether the clause applies only to optimizers in which each parameter has state and options of its own."""
+    alone: bool = False
+    """Whether the clause applies only to optimizers in which a parameter trains by its own gradients alone."""
     slow: bool = False
     """Whether the clause is checked only on request."""
 
@@ -191,21 +253,3 @@ def clause(number: int, title: str, **conditions: Any) -> Callable[[Check], Chec
         return check
 
     return register
-
-
-def gradient(k: int, name: str, p: Tensor) -> Tensor:
-    """Return the gradient of step ``k`` for the parameter of this name."""
-    return _random(1 + k, name, p.shape).to(p.device, p.dtype)
-
-
-def seed(k: int) -> None:
-    """Seed the global generators; `torch.manual_seed` would take longer than a step."""
-    torch.default_generator.manual_seed(k)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(k)
-
-
-def _random(k: int, name: str, shape: Iterable[int]) -> Tensor:
-    number = zlib.crc32(f"{name}, {k}".encode())
-    generator = torch.Generator().manual_seed(number)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")

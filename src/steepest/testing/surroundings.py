@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from steepest.testing.evidence import NotApplicable, Snapshot, expect, expect_close, expect_same
+from steepest.testing.run import Run
 from steepest.testing.saving import carry
-from steepest.testing.subject import Run, Subject, clause
+from steepest.testing.subject import Subject, clause
 
 Surroundings = Callable[[], AbstractContextManager[Any]]
 
@@ -74,7 +75,7 @@ def _train_compiled(subject: Subject, backend: Any, count: Callable[[], int] = l
     eager, run = (subject.start(names=[subject.first], lr=torch.tensor(subject.lr)) for _ in range(2))
     start = run.weights()
     optimizer: Any = SimpleNamespace(step=torch.compile(run.optimizer.step, backend=backend))
-    compiled = Run(run.params, optimizer, by_closure=False)
+    compiled = Run(run.params, optimizer, run.source)
     counts = []
     for k in range(10):
         for each in (run, eager):

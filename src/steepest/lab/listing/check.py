@@ -21,7 +21,7 @@ from rich.text import Text
 
 import steepest
 from steepest.lab.shared.errors import BadInput, one_line
-from steepest.optimizers import NAMES
+from steepest.optimizers import BY_CLOSURE, NAMES
 from steepest.rule import nearest
 from steepest.testing import Report, Verdict, check_optimizer
 from steepest.testing.subject import Factory
@@ -73,8 +73,9 @@ def find(spec: str, options: Mapping[str, Any]) -> Factory:
     """
     module, colon, name = spec.partition(":")
     if not colon:
-        if spec.lower() not in NAMES:
-            raise BadInput(f"{spec!r}: no such optimizer{nearest(spec, NAMES)}; others go by module:Class")
+        known = [*NAMES, *BY_CLOSURE]
+        if spec.lower() not in known:
+            raise BadInput(f"{spec!r}: no such optimizer{nearest(spec, known)}; others go by module:Class")
         return lambda params, **overrides: steepest.create(spec, params, **{**options, **overrides})
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as with python -m, so that a file at hand can be named

@@ -21,7 +21,7 @@ import steepest
 from steepest.engine.group import option_defaults
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.files import import_file
-from steepest.optimizers import NAMES, group_options
+from steepest.optimizers import BY_CLOSURE, NAMES, group_options
 from steepest.optimizers.torch_optim import PAPERS, TORCH
 from steepest.recipes import RECIPES
 from steepest.rule import Elementwise, Rule
@@ -30,7 +30,8 @@ from steepest.rules import RULES
 from steepest.stack.storage import laid_out
 
 SIDE = 256  # rows and columns of the matrices on which work is counted
-UNUSUAL = {"lbfgs": "any shape, by a closure", "sparseadam": "sparse gradients"}
+CLOSURE = "any shape, by a closure"
+UNUSUAL = {"lbfgs": CLOSURE, "sparseadam": "sparse gradients"}
 """The input of those optimizers that a step like the others' can't measure."""
 FOOTNOTE = (
     "m=n, n=4m: bytes of state per entry of a float32 matrix m × n. products: what one step multiplies, for a matrix "
@@ -123,6 +124,8 @@ def ours() -> list[Line]:
         )
         square, wide = (bytes_per_entry(name, 64, n) for n in (64, 256))
         lines.append(Line(name, paper, takes, square, wide, *cost(name)))
+    for name, entry in BY_CLOSURE.items():
+        lines.append(Line(name, entry.paper, CLOSURE, None, None, None, ""))
     return lines
 
 
@@ -130,7 +133,7 @@ def torchs() -> list[Line]:
     """Return the optimizers of torch.optim. A name that one of ours has, too, begins with "torch."."""
     lines = []
     for key, optimizer in sorted(TORCH.items()):
-        name, paper = f"torch.{key}" if key in NAMES else key, PAPERS.get(key, "")
+        name, paper = f"torch.{key}" if key in NAMES or key in BY_CLOSURE else key, PAPERS.get(key, "")
         if key in UNUSUAL:
             lines.append(Line(name, paper, UNUSUAL[key], None, None, None, ""))
             continue
