@@ -37,7 +37,7 @@ slow: .venv/.ready
 torch-versions: $(TORCHES:%=torch-%)
 
 $(TORCHES:%=torch-%): torch-%: .venv-torch-%/.ready
-	$(PYTEST) tests/core tests/reference tests/contract tests/linalg tests/distributed
+	$(PYTEST) tests/core tests/reference tests/contract tests/curvature tests/linalg tests/distributed
 
 $(TORCHES:%=torch-%): BIN = .venv-$@/bin
 

@@ -51,16 +51,21 @@ def steepest(
 @app.command(epilog="Example: steepest race --optimizers 'adamw, soap(lr=1e-2)' --steps 200")
 def race(
     optimizers: Annotated[str | None, Option(help="Contenders. Default: a few presets; all with --full.")] = None,
-    workload: Annotated[str, Option(help="What to train: stdlib, digits, photo, convnet, or a file.")] = "stdlib",
+    workload: Annotated[str, Option(help="What to train: a name, as below, or a file.")] = "stdlib",
     full: Annotated[bool, Option("--full", help="Sweep learning rates, then run shorter distances, too.")] = False,
     sweep: Annotated[list[str] | None, Option(help='Values to try: "lr=5e-3, 1e-2". Repeat it for a grid.')] = None,
     steps: Annotated[int | None, Option(min=1, help="Training steps. Default: as the workload says.")] = None,
+    seconds: Annotated[
+        float | None, Option(min=0.001, help="Train for so long instead: time of model and optimizer.")
+    ] = None,
     seeds: Annotated[int, Option(min=1, help="Number of seeds with which each setting is trained.")] = 2,
     poison: Annotated[float, Option(min=0, max=1, help="Share of gradients that get NaN or infinite entries.")] = 0.0,
     workers: Annotated[int | None, Option(min=1, help="Trials at the same time. Default: one per core.")] = None,
     out: Annotated[Path, Option(help="Folder for the report and the records of all trials.")] = Path("runs/race"),
 ) -> None:
     """Train contenders side by side with equal tuning, and write a report.
+
+    Workloads are stdlib, digits, photo, convnet, autoencoder, pinn and burgers; or a Python file defines one.
 
     Each trial is recorded when it ends: the same command continues an interrupted race. Ctrl-C leaves a report.
     Delete the folder to run all trials again.
@@ -70,7 +75,7 @@ def race(
 
         processes = workers or os.cpu_count() or 1
         request = command.Request(
-            optimizers, workload, full, sweep or [], steps, seeds, poison, processes, out, _typed()
+            optimizers, workload, full, sweep or [], steps, seconds, seeds, poison, processes, out, _typed()
         )
         raise typer.Exit(command.run(request, _console()))
 

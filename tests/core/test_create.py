@@ -74,6 +74,11 @@ def test_what_has_no_rule_is_made_of_all_parameters_and_not_routed(name):
         steepest.for_model(model, "soap", lr=0.1, overrides={"weight": name})
 
 
+def test_what_needs_the_model_is_not_made_of_parameters():
+    with pytest.raises(ValueError, match=r"name='Gauss_Newton': .*use steepest.GaussNewton\(model\)"):
+        steepest.create("Gauss_Newton", [weight()])
+
+
 def test_no_two_names_are_the_same_but_for_their_spelling():
     for name in [*NAMES, *BY_CLOSURE, *TORCH]:
         assert canonical(name) == name

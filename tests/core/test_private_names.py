@@ -38,6 +38,16 @@ OWNERS: dict[str, Any] = {
     "_optimizer_load_state_dict_post_hooks": torch.optim.SGD([torch.zeros(1)]),
     # A module's own parameters, with those that are None or stand in it twice.
     "_parameters": torch.nn.Module(),
+    # A module's hooks, of which a copy's without effect are removed, as `torch.utils.hooks.RemovableHandle` does it.
+    "_forward_hooks": torch.nn.Module(),
+    "_forward_hooks_with_kwargs": torch.nn.Module(),
+    # Whether a transform of torch.func is going on, and which backward pass.
+    "_C": torch,
+    "_functorch": torch._C,
+    "_current_graph_task_id": torch._C,
+    # Whether a tensor is a view, and a tensor with its memory that is none.
+    "_is_view": torch.Tensor,
+    "_unsafe_view": torch.ops.aten,
     # Operations whose public forms are other operations by the time that FLOPs are counted.
     "_linalg_eigh": torch.ops.aten,
     "_linalg_svd": torch.ops.aten,

@@ -73,7 +73,7 @@ def test_a_run_that_blows_up_ends_as_diverged(run) -> None:
 
 def test_the_schedule_rises_and_falls() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = Schedule(optimizer, warmup=0.25, steps=100)
+    schedule = Schedule(optimizer, warmup=0.25, length=100)
     rates = []
     for step in range(1, 101):
         schedule.set(step)
@@ -86,7 +86,7 @@ def test_the_schedule_rises_and_falls() -> None:
 
 @pytest.mark.parametrize("warmup", [0.0, 1.0])
 def test_a_schedule_may_be_all_warm_up_or_none(warmup) -> None:
-    schedule = Schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), warmup, steps=10)
+    schedule = Schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), warmup, length=10)
     assert all(0 < schedule.factor(step) <= 1 for step in range(1, 11))
 
 

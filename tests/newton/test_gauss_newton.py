@@ -200,6 +200,11 @@ def test_with_a_full_rank_the_preconditioner_is_the_inverse():
     torch.testing.assert_close(sketch.preconditioner(mu)(v), expected)
 
 
+def test_the_trace_is_that_of_all_directions():
+    sketch = Nystrom(lambda v: 2 * v, random(9), rank=3, seed=0)
+    assert sketch.trace == pytest.approx(18.0)
+
+
 def test_the_sketch_finds_what_is_large():
     Q = torch.linalg.qr(random(40, 40))[0]
     A = Q * torch.logspace(0, -12, 40, dtype=torch.float64) @ Q.mT
@@ -519,6 +524,17 @@ def test_float32_is_said_once():
     x = random(5, 2).float()
     optimizer.step(Residual(lambda u, x: u(x) - x[0], x))
     assert len(said) == 1
+
+
+def test_float32_systems_are_solved_in_float64():
+    """With a condition of 1e9, Cholesky's decomposition in float32 would fail."""
+    U, V = (torch.linalg.qr(random(6, 6, seed=seed))[0] for seed in (0, 1))
+    J, r = (U * torch.logspace(0, -4.5, 6, dtype=torch.float64) @ V).float(), random(6).float()
+    d, slope = Dense(J, r).solve(1e-9)
+    expected, steepness = Dense(J.double(), r.double()).solve(1e-9)
+    assert d.dtype == torch.float32
+    torch.testing.assert_close(d, expected.float())
+    assert slope == pytest.approx(steepness)
 
 
 def test_float32_weights_come_to_what_float32_can():

@@ -222,7 +222,7 @@ def test_a_rate_of_zero_moves_nothing(numbers):
 
 
 @pytest.mark.parametrize("solver", ["dense", "cg"])
-@pytest.mark.parametrize("where", ["loss", "outputs"])
+@pytest.mark.parametrize("where", ["loss", "outputs", "constant"])
 def test_what_is_not_finite_moves_nothing(numbers, where, solver):
     net, closure = build(numbers["ce"])
     before = flat(net.parameters())
@@ -231,6 +231,8 @@ def test_what_is_not_finite_moves_nothing(numbers, where, solver):
         outputs, loss = closure()
         if where == "loss":
             return outputs, loss * math.nan
+        if where == "constant":
+            return outputs, loss + math.inf
         outputs = outputs * torch.tensor([math.inf, 1, 1], dtype=torch.float64)
         return outputs, F.cross_entropy(outputs, torch.zeros(6, dtype=torch.long))
 
@@ -291,3 +293,16 @@ def test_a_closure_must_return_outputs(numbers):
         optimizer.step(lambda: closure()[1])
     with pytest.raises(ValueError, match="no graph behind the outputs"):
         optimizer.step(lambda: (closure()[0].detach(), closure()[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"parameters of {dtype}: NaturalGradient needs float32 or float64"):
+        NaturalGradient([nn.Parameter(torch.zeros(2, dtype=dtype))])
+
+
+def test_the_model_itself_will_do() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = NaturalGradient(model, likelihood="categorical")
+    assert optimizer.param_groups[0]["params"] == list(model.parameters())
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]

@@ -317,3 +317,9 @@ def test_the_right_closure_serves_every_curvature():
 def test_options_out_of_range_are_named(given, words):
     with pytest.raises(ValueError, match=words):
         NewtonCG([parameter(1.0)], **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"parameters of {dtype}: NewtonCG needs float32 or float64"):
+        NewtonCG([nn.Parameter(torch.zeros(2, dtype=dtype))])

@@ -7,13 +7,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from steepest.curvature.layers import Layer, layers
+from steepest.curvature.layer import Layer, layers
 from steepest.curvature.likelihoods import LIKELIHOODS, rows_of, sampled_gradient
 from steepest.curvature.moments import Inbox, exactly
 from steepest.curvature.taps import Hook, Listener, OutputTap, Tap
@@ -70,6 +70,9 @@ class Curvature(Listener):
         (torch.Size([1, 4, 4]), torch.Size([1, 4, 4]))
     """
 
+    _pushing: ClassVar[Curvature | None] = None
+    """Whose own backward pass runs now: nobody else captures that."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -102,8 +105,7 @@ class Curvature(Listener):
             self.layers = [replace(layer, bias=only[layer.weight]) for layer in self.layers]
         self.nodes = []
         self._heard: set[Tensor] = set()
-        self._pushing = self._first = False
-        self._warned = False
+        self._first = self._warned = False
         self._inbox: dict[Tensor, Inbox] = {}
         self._terms: float | Tensor = 0.0
         self._scale, self._task = 1.0, -1
@@ -127,7 +129,8 @@ class Curvature(Listener):
     @property
     def feeding(self) -> bool:
         """Whether the gradients of the backward pass that runs now are captured."""
-        return self._pushing or self.fisher == "empirical"
+        pushing = Curvature._pushing
+        return pushing is self or (pushing is None and self.fisher == "empirical")
 
     @untraced
     @without_autocast
@@ -138,33 +141,33 @@ class Curvature(Listener):
         box = self._inbox.setdefault(layer.weight, Inbox())
         bases = self.bases(layer.weight) if self.bases is not None else None
         for rows, deltas in layer.blocks(inputs, gradients):
-            if self._scale != 1.0:
+            if self._scale != 1.0 and Curvature._pushing is None:
                 deltas = deltas / self._scale
             if bases is not None:
                 box.add_second_moments(rows, deltas, *bases, exact=exactly(len(inputs), layer.shape))
-            if not self._pushing or self._first:
+            if Curvature._pushing is None or self._first:
                 box.add_inputs(rows, self.sharing)
             box.add_gradients(deltas, self.sharing)
             each = rows.shape[2] if self.loss_terms == "rows" and not layer.is_convolution else 1
             box.terms += rows.shape[1] * each
         self._heard.add(layer.weight)
 
-    def count(self, output: Tensor) -> None:
-        """Count the loss terms of a backward pass that begins at these outputs of the model."""
-        if self._pushing or self.fisher != "empirical":
+    def count(self, shape: torch.Size) -> None:
+        """Count the loss terms of a backward pass that begins at outputs of the model of this shape."""
+        if Curvature._pushing is not None or self.fisher != "empirical":
             return
         self._begin()
         if self.loss_terms == "rows":
-            self._terms += rows_of(output)
+            self._terms += rows_of(shape)
         elif self.loss_terms == "batch":
-            self._terms += len(output) if output.dim() else 1
+            self._terms += shape[0] if shape else 1
         elif callable(self.loss_terms):
             self._terms += self.loss_terms()
 
     def _begin(self) -> None:
         """Ask for the loss' scale once in a backward pass: on an accelerator that waits for the device."""
         task = torch._C._current_graph_task_id()
-        if self.grad_scaler is None or self._pushing or task == self._task:
+        if self.grad_scaler is None or Curvature._pushing is not None or task == self._task:
             return
         self._task, scale = task, float(self.grad_scaler.get_scale())
         if scale != self._scale:
@@ -194,7 +197,9 @@ class Curvature(Listener):
         seed = random.Random(f"{self.seed}/{self.samplings}/{self.rank}").getrandbits(63)
         self.samplings += 1
         generator = torch.Generator(outputs.device).manual_seed(seed)
-        self.push(outputs, sampled_gradient(outputs.detach(), likelihood, generator), rows_of(outputs, likelihood))
+        self.push(
+            outputs, sampled_gradient(outputs.detach(), likelihood, generator), rows_of(outputs.shape, likelihood)
+        )
 
     @untraced
     def push(self, outputs: Tensor, gradient: Tensor, terms: float, first: bool = True) -> None:
@@ -214,7 +219,7 @@ class Curvature(Listener):
         if not nodes:
             return
         edges = [GradientEdge(*node.next_functions[0]) for node in nodes]
-        self._pushing, self._first = True, first
+        Curvature._pushing, self._first = self, first
         try:
             torch.autograd.grad(outputs, edges, gradient, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
@@ -225,7 +230,7 @@ class Curvature(Listener):
                 "torch.utils.checkpoint use_reentrant=False"
             ) from error
         finally:
-            self._pushing = False
+            Curvature._pushing = None
         self._terms += terms
 
     # What was captured.
@@ -235,12 +240,16 @@ class Curvature(Listener):
         """Return the weights of which `collect` has something."""
         return {weight for weight, box in self._inbox.items() if box.A is not None and box.B is not None}
 
-    def collect(self) -> dict[Tensor, Statistics]:
-        """Return what was captured since the last time, by weight, and forget it."""
+    def collect(self, terms: float | Tensor | None = None) -> dict[Tensor, Statistics]:
+        """Return what was captured since the last time, by weight, and forget it.
+
+        Args:
+            terms: what the sums of gradients are divided by; by default what was counted, as ``loss_terms`` says.
+        """
         found = {}
         for weight, box in self._inbox.items():
             if box.A is not None and box.B is not None:
-                factor = self._factor(box)
+                factor = self._factor(box) if terms is None else 1 / terms
                 S = None if box.S is None else box.S * factor
                 found[weight] = Statistics(box.A / box.rows, box.B * factor, S)
         self.discard()
@@ -271,7 +280,6 @@ class Curvature(Listener):
     def discard(self) -> None:
         """Forget what was captured since the last time."""
         self._inbox, self._terms = {}, 0.0
-        self._scale, self._task = 1.0, -1
         self.nodes = [reference for reference in self.nodes if reference() is not None]
 
     def uncalled(self) -> list[str]:

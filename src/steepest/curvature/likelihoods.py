@@ -7,7 +7,7 @@ model from there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,19 +15,17 @@ from torch import Tensor
 LIKELIHOODS = ("categorical", "normal", "bernoulli")
 
 
-def rows_of(outputs: Tensor, likelihood: str = "normal") -> int:
-    """Return the number of loss terms of a model's outputs: the product of all dimensions but the last.
+def rows_of(shape: Sequence[int], likelihood: str = "normal") -> int:
+    """Return the number of loss terms of a model's outputs of this shape: the product of all sizes but the last.
 
     Outputs of one dimension are one row for a categorical likelihood, whose classes they are; otherwise each number
     is a row.
 
     Example:
-        >>> rows_of(torch.ones(5, 2, 3)), rows_of(torch.ones(5)), rows_of(torch.ones(5), "categorical")
+        >>> rows_of((5, 2, 3)), rows_of((5,)), rows_of((5,), "categorical")
         (10, 5, 1)
     """
-    if outputs.dim() == 1 and likelihood != "categorical":
-        return len(outputs)
-    return math.prod(outputs.shape[:-1])
+    return math.prod(shape if len(shape) == 1 and likelihood != "categorical" else shape[:-1])
 
 
 @torch.no_grad()
@@ -60,6 +58,3 @@ def sampled_gradient(outputs: Tensor, likelihood: str, generator: torch.Generato
     p = f.softmax(-1)
     drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).view(*p.shape[:-1], 1)
     return (p - torch.zeros_like(p).scatter_(-1, drawn, 1.0)).to(outputs.dtype)
-
-
-Loss = Callable[[Tensor, Tensor], Tensor]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steepest.curvature.layers import Layer
+from steepest.curvature.layer import Layer
 from steepest.linalg.untraced import untraced
 
 
@@ -30,8 +30,8 @@ class Listener(ABC):
         """Return whether what is called now is to be captured."""
 
     @abstractmethod
-    def count(self, output: Tensor) -> None:
-        """Take note of a backward pass that begins at these outputs of the model."""
+    def count(self, shape: torch.Size) -> None:
+        """Take note of a backward pass that begins at outputs of the model of this shape."""
 
     @abstractmethod
     def feed(self, layer: Layer, inputs: Tensor, gradients: Tensor) -> None:
@@ -89,12 +89,16 @@ class Hook:
         self.handle = module.register_forward_hook(self, prepend=self.first, with_kwargs=True)
         return self.handle
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the output as it is; while the listener hears it, what `heard` makes of it."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        """Return the output as it is; while the listener hears it, what `heard` makes of it.
+
+        A module calls it with keyword arguments and the output; with the output alone if the hook was removed after
+        the module had begun to call its hooks, as garbage collection may do at any time.
+        """
         listener = self.listener() if self.listener is not None else None
-        if listener is None or not listener.hears(module):
-            return output
-        return self.heard(listener, args, kwargs, output)
+        if len(rest) < 2 or listener is None or not listener.hears(module):
+            return rest[-1]
+        return self.heard(listener, args, *rest)
 
     def heard(self, listener: Listener, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return what takes the output's place."""
@@ -134,14 +138,14 @@ class OutputTap(Hook):
     @untraced
     def heard(self, listener: Listener, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the output as it is."""
-        first, reference = first_tensor(output), weakref.ref(listener)
+        first, reference = first_tensor(output), self.listener
         if first is not None and first.grad_fn is not None and not in_functorch():
-            seen = first.detach()
+            shape = first.shape
 
             def count(_: Any) -> None:
-                listener = reference()
+                listener = reference() if reference is not None else None
                 if listener is not None:
-                    listener.count(seen)
+                    listener.count(shape)
 
             first.grad_fn.register_prehook(count)
         return output

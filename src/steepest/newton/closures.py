@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -141,6 +141,18 @@ def backtrack(trial: Callable[[float], float], loss: float, length: float = 1.0)
             return length, now
         length /= 2
     return 0.0, now
+
+
+def check_precision(params: Sequence[Tensor], name: str) -> None:
+    """Raise a ValueError for weights of 16 bits, in which conjugate gradients lose their way.
+
+    >>> check_precision([torch.zeros(1, dtype=torch.bfloat16)], "NewtonCG")
+    Traceback (most recent call last):
+    ValueError: parameters of torch.bfloat16: NewtonCG needs float32 or float64; cast them
+    """
+    for p in params:
+        if p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"parameters of {p.dtype}: {name} needs float32 or float64; cast them")
 
 
 def _holds_residuals(x: Any) -> bool:

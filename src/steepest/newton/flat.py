@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from steepest.exchange.assign import peers_of
 from steepest.exchange.shards import is_dtensor
@@ -24,7 +24,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
     """An optimizer of one vector ``θ [P]``, which joins all trainable parameters in order.
 
     Args:
-        params: tensors, groups, or ``(name, tensor)`` pairs. All groups have the same options.
+        params: a model, tensors, groups, or ``(name, tensor)`` pairs. All groups have the same options.
         defaults: the options.
 
     Raises:
@@ -38,8 +38,8 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
     copied: ClassVar[tuple[str, ...]] = ()
     """Attributes that copies and pickles take along, such as a model: its parameters stay the optimizer's."""
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        super().__init__(params, defaults)
+    def __init__(self, params: Iterable[Any] | nn.Module, defaults: dict[str, Any]) -> None:
+        super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: getattr(self, name) for name in self.copied}

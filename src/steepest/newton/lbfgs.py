@@ -43,8 +43,8 @@ class LBFGS(FlatOptimizer):
     that starts at one changes nothing, and is counted in ``skipped``. A parameter without a gradient stays.
 
     Args:
-        params: tensors, groups with the same options, or ``(name, tensor)`` pairs. Frozen parameters take no part; the
-            memory begins anew where parameters are frozen, thawed, replaced or added.
+        params: a model, tensors, groups with the same options, or ``(name, tensor)`` pairs. Frozen parameters take no
+            part; the memory begins anew where parameters are frozen, thawed, replaced or added.
         lr: the first step length that a line search tries, or the step length without line search. 1 is Newton's.
         max_iter: the most iterations of a step.
         max_eval: the most calls of the closure in a step, those of line searches among them; by default 5/4 max_iter.

@@ -20,10 +20,10 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steepest.linalg.precision import fp32_matmul_precision
-from steepest.newton.closures import Closure, Evaluated, backtrack, evaluate, likelihood_curvature
+from steepest.newton.closures import Closure, Evaluated, backtrack, check_precision, evaluate, likelihood_curvature
 from steepest.newton.conjugate_gradients import conjugate_gradients
 from steepest.newton.flat import FlatOptimizer
 from steepest.newton.products import LIKELIHOODS, Jacobian, Likelihood, Product, gauss_newton, join, pull
@@ -42,7 +42,7 @@ class NaturalGradient(FlatOptimizer):
     of the closure, which must compute the same function whenever a step calls it: no dropout, and one batch a step.
 
     Args:
-        params: tensors, dicts that define groups, or ``(name, tensor)`` pairs. All groups have the same options.
+        params: the model, its parameters, ``(name, tensor)`` pairs, or groups, all with the same options.
         likelihood: what the outputs ``[rows, ..., C]`` are: "categorical" (logits; the default), "normal" (means, unit
             variance) or "bernoulli" (logits of independent bits). A loss that belongs to another one is refused.
         lr: the length of a step, in natural gradients.
@@ -64,7 +64,7 @@ class NaturalGradient(FlatOptimizer):
         >>> x = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
         >>> y = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
         >>> model = torch.nn.Linear(1, 1)
-        >>> optimizer = NaturalGradient(model.parameters(), likelihood="bernoulli", damping=1e-4)
+        >>> optimizer = NaturalGradient(model, likelihood="bernoulli", damping=1e-4)
         >>> def closure():
         ...     logits = model(x)
         ...     return logits, torch.nn.functional.binary_cross_entropy_with_logits(logits, y)
@@ -87,7 +87,7 @@ class NaturalGradient(FlatOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[Any] | nn.Module,
         *,
         likelihood: Likelihood = "categorical",
         lr: float = 1.0,
@@ -100,6 +100,10 @@ class NaturalGradient(FlatOptimizer):
     ) -> None:
         options = {"likelihood": likelihood, "lr": lr, "damping": damping, "max_kl": max_kl, "loss_scale": loss_scale}
         super().__init__(params, options | {"solver": solver, "tolerance": tolerance, "products": products})
+
+    def _check(self) -> None:
+        super()._check()
+        check_precision(self.trainable, "NaturalGradient")
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]

@@ -16,9 +16,17 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from steepest.newton.closures import HALVINGS, Closure, Evaluated, backtrack, evaluate, likelihood_curvature
+from steepest.newton.closures import (
+    HALVINGS,
+    Closure,
+    Evaluated,
+    backtrack,
+    check_precision,
+    evaluate,
+    likelihood_curvature,
+)
 from steepest.newton.conjugate_gradients import Solution, truncated
 from steepest.newton.flat import FlatOptimizer
 from steepest.newton.products import (
@@ -42,13 +50,13 @@ CURVATURES = ("hessian", "ggn", "fisher")
 class NewtonCG(FlatOptimizer):
     """Newton's method for smooth losses of all data or large batches; it has no learning rate.
 
-    A step solves for a direction by products of the curvature with vectors, each of which costs about two gradients,
+    A step solves for a direction by products of the curvature with vectors, each of which costs about a gradient,
     and never raises the loss of the closure. It needs no matrix, and the memory of about ten vectors of all parameters
     besides the graph. The closure must compute the same function whenever a step calls it: no dropout, and one batch
     for each step.
 
     Args:
-        params: tensors, dicts that define groups, or ``(name, tensor)`` pairs. All groups have the same options.
+        params: the model, its parameters, ``(name, tensor)`` pairs, or groups, all with the same options.
         curvature: "hessian" (default), which may be indefinite: directions of negative curvature are followed;
             the closure returns the loss. "ggn", the Gauss-Newton matrix ``Jᵀ H_L J`` of a loss that is convex in the
             model's outputs; the closure returns ``(outputs, loss)``. On neural networks it needs fewer products.
@@ -88,7 +96,7 @@ class NewtonCG(FlatOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[Any] | nn.Module,
         *,
         curvature: str = "hessian",
         likelihood: Likelihood | None = None,
@@ -103,6 +111,7 @@ class NewtonCG(FlatOptimizer):
 
     def _check(self) -> None:
         super()._check()
+        check_precision(self.trainable, "NewtonCG")
         options = self.options
         if options["curvature"] == "fisher":
             check_likelihood(options["likelihood"])  # None is not enough here

@@ -134,6 +134,11 @@ def create(name: str, params: Params, **options: Any) -> torch.optim.Optimizer:
         return TORCH[key.removeprefix("torch.")](params, **options)
     if key in RULES:
         return Optimizer(params, key, **options)
+    if spelled(name, ["gauss-newton"]):
+        raise ValueError(
+            f"name={name!r}: evaluates residuals with the model, so parameters are not enough: use "
+            "steepest.GaussNewton(model)"
+        )
     raise ValueError(f"name={name!r}: no such optimizer{nearest(key, [*NAMES, *BY_CLOSURE, *TORCH, *RULES])}")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from steepest.curvature.layers import CONVOLUTIONS
+from steepest.curvature.layer import CONVOLUTIONS
 from steepest.routing.captured import captures
 from steepest.routing.classify import UNKNOWN
 from steepest.routing.heads import Heads

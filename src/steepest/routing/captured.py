@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steepest.curvature.layers import Layer, layers, unsupported
+from steepest.curvature.layer import Layer, layers, unsupported
 from steepest.routing.classify import adjusted, classify, state_bytes
 from steepest.routing.layout import Layout
 from steepest.routing.survey import Leaf

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from steepest.curvature.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from steepest.curvature.layer import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from steepest.engine.group import StackOptions
 from steepest.optimizers import group_options
 from steepest.routing.layout import TABLE_NAMES, Layout, find_layout

@@ -13,7 +13,7 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
-from steepest.curvature.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, stores_inputs_first
+from steepest.curvature.layer import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, stores_inputs_first
 from steepest.routing.survey import (
     Place,
     around,

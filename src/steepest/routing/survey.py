@@ -14,7 +14,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from steepest.curvature.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, stores_inputs_first
+from steepest.curvature.layer import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, stores_inputs_first
 
 GATE = re.compile(r"(^|_)(gates?|gating|selector|switch)(_|$)", re.IGNORECASE)
 """Names of layers that choose among the modules beside them."""

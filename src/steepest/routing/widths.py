@@ -12,7 +12,7 @@ from itertools import combinations_with_replacement
 
 from torch import nn
 
-from steepest.curvature.layers import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from steepest.curvature.layer import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from steepest.routing.layout import find_layout
 from steepest.routing.survey import Leaf, Place
 

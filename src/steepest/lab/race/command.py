@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from steepest.lab.race.pool import Pool
 from steepest.lab.race.race import Entry, Plan, Runs
 from steepest.lab.race.report import page
 from steepest.lab.race.results import find_results
+from steepest.lab.race.stepping import gradients, stepper
 from steepest.lab.race.store import Store
 from steepest.lab.race.text import as_json, headline, main_table, notes, poisoned
-from steepest.lab.race.training import gradients, validate
+from steepest.lab.race.training import validate
 from steepest.lab.shared.contenders import Contender, parse_contenders, parse_sweep, preset
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.files import write
@@ -40,6 +42,7 @@ class Request:
     full: bool
     sweep: list[str]
     steps: int | None
+    seconds: float | None
     seeds: int
     poison: float
     workers: int
@@ -60,7 +63,7 @@ def run(request: Request, console: Console) -> int:
     _announce(plan, workload, request, console)
     runs = Runs(plan)
     try:
-        bars = ProgressBars(console, sum(plan.distances))
+        bars = ProgressBars(console, sum(plan.distances), "seconds" if plan.seconds else "steps")
         with bars.display:
             races.race(plan, Pool(request.workers, bars), store, runs)
     except KeyboardInterrupt:
@@ -70,7 +73,14 @@ def run(request: Request, console: Console) -> int:
 
 
 def make_plan(request: Request, workload: Workload) -> Plan:
-    """Return the plan for a request."""
+    """Return the plan for a request.
+
+    Raises:
+        BadInput: for options that exclude each other.
+    """
+    if request.seconds is not None and (request.steps is not None or request.full):
+        other = "--full, which runs shorter distances" if request.full else "--steps"
+        raise BadInput(f"--seconds and {other}: only one can say how long trials are; sweep rates by --sweep")
     if request.optimizers is not None:
         contenders = parse_contenders(request.optimizers)
     else:
@@ -80,13 +90,17 @@ def make_plan(request: Request, workload: Workload) -> Plan:
         axes |= parse_sweep(text)
 
     def entry(contender: Contender) -> Entry:
-        return Entry.of(contender, axes or ({"lr": contender.rates} if request.full else {}))
+        wanted = axes or ({"lr": contender.rates} if request.full else {})
+        fit = {name: values for name, values in wanted.items() if name != "lr" or "lr" in contender.options}
+        return Entry.of(contender, fit)
 
     # The processes of the trials may have another working directory, so a file's path is made absolute.
     name = str(Path(request.workload).resolve()) if request.workload.endswith(".py") else request.workload
-    steps = request.steps or workload.steps
+    steps = 0 if request.seconds else request.steps or workload.steps
     shorter = races.shorter_distances(steps) if request.full else ()
-    return Plan(name, tuple(map(entry, contenders)), steps, request.seeds, shorter, request.poison)
+    return Plan(
+        name, tuple(map(entry, contenders)), steps, request.seeds, shorter, request.poison, request.seconds or 0.0
+    )
 
 
 def _check(plan: Plan, workload: Workload) -> None:
@@ -94,13 +108,30 @@ def _check(plan: Plan, workload: Workload) -> None:
     torch.manual_seed(0)
     try:
         model = workload.model()
-        gradients(model, workload, torch.Generator().manual_seed(0))
+        gradients(model, workload, workload.batch(torch.Generator().manual_seed(0)))
         validate(model, workload)
     except Exception as error:
         raise BadInput(f"workload {Path(plan.workload).name}: {one_line(error)}") from error
     for entry in plan.entries:
         for candidate in entry.candidates:
-            candidate.check(model)
+            _check_contender(candidate, workload, bool(plan.poison))
+
+
+def _check_contender(contender: Contender, workload: Workload, poisoned: bool) -> None:
+    """Check that the workload has what the contender's optimizer needs."""
+    model = workload.model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # who can run says so in the trial
+        contender.check(model)
+        optimizer = contender.optimizer(model)
+    try:
+        way = stepper(model, optimizer, workload, torch.Generator())
+    except BadInput as error:
+        raise BadInput(f"optimizer {contender.label}: {error}") from error
+    if poisoned and not way.scheduled:
+        raise BadInput(
+            f"optimizer {contender.label}: it evaluates the loss itself, where --poison can't reach gradients"
+        )
 
 
 def _announce(plan: Plan, workload: Workload, request: Request, console: Console) -> None:

@@ -12,7 +12,7 @@ from steepest.lab.race.trial import Record, Trial, loss
 class ProgressBars:
     """A bar for the race, one for each trial that runs, and a line for each that has ended; safe to call in threads."""
 
-    def __init__(self, console: Console, total_steps: int) -> None:
+    def __init__(self, console: Console, total: float, unit: str = "steps") -> None:
         self.display = progress.Progress(
             progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(bar_width=None),
@@ -25,26 +25,26 @@ class ProgressBars:
             transient=True,
             disable=not console.is_terminal,
         )
-        self.race = self.display.add_task("steps of finished runs", total=total_steps, losses="")
+        self.race = self.display.add_task(f"{unit} of finished runs", total=total, losses="")
         self.trials: dict[str, progress.TaskID] = {}
 
     def skipped(self, trial: Trial) -> None:
         """Count a trial that was run before as done."""
-        self.display.advance(self.race, trial.steps)
+        self.display.advance(self.race, trial.length)
 
     def started(self, trial: Trial) -> None:
         """Add a bar."""
         name = str(trial)
-        self.trials[name] = self.display.add_task(name, total=trial.steps, losses="starting")
+        self.trials[name] = self.display.add_task(name, total=trial.length, losses="starting")
 
-    def progress(self, trial: Trial, step: int, train: float, validation: float | None) -> None:
-        """Advance the trial's bar to this step, and show its last losses."""
+    def progress(self, trial: Trial, done: float, train: float, validation: float | None) -> None:
+        """Advance the trial's bar to what is done, and show its last losses."""
         losses = f"train {loss(train)}" + (f"  val {loss(validation)}" if validation is not None else "")
-        self.display.update(self.trials[str(trial)], completed=step, losses=losses)
+        self.display.update(self.trials[str(trial)], completed=done, losses=losses)
 
     def ended(self, trial: Trial, outcome: Record | str) -> None:
         """Replace the bar by a line with the final loss, or with the reason why there is none."""
-        self.display.advance(self.race, trial.steps)
+        self.display.advance(self.race, trial.length)
         if (bar := self.trials.pop(str(trial), None)) is not None:
             self.display.remove_task(bar)
         if isinstance(outcome, str):

@@ -17,6 +17,8 @@ from steepest.lab.shared.charts import COLOURS, GREY, LOGARITHMIC, area, blank, 
 
 Samples = Sequence[tuple[float, Sequence[float]]]
 """Positions, and at each the losses of all seeds."""
+DECADES = 100.0
+"""From this ratio of the losses on, their axis is logarithmic."""
 DASHED = {"color": GREY, "width": 1, "dash": "dash"}
 
 
@@ -114,9 +116,13 @@ def _loss_curves(results: Results, x_title: str, position: Callable[[Run], Seque
         if all(math.isfinite(run.record.final) for run in runs):
             tops.append(fmean(losses[min(count - 1, count // 5)]))
     if tops:  # all contenders share the first drop; what comes after it distinguishes them
-        margin = 0.04 * (max(tops) - min(bottoms))
-        figure.update_yaxes(range=[min(bottoms) - margin, max(tops) + margin])
-    _target_line(figure, results)
+        low, high = min(bottoms), max(tops)
+        if decades := 0 < DECADES * low < high:  # on a linear axis, all but one would lie on the floor
+            low, high = math.log10(low), math.log10(high)
+            figure.update_yaxes(LOGARITHMIC)
+        margin = 0.04 * (high - low)
+        figure.update_yaxes(range=[low - margin, high + margin])
+        _target_line(figure, results, decades)
     return figure
 
 
@@ -179,11 +185,15 @@ def _share_bars(results: Results, share: Callable[[Result], float | None]) -> go
     return figure
 
 
-def _target_line(figure: go.Figure, results: Results) -> None:
+def _target_line(figure: go.Figure, results: Results, logarithmic: bool = False) -> None:
     """Draw the baseline's final loss as a line."""
     if results.target is not None:
-        annotation = {"text": f"{results.plan.baseline.label}'s {loss(results.target)}", "font": {"size": 11}}
-        figure.add_hline(results.target, line=DASHED, annotation=annotation, annotation_position="bottom left")
+        text = f"{results.plan.baseline.label}'s {loss(results.target)}"
+        figure.add_hline(results.target, line=DASHED)
+        # On a logarithmic axis, plotly wants a line's height as it is, and an annotation's as a logarithm.
+        y = math.log10(results.target) if logarithmic else results.target
+        place = {"x": 0, "xref": "x domain", "xanchor": "left", "yanchor": "top", "showarrow": False}
+        figure.add_annotation(y=y, text=text, font={"size": 11}, **place)
 
 
 def _name_rows(figure: go.Figure, order: Sequence[Result]) -> None:

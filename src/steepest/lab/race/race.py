@@ -54,6 +54,8 @@ class Plan:
     """Shorter distances that the best candidate of each entry runs, too."""
     poison: float = 0.0
     """Share of gradients that get NaN or infinite entries, in all trials."""
+    seconds: float = 0.0
+    """Time of model and optimizer that each trial has; 0 where it has ``steps`` instead, which otherwise are 0."""
 
     @property
     def baseline(self) -> Entry:
@@ -69,7 +71,7 @@ class Plan:
         """Return the trials of all candidates, ordered so that an interrupted race has seen all entries."""
         most = max(len(entry.candidates) for entry in self.entries)
         return [
-            Trial(self.workload, entry.candidates[i], self.steps, seed, self.poison)
+            Trial(self.workload, entry.candidates[i], self.steps, seed, self.poison, self.seconds)
             for seed in range(self.tuning_seeds)
             for i in range(most)
             for entry in self.entries
@@ -80,16 +82,16 @@ class Plan:
         """Return the further trials of the best candidates: shorter distances, and other seeds of the whole one."""
         best = list(best)
         return [
-            Trial(self.workload, contender, steps, seed, self.poison)
+            Trial(self.workload, contender, steps, seed, self.poison, self.seconds)
             for seed in range(self.seeds)
             for steps in (*self.shorter, *([self.steps] if seed >= self.tuning_seeds else []))
             for contender in best
         ]
 
     @property
-    def distances(self) -> list[int]:
-        """Steps of each trial of the race, whatever candidates turn out best."""
-        return [trial.steps for trial in (*self.tuning(), *self.finals(e.candidates[0] for e in self.entries))]
+    def distances(self) -> list[float]:
+        """Steps, or seconds, of each trial of the race, whatever candidates turn out best."""
+        return [trial.length for trial in (*self.tuning(), *self.finals(e.candidates[0] for e in self.entries))]
 
 
 def shorter_distances(steps: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import steepest
 from steepest.lab.race import figures, text
 from steepest.lab.race.results import Results
 from steepest.lab.race.training import DIVERGED
-from steepest.lab.race.trial import Run, Trial, loss
+from steepest.lab.race.trial import Run, Trial, distance, loss
 from steepest.lab.shared.fingerprints import machine, versions
 from steepest.lab.shared.report import render
 from steepest.lab.shared.table import Table
@@ -31,13 +31,13 @@ def page(results: Results, workload: Workload, command: str) -> str:
         "machine": machine(),
         "time": f"{results.clock} of one thread for each run, which other processes hardly disturb; validation and "
         "measurements are not counted",
-        "schedule": "linear warm-up, then a cosine to a hundredth",
+        "schedule": "linear warm-up, then a cosine to a hundredth; none for optimizers that evaluate the loss",
     }
     return render(
         "race/report.html",
         results=results,
         colours=figures.colours(results),
-        facts=[Path(plan.workload).stem, text.plural(plan.steps, "step"), text.plural(plan.seeds, "seed"), *poison],
+        facts=[Path(plan.workload).stem, distance(plan.steps, plan.seconds), text.plural(plan.seeds, "seed"), *poison],
         headline=text.headline(results),
         measure=workload.measure[:1].upper() + workload.measure[1:],
         charts=figures,
@@ -59,10 +59,11 @@ def _trials(results: Results) -> Table:
     """Return a row for every run, failed ones last."""
 
     def row(trial: Trial, *cells: str) -> list[str]:
-        return [trial.contender.label, f"{trial.contender.lr:g}", str(trial.steps), str(trial.seed), *cells]
+        length = distance(trial.steps, trial.seconds)
+        return [trial.contender.label, trial.contender.rate, length, str(trial.seed), *cells]
 
-    def order(run: Run) -> tuple[str, int, float, int]:
-        return run.trial.contender.label, -run.trial.steps, run.trial.contender.lr, run.trial.seed
+    def order(run: Run) -> tuple[str, float, float, int]:
+        return run.trial.contender.label, -run.trial.length, run.trial.contender.lr, run.trial.seed
 
     rows = []
     for run in sorted(results.runs.finished, key=order):
@@ -70,4 +71,4 @@ def _trials(results: Results) -> Table:
         outcome = loss(record.final) if math.isfinite(record.final) else f"diverged at {len(record.model_seconds)}"
         rows.append(row(run.trial, outcome, f"{record.wall_seconds:.1f}", settings))
     rows += [row(trial, "failed", "–", reason) for trial, reason in results.runs.failures]
-    return Table(["contender", "lr", "steps", "seed", "final loss", "seconds\nwall", "settings"], rows)
+    return Table(["contender", "lr", "length", "seed", "final loss", "seconds\nwall", "settings"], rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, quantiles
 
@@ -46,13 +46,16 @@ class Result:
     time_share: float | None
     """The time of model and optimizer to the target, as a share of the baseline's."""
     model_ms: float
-    """Median over the runs of all entries, since the model is the same."""
+    """Median over the runs of all entries, since the model is the same; the mean of its own in a race over time, and
+    where the optimizer works during the model's passes or makes some itself."""
     optimizer_ms: float
     """Mean over steps."""
     optimizer_ms_p50: float
     optimizer_ms_p95: float
     state_bytes_per_parameter: float
     peak_memory_bytes: int
+    own_passes: bool
+    """Whether the optimizer works during the model's passes or makes some itself."""
     gradients_poisoned: int
     updates_skipped: int | None
     """Updates that the optimizer skipped because of poisoned gradients; None if it does not count them."""
@@ -117,17 +120,20 @@ def find_results(runs: Runs) -> Results:
     base_runs = [] if base is None else runs.of(base)
     loss = _mean_final(base_runs) if base_runs else math.inf
     target = loss if math.isfinite(loss) else None
-    model_ms = median(_milliseconds(runs.finished, lambda record: record.model_seconds))
-    base_ms = model_ms + fmean(_milliseconds(base_runs, lambda record: record.optimizer_seconds))
+    plain = [run for run in runs.finished if not run.record.own_passes]
+    shared_ms = median(_milliseconds(plain, lambda record: record.model_seconds))
+    base_ms = _model_ms(base_runs, shared_ms) + fmean(_milliseconds(base_runs, lambda record: record.optimizer_seconds))
+    base_steps = fmean(_steps(base_runs)) if base_runs else math.nan
 
     def result(entry: Entry, contender: Contender) -> Result:
         own = runs.of(contender)
         records = [run.record for run in own]
         milliseconds = _milliseconds(own, lambda record: record.optimizer_seconds)
+        model_ms = _model_ms(own, shared_ms)
         count = None
         if target is not None:
-            count = StepCount(plan.steps) if contender == base else steps_to(target, runs, contender)
-        share = count.steps / plan.steps if count else None
+            count = StepCount(base_steps) if contender == base else steps_to(target, runs, contender)
+        share = count.steps / base_steps if count else None
         skipped = [record.skipped for record in records if record.skipped is not None]
         return Result(
             entry=entry,
@@ -146,6 +152,7 @@ def find_results(runs: Runs) -> Results:
             optimizer_ms_p95=quantiles(milliseconds, n=20)[-1] if len(milliseconds) > 1 else milliseconds[0],
             state_bytes_per_parameter=max(record.state_bytes / record.parameters for record in records),
             peak_memory_bytes=max(record.peak_memory for record in records),
+            own_passes=any(record.own_passes for record in records),
             gradients_poisoned=sum(record.poisoned for record in records),
             updates_skipped=sum(skipped) if len(skipped) == len(records) else None,
         )
@@ -169,7 +176,7 @@ def steps_to(target: float, runs: Runs, contender: Contender) -> StepCount | Non
     return StepCount(count.steps, "≤") if count else None
 
 
-def crossing(target: float, points: list[tuple[int, float]]) -> StepCount | None:
+def crossing(target: float, points: Sequence[tuple[float, float]]) -> StepCount | None:
     """Return where a curve through ``(steps, loss)`` first comes down to the target.
 
     >>> crossing(2.0, [(100, 3.0), (200, 1.0)])
@@ -177,7 +184,7 @@ def crossing(target: float, points: list[tuple[int, float]]) -> StepCount | None
     >>> str(crossing(2.0, [(100, 1.5), (200, 1.0)])), crossing(2.0, [(100, 3.0)])
     ('≤100', None)
     """
-    before: tuple[int, float] | None = None
+    before: tuple[float, float] | None = None
     for steps, loss in points:
         if loss <= target:
             if before is None or not math.isfinite(before[1]):
@@ -187,17 +194,27 @@ def crossing(target: float, points: list[tuple[int, float]]) -> StepCount | None
     return None
 
 
-def mean_validation(runs: Iterable[Run]) -> list[tuple[int, float]]:
-    """Return the validation curve, averaged over the seeds that got as far."""
-    by_step: dict[int, list[float]] = {}
-    for run in runs:
-        for step, loss in run.record.validation:
-            by_step.setdefault(step, []).append(loss)
-    return [(step, fmean(losses)) for step, losses in sorted(by_step.items())]
+def mean_validation(runs: Iterable[Run]) -> list[tuple[float, float]]:
+    """Return the validation curve, averaged over the seeds that got as far; in a race over time, its steps as well."""
+    curves = [run.record.validation for run in runs]
+    columns = [[curve[i] for curve in curves if i < len(curve)] for i in range(max(map(len, curves), default=0))]
+    return [(fmean(step for step, _ in column), fmean(loss for _, loss in column)) for column in columns]
 
 
 def _mean_final(runs: list[Run]) -> float:
     return fmean(run.record.final for run in runs)
+
+
+def _steps(runs: Iterable[Run]) -> list[int]:
+    """Return how many steps each run took, which differ in a race over time."""
+    return [len(run.record.model_seconds) for run in runs]
+
+
+def _model_ms(runs: Sequence[Run], shared: float) -> float:
+    """Return the model's time of a step: ``shared``, or the mean of these runs where that is something of their own."""
+    if not any(run.record.own_passes or run.trial.seconds for run in runs):
+        return shared
+    return fmean(_milliseconds(runs, lambda record: record.model_seconds))
 
 
 def _milliseconds(runs: Iterable[Run], seconds: Callable[[Record], list[float]]) -> list[float]:

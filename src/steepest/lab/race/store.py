@@ -27,6 +27,7 @@ class Store:
             "data": self.fingerprint,
             "contender": trial.contender.settings(),
             "steps": trial.steps,
+            "seconds": trial.seconds,
             "seed": trial.seed,
             "poison": trial.poison,
             "versions": versions(),
@@ -38,7 +39,9 @@ class Store:
         """Return the path of the trial's record; its name is for people, and the hash in it decides."""
         label = re.sub(r"[^a-z0-9.]+", "-", trial.contender.label.lower()).strip("-")[:48]
         poisoned = f"-poison{trial.poison:g}" if trial.poison else ""
-        name = f"{label}-lr{trial.contender.lr:g}-{trial.steps}-seed{trial.seed}{poisoned}"
+        rate = "" if not trial.contender.lr else f"-lr{trial.contender.lr:g}"
+        length = f"{trial.seconds:g}s" if trial.seconds else trial.steps
+        name = f"{label}{rate}-{length}-seed{trial.seed}{poisoned}"
         return self.folder / f"{name}-{digest(self.identity(trial))[:12]}.json"
 
     def find(self, trial: Trial) -> Run | None:

@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any
 
 from steepest.lab.race.results import Result, Results
-from steepest.lab.race.trial import loss
+from steepest.lab.race.trial import distance, loss
 from steepest.lab.shared.contenders import Contender
 from steepest.lab.shared.table import Table
 
@@ -20,7 +20,9 @@ def headline(results: Results) -> tuple[str, str]:
         return "The baseline has not finished a run yet, so there is nothing to compare with.", ""
     rivals = [result for result in results.entries if result is not base]
     poison = f" with {poisoned(results.plan.poison)}" if results.plan.poison else ""
-    losses = f"After {results.plan.steps} steps{poison}, {base.label} ends at {loss(base.final)}"
+    losses = (
+        f"After {distance(results.plan.steps, results.plan.seconds)}{poison}, {base.label} ends at {loss(base.final)}"
+    )
     if not rivals:
         return "No other contender has finished a run to compare with.", f"{losses}."
     top = min(rivals, key=lambda result: result.final)
@@ -31,8 +33,8 @@ def headline(results: Results) -> tuple[str, str]:
         return f"No contender is ahead of {base.label}{noise}.", losses
     fewest, fastest = (min(ahead, key=attrgetter(share)) for share in ("steps_share", "time_share"))
     at_most = {"≤": "at most ", "": ""}
-    steps = f"{at_most[fewest.bound]}{fewest.steps_share:.0%} of its steps"
-    time = f"{at_most[fastest.bound]}{fastest.time_share:.0%} of its {results.clock}"
+    steps = f"{at_most[fewest.bound]}{percent(fewest.steps_share)} of its steps"
+    time = f"{at_most[fastest.bound]}{percent(fastest.time_share)} of its {results.clock}"
     claim = f"{fewest.label} reaches {base.label}'s final loss in {steps}"
     return claim + (f" and {time}." if fastest is fewest else f", {fastest.label} in {time}."), losses
 
@@ -44,6 +46,10 @@ def notes(results: Results) -> list[str]:
     chosen = [f"{result.label} {others}" for result in results.entries if (others := _other_choices(result))]
     if chosen:
         lines.append(f"Best of what was tuned besides lr: {'; '.join(chosen)}.")
+    if results.plan.seconds:
+        lines.append(f"Everybody had {results.plan.seconds:g} s of {results.clock}: numbers of steps differ.")
+    if own := [result.label for result in results.entries if result.own_passes]:
+        lines.append(f"In the times of {', '.join(own)} the model's passes and the optimizer's work are not separable.")
     if any(result.best_at_edge_of for result in results.entries):
         lines.append("* best at the edge of what was tried: the optimum may lie beyond.")
     if any(result.bound for result in results.entries):
@@ -104,7 +110,7 @@ def _cells(result: Result) -> list[str]:
     half_range = f" ±{result.half_range:#.2g}" if len(result.finals) > 1 else ""
     return [
         result.label,
-        f"{result.best.lr:g}{_star(result, 'lr')}",
+        f"{result.best.rate}{_star(result, 'lr')}",
         loss(result.final) + half_range if math.isfinite(result.final) else "diverged",
         f"{count} ({result.steps_share:.2f})" if count else "not reached",
         f"{result.bound}{result.time_share:.2f}" if result.time_share else "–",
@@ -127,6 +133,16 @@ def poisoned(share: float) -> str:
     '1% of gradients poisoned'
     """
     return f"{share * 100:.3g}% of gradients poisoned"
+
+
+def percent(share: float | None) -> str:
+    """Return a share in percent, with a digit more where it would be 0.
+
+    >>> percent(0.48), percent(0.004)
+    ('48%', '0.4%')
+    """
+    assert share is not None
+    return f"{share:.0%}" if share >= 0.01 else f"{share * 100:.1g}%"
 
 
 def plural(count: int, word: str) -> str:
@@ -165,5 +181,6 @@ def as_json(results: Results) -> dict[str, Any]:
         "headline": " ".join(headline(results)),
         "target": results.target,
         "poison": results.plan.poison,
+        "seconds": results.plan.seconds,
         "contenders": [entry(result) for result in results.entries],
     }

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from steepest.lab.race.meters import peak_memory, state_bytes, stopwatch
 from steepest.lab.race.poison import Poison
+from steepest.lab.race.stepping import stepper
 from steepest.lab.race.trial import Record, Trial
 from steepest.lab.shared.contenders import Contender
 from steepest.lab.shared.presets import FINAL_RATE
@@ -26,35 +27,43 @@ DIVERGED = 3.0
 
 
 def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]], None]) -> Record:
-    """Run the trial, and call ``progress`` after each step with its number, its loss and the last validation loss."""
+    """Run the trial, and call ``progress`` after each step with what is done, its loss and the last validation loss.
+
+    What is done is a number of steps, or of seconds in a race over time. Then the learning rate follows the time, too.
+    """
     rehearse(workload, trial.contender)
     torch.manual_seed(trial.seed)
     model = workload.model()
-    data = torch.Generator().manual_seed(trial.seed)
     poison = Poison(trial.poison, trial.seed)
     optimizer = trial.contender.optimizer(model)
-    schedule = Schedule(optimizer, trial.contender.warmup, trial.steps)
-    record = Record(parameters=sum(p.numel() for p in model.parameters()))
+    way = stepper(model, optimizer, workload, torch.Generator().manual_seed(trial.seed))
+    schedule = Schedule(optimizer, trial.contender.warmup, trial.length) if way.scheduled else None
+    record = Record(parameters=sum(p.numel() for p in model.parameters()), own_passes=way.own_passes)
     record.clock, clock = stopwatch(model)
-    validations = evenly_spaced(VALIDATIONS, trial.steps)
+    marks, done, step = validation_marks(trial), 0.0, 0
     started = time.perf_counter()
 
-    for step in range(1, trial.steps + 1):
-        schedule.set(step)
+    while done < trial.length:
+        step += 1
+        if schedule is not None:
+            schedule.set(end_of_step(step, done, trial))
         start = clock()
-        loss = gradients(model, workload, data)
+        loss = way.prepare()
         record.model_seconds.append(clock() - start)
+        if loss is None or not has_diverged([*record.train_loss, loss]):
+            record.poisoned += poison.apply(model.parameters())
+            start = clock()
+            loss = way.step()
+            record.optimizer_seconds.append(clock() - start)
         record.train_loss.append(loss)
         if has_diverged(record.train_loss):
             record.status = "diverged"
             break
-        record.poisoned += poison.apply(model.parameters())
-        start = clock()
-        optimizer.step()
-        record.optimizer_seconds.append(clock() - start)
-        if step in validations:
-            record.validation.append((step, validate(model, workload)))
-        progress({"step": step, "train": loss, "validation": record.validation[-1][1] if record.validation else None})
+        done += record.model_seconds[-1] + record.optimizer_seconds[-1] if trial.seconds else 1
+        if passed := sum(mark <= done for mark in marks):  # a long step may pass several
+            record.validation += [(step, validate(model, workload))] * passed
+            marks = marks[passed:]
+        progress({"done": done, "train": loss, "validation": record.validation[-1][1] if record.validation else None})
 
     if not math.isfinite(record.final):
         record.status = "diverged"
@@ -70,39 +79,45 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
 class Schedule:
     """A learning rate that rises linearly over the warm-up, then falls along a cosine to a hundredth."""
 
-    def __init__(self, optimizer: Optimizer, warmup: float, steps: int) -> None:
+    def __init__(self, optimizer: Optimizer, warmup: float, length: float) -> None:
         self.groups = optimizer.param_groups
         self.highest = [group["lr"] for group in self.groups]
-        self.rise, self.steps = warmup * steps, steps
+        self.rise, self.length = warmup * length, length
 
-    def factor(self, step: int) -> float:
-        """Return the factor on the highest rate in ``step``, counted from 1."""
-        if step <= self.rise:
-            return step / self.rise
-        left = (1 + math.cos(math.pi * (step - self.rise) / (self.steps - self.rise))) / 2
+    def factor(self, end: float) -> float:
+        """Return the factor on the highest rate in the step that ends after so many steps, or seconds."""
+        if end <= self.rise:
+            return end / self.rise
+        left = (1 + math.cos(math.pi * (end - self.rise) / (self.length - self.rise))) / 2
         return FINAL_RATE + (1 - FINAL_RATE) * left
 
-    def set(self, step: int) -> None:
-        """Set the rates of all groups for ``step``."""
-        factor = self.factor(step)
+    def set(self, end: float) -> None:
+        """Set the rates of all groups for the step that ends there."""
+        factor = self.factor(end)
         for group, highest in zip(self.groups, self.highest, strict=True):
             group["lr"] = highest * factor
 
 
-def gradients(model: nn.Module, workload: Workload, data: torch.Generator) -> float:
-    """Run one batch forward and backward, and return its loss."""
-    loss = workload.loss(model, workload.batch(data))
-    model.zero_grad()
-    torch.autograd.backward(loss)
-    return loss.item()
+def end_of_step(step: int, done: float, trial: Trial) -> float:
+    """Return the step's number or, in a race over time, when it will end if it takes as long as those before.
+
+    >>> from steepest.lab.shared.contenders import preset
+    >>> end_of_step(3, 2.0, Trial("gpt", preset("adamw"), steps=10, seed=0))
+    3
+    >>> end_of_step(3, 2.0, Trial("gpt", preset("adamw"), steps=0, seed=0, seconds=12.0))
+    3.0
+    """
+    if not trial.seconds:
+        return step
+    return min(done + (done / (step - 1) if done else trial.seconds / 1000), trial.seconds)
 
 
 def rehearse(workload: Workload, contender: Contender) -> None:
     """Run one step on a model that is thrown away, so that imports and first allocations count for no step's time."""
     model = workload.model()
-    optimizer = contender.optimizer(model)
-    gradients(model, workload, torch.Generator().manual_seed(0))
-    optimizer.step()
+    way = stepper(model, contender.optimizer(model), workload, torch.Generator().manual_seed(0))
+    way.prepare()
+    way.step()
 
 
 @torch.no_grad()
@@ -112,6 +127,13 @@ def validate(model: nn.Module, workload: Workload) -> float:
     loss = workload.validation(model)
     model.train()
     return float(loss)
+
+
+def validation_marks(trial: Trial) -> list[float]:
+    """Return the steps, or seconds, after which the trial is validated; the last is its end."""
+    if trial.seconds:
+        return [trial.seconds * i / VALIDATIONS for i in range(1, VALIDATIONS + 1)]
+    return sorted(evenly_spaced(VALIDATIONS, trial.steps))
 
 
 def evenly_spaced(count: int, steps: int) -> set[int]:

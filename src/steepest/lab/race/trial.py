@@ -20,10 +20,17 @@ class Trial:
     seed: int
     poison: float = 0.0
     """Share of gradients that get NaN or infinite entries."""
+    seconds: float = 0.0
+    """Time of model and optimizer after which the trial ends; 0 where ``steps`` says when, which is 0 otherwise."""
 
     def __str__(self) -> str:
         poisoned = f", {self.poison:g} poisoned" if self.poison else ""
-        return f"{self.contender}, {self.steps} steps, seed {self.seed}{poisoned}"
+        return f"{self.contender}, {distance(self.steps, self.seconds)}, seed {self.seed}{poisoned}"
+
+    @property
+    def length(self) -> float:
+        """The steps of the trial, or its seconds."""
+        return self.seconds or self.steps
 
     def literal(self) -> str:
         """Return the trial as a Python literal, which unlike JSON distinguishes tuples from lists."""
@@ -44,7 +51,7 @@ class Record:
     train_loss: list[float] = field(default_factory=list)
     """Loss of each step on its own batch, before the update."""
     model_seconds: list[float] = field(default_factory=list)
-    """Time of each step for batch, forward and backward."""
+    """Time of each step for batch, forward and backward; for the batch alone where the optimizer evaluates the loss."""
     optimizer_seconds: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     parameters: int = 0
@@ -58,6 +65,8 @@ class Record:
     """How many updates the optimizer has skipped because of bad gradients; None if it does not count them."""
     clock: str = ""
     """What the seconds of model and optimizer are: CPU time or, on an accelerator, elapsed time."""
+    own_passes: bool = False
+    """Whether the optimizer works during the model's passes or makes some itself, so that both times are its own."""
 
     @property
     def final(self) -> float:
@@ -82,6 +91,15 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
     return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def distance(steps: int, seconds: float) -> str:
+    """Return the length of a trial in words.
+
+    >>> distance(300, 0.0), distance(1, 0.0), distance(0, 12.0)
+    ('300 steps', '1 step', '12 s')
+    """
+    return f"{seconds:g} s" if seconds else f"{steps} step{'' if steps == 1 else 's'}"
 
 
 def loss(value: float) -> str:

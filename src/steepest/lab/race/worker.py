@@ -1,6 +1,6 @@
 """The process of one trial: ``python -m steepest.lab.race.worker TRIAL``, where TRIAL is a Python literal.
 
-It writes one JSON object per line: ``{"step": 3, "train": 4.1, "validation": null}`` while it runs, then
+It writes one JSON object per line: ``{"done": 3, "train": 4.1, "validation": null}`` while it runs, then
 ``{"record": {...}}`` or ``{"error": "..."}``.
 """
 

@@ -12,16 +12,21 @@ from __future__ import annotations
 import ast
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 import steepest
 from steepest.lab.shared.errors import BadInput, one_line
-from steepest.lab.shared.presets import ELEMENTWISE, PRESETS, WARMUP
+from steepest.lab.shared.presets import ELEMENTWISE, PRESETS, SECOND_ORDER, WARMUP
+from steepest.newton.gauss_newton import GaussNewton
+from steepest.newton.lbfgs import LBFGS
+from steepest.newton.natural_gradient import NaturalGradient
+from steepest.newton.newton_cg import NewtonCG
 from steepest.optimizers import ALIASES, spelled
 from steepest.recipes import RECIPES, is_recipe
 
@@ -44,12 +49,17 @@ class Contender:
     """The point of a grid that this is, in words."""
 
     def __str__(self) -> str:
-        return f"{self.label} {self.variant or f'lr {self.lr:g}'}"
+        return f"{self.label} {self.variant or (f'lr {self.lr:g}' if self.lr else '')}".rstrip()
 
     @property
     def lr(self) -> float:
-        """Highest learning rate of the hidden matrices."""
-        return float(self.options["lr"])
+        """Highest learning rate of the hidden matrices; 0 where the optimizer has none."""
+        return float(self.options.get("lr", 0.0))
+
+    @property
+    def rate(self) -> str:
+        """The learning rate in words."""
+        return f"{self.lr:g}" if self.lr else "–"
 
     def settings(self) -> dict[str, Any]:
         """Return all that decides how it trains, without its label."""
@@ -70,6 +80,8 @@ class Contender:
 
     def optimizer(self, model: nn.Module) -> Optimizer:
         """Return the optimizer for a model."""
+        if self.rule in FLAT:
+            return FLAT[self.rule](model, **self.options)
         return steepest.for_model(model, self.rule, elementwise=self.elementwise, **self.options)
 
     def check(self, model: nn.Module) -> None:
@@ -80,6 +92,16 @@ class Contender:
             self.optimizer(model)
         except (TypeError, ValueError) as error:
             raise BadInput(f"optimizer {self.label}: {one_line(error)}") from error
+
+
+FLAT: Mapping[str, Callable[..., Optimizer]] = {
+    "gauss-newton": GaussNewton,
+    "lbfgs": lambda model, **options: LBFGS(model.parameters(), **options),
+    "natural-gradient": lambda model, **options: NaturalGradient(model.parameters(), **options),
+    "newton-cg": lambda model, **options: NewtonCG(model.parameters(), **options),
+    "torch-lbfgs": lambda model, **options: torch.optim.LBFGS(model.parameters(), **options),
+}
+"""Optimizers of all parameters as one vector, which `steepest.for_model` does not route."""
 
 
 def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -144,13 +166,14 @@ def preset(name: str) -> Contender:
     """
     if is_recipe(name):
         return _from_recipe(name)
-    name = spelled(name, [*PRESETS, *ALIASES]) or name
+    known = {**PRESETS, **SECOND_ORDER}
+    name = spelled(name, [*known, *ALIASES]) or name
     name = ALIASES.get(name, name)
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(PRESETS)}"
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
         raise BadInput(f"unknown optimizer {name!r}; {hint}")
-    p = PRESETS[name]
+    p = known[name]
     return Contender(name, p.rule, p.options, p.elementwise, p.warmup, p.rates, p.provenance)
 
 

@@ -88,6 +88,30 @@ PRESETS: Mapping[str, Preset] = {
     "lion": _swept("lion", {"lr": 3e-3, "betas": (0.7, 0.8)}, rates=(7.5e-4, 1.5e-3, 3e-3, 6e-3), elementwise=None),
 }
 
+SECOND_ORDER: Mapping[str, Preset] = {
+    "gauss-newton": Preset("gauss-newton", {}, (), "its defaults; it has no learning rate", None, warmup=0.0),
+    "lbfgs": Preset("lbfgs", {"lr": 1.0}, (1.0,), "its defaults, with a line search", None, warmup=0.0),
+    "newton-cg": Preset("newton-cg", {}, (), "its defaults; it has no learning rate", None, warmup=0.0),
+    "natural-gradient": Preset(
+        "natural-gradient",
+        {"lr": 1.0, "likelihood": "categorical"},
+        (0.25, 0.5, 1.0, 2.0),
+        "its defaults, for classification",
+        None,
+        warmup=0.0,
+    ),
+    "torch-lbfgs": Preset(
+        "torch-lbfgs",
+        {"lr": 1.0, "history_size": 100, "line_search_fn": "strong_wolfe"},
+        (1.0,),
+        "torch's defaults, but for a line search, without which it diverges, and the history, the best of 20, 100 and "
+        "300 on pinn",
+        None,
+        warmup=0.0,
+    ),
+}
+"""Presets of optimizers that use curvature, which race where they are named: not every workload has what they need."""
+
 QUICK = ("adamw", "soap", "soap-f5", "kl-soap", "muon")
 """Contenders of a race that names none; they take about two minutes on two free cores."""
 BASELINE = "adamw"

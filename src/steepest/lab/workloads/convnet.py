@@ -17,6 +17,7 @@ class ConvNet(Supervised):
 
     steps = 200
     measure = "validation loss (nats per image)"
+    likelihood = "categorical"
     held_out = 1000
     batch_size = 64
 

@@ -16,6 +16,7 @@ class Digits(Supervised):
 
     steps = 200
     measure = "validation loss (nats per image)"
+    likelihood = "categorical"
     held_out = 360
     batch_size = 128
 

@@ -25,6 +25,7 @@ class Photo(Supervised):
 
     measure = "validation loss (mean squared error of a colour)"
     batch_size = 2048
+    likelihood = "normal"
 
     def __init__(self) -> None:
         picture = _photograph()  # [3, h, w]

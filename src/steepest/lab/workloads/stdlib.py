@@ -54,6 +54,7 @@ class StandardLibrary(Workload):
     """A GPT of 115,008 parameters, 98,304 of them in hidden matrices; batches are 32 windows of 64 characters."""
 
     measure = "validation loss (nats per character)"
+    likelihood = "categorical"
 
     def __init__(self) -> None:
         self.text = load_text()

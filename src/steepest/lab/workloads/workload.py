@@ -8,6 +8,11 @@ A file for ``steepest race --workload my_task.py`` defines one class:
         def loss(self, model, batch): ...     # a scalar tensor
         def validation(self, model): ...      # a float; lower is better
 
+Some optimizers ask for more. A workload without it goes to the others:
+
+        likelihood = "categorical"            # kfac and ekfac: the loss is -log p of the model's outputs
+        def residuals(self, batch): ...       # gauss-newton: a list of `steepest.Residual`
+
 Contenders of one seed get the same initial weights and the same batches. Each run has a process of its own with one
 thread, so data that takes long to prepare should be kept in a file.
 """
@@ -17,7 +22,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,12 +35,16 @@ from typing_extensions import override
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.files import import_file
 from steepest.lab.shared.fingerprints import code_hash, digest
+from steepest.newton.residual import Residual
 
 BUILT_IN = {
     "stdlib": "steepest.lab.workloads.stdlib:StandardLibrary",
     "digits": "steepest.lab.workloads.digits:Digits",
     "photo": "steepest.lab.workloads.photo:Photo",
     "convnet": "steepest.lab.workloads.convnet:ConvNet",
+    "autoencoder": "steepest.lab.workloads.autoencoder:Autoencoder",
+    "pinn": "steepest.lab.workloads.pinn:Poisson",
+    "burgers": "steepest.lab.workloads.pinn:Burgers",
 }
 Pairs = tuple[Tensor, Tensor]
 """Inputs ``[b, ...]`` and targets ``[b, ...]``."""
@@ -48,6 +57,9 @@ class Workload(ABC):
     """Length of a race without ``--steps``."""
     measure: str = "validation loss"
     """Name of what `validation` returns."""
+    likelihood: str | None = None
+    """The distribution, "categorical", "bernoulli" or "normal", of which `loss` is -log p, up to a factor, where the
+    outputs of the model are its parameters; None if there is none."""
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -64,6 +76,10 @@ class Workload(ABC):
     @abstractmethod
     def validation(self, model: nn.Module) -> float:
         """Return how good the model is, by the same data each time; lower is better. The mode is eval, without grad."""
+
+    def residuals(self, batch: Any) -> Sequence[Residual] | None:
+        """Return what the loss is half the mean square of, as functions of one point; None if it is no such sum."""
+        return None
 
     def describe(self) -> dict[str, str]:
         """Return facts about the data for the report, such as their hash."""

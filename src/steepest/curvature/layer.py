@@ -71,6 +71,20 @@ class Layer:
         m, n = (n, m) if self.transposed else (m, n)
         return self.groups, m // self.groups, n + (self.bias is not None)
 
+    def join(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the matrix ``[m, n̄]`` of tensors of the weight's and the bias' shapes; ``[G, m, n̄]`` for G > 1.
+
+        Example:
+            >>> layer = layers(nn.Linear(2, 1))[""]
+            >>> layer.join(torch.tensor([[1.0, 2.0]]), torch.tensor([3.0]))
+            tensor([[1., 2., 3.]])
+        """
+        G, m, _ = self.shape
+        matrix = (weight.mT if self.transposed else weight).reshape(G, m, -1)
+        if bias is not None:
+            matrix = torch.cat([matrix, bias.reshape(G, m, 1)], -1)
+        return matrix if G > 1 else matrix[0]
+
     def blocks(self, inputs: Tensor, gradients: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield rows of inputs ``ā [G, b, S, n̄]`` and of gradients ``δ [G, b, S, m]``, b samples at a time.
 
