@@ -73,7 +73,7 @@ def kfac(name: str, fisher: str) -> Make:
 
 ADAMWS = {"lr": (5e-3, 1e-2, 2e-2, 4e-2), "beta2": (0.95, 0.999)}
 SOAPS = {"lr": (1e-2, 2e-2, 4e-2, 8e-2), "shampoo_beta": (0.9, 0.95)}
-KFACS = {"damping": (1e-3, 3e-3, 1e-2, 3e-2), "kl_clip": (3e-3, 1e-2)}
+KFACS = {"damping": (1e-3, 3e-3, 1e-2, 3e-2), "kl_clip": (1e-2, 3e-2)}
 ROWS: dict[str, Row] = {
     "adamw": Row(adamw, ADAMWS),
     "adamw, 1400 steps": Row(adamw, ADAMWS, 1400),

@@ -170,6 +170,14 @@ def test_a_sampled_fisher_needs_a_likelihood(quick) -> None:
         BySampling(model, Listening(model.parameters()), quick, torch.Generator())
 
 
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "kfac(fisher='empirical')"])
+def test_kfac_trains_on_its_own_samples(autoencoder, name) -> None:
+    record = run(autoencoder, name, steps=20)
+    assert record.status == "finished"
+    assert record.final < 30.7 - 3  # it begins at 30.7
+    assert record.own_passes
+
+
 def test_other_optimizers_step_along_gradients(quick) -> None:
     model = quick.model()
     assert type(stepper(model, torch.optim.SGD(model.parameters()), quick, torch.Generator())) is ByGradients

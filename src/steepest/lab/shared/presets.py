@@ -88,7 +88,10 @@ PRESETS: Mapping[str, Preset] = {
     "lion": _swept("lion", {"lr": 3e-3, "betas": (0.7, 0.8)}, rates=(7.5e-4, 1.5e-3, 3e-3, 6e-3), elementwise=None),
 }
 
+SAMPLED: Mapping[str, Any] = {"lr": 1.0, "fisher": "sampled"}
 SECOND_ORDER: Mapping[str, Preset] = {
+    "kfac": Preset("kfac", SAMPLED, (0.25, 0.5, 1.0, 2.0), "its defaults, with sampled targets", {}, warmup=0.0),
+    "ekfac": Preset("ekfac", SAMPLED, (0.25, 0.5, 1.0, 2.0), "its defaults, with sampled targets", {}, warmup=0.0),
     "gauss-newton": Preset("gauss-newton", {}, (), "its defaults; it has no learning rate", None, warmup=0.0),
     "lbfgs": Preset("lbfgs", {"lr": 1.0}, (1.0,), "its defaults, with a line search", None, warmup=0.0),
     "newton-cg": Preset("newton-cg", {}, (), "its defaults; it has no learning rate", None, warmup=0.0),
