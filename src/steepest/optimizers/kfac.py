@@ -17,7 +17,16 @@ from steepest.recipes import unfold_elementwise
 from steepest.routing.classify import Overrides
 from steepest.routing.deciding import Model, decide
 from steepest.routing.survey import joined
-from steepest.rule.words import CurvatureForm, DampingForm, DecayMethod, Fisher, Nonfinite, Sharing, Solver
+from steepest.rule.words import (
+    CurvatureForm,
+    DampingForm,
+    DecayMethod,
+    Fisher,
+    Nonfinite,
+    Sharing,
+    Solver,
+    SpectrumDamping,
+)
 from steepest.rules.aliases import OF_KFAC
 
 Init = TypeVar("Init", bound=Callable[..., None])
@@ -196,8 +205,10 @@ class EKFAC(CapturingOptimizer):
     Args:
         model, lr, momentum, weight_decay, kl_clip, factor_beta, statistics_frequency, precondition_frequency, settle,
             sharing, fisher, loss_terms, grad_scaler, weight_decay_method, elementwise, overrides: As for `KFAC`.
-        damping: The fraction of the mean second moment that is added to each.
-        damping_form: "absolute": ``damping`` itself is added.
+        damping: d, which is added to the second moments S in one of these forms.
+        damping_form: "factored", as K-FAC's: ``√d (mean of the row + mean of the column) + d · mean S``. "relative":
+            ``d · mean S``; on a deep autoencoder (benchmarks/autoencoder.py) small d made it unsteady where the
+            factored form was not. "absolute": d itself, as the authors have it.
         options: `KFACOptions`.
 
     Example:
@@ -219,7 +230,7 @@ class EKFAC(CapturingOptimizer):
         weight_decay: float = 0.0,
         *,
         damping: float = 1e-2,
-        damping_form: DampingForm = "relative",
+        damping_form: SpectrumDamping = "factored",
         kl_clip: float = 1e-2,
         factor_beta: float = 0.95,
         statistics_frequency: int = 5,
