@@ -6,13 +6,14 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict, TypeVar, Unpack, cast, final
+from typing import Any, TypeVar, Unpack, cast, final
 
 from torch import Tensor
 
 from steepest.curvature.capture import LossTerms
 from steepest.engine.capturing import CapturingOptimizer
 from steepest.optimizers import group_options
+from steepest.optimizers.shared import GroupOptions
 from steepest.recipes import unfold_elementwise
 from steepest.routing.classify import Overrides
 from steepest.routing.deciding import Model, decide
@@ -22,7 +23,7 @@ from steepest.rule.words import (
     DampingForm,
     DecayMethod,
     Fisher,
-    Nonfinite,
+    Precision,
     Sharing,
     Solver,
     SpectrumDamping,
@@ -37,11 +38,12 @@ ROUTING = ("elementwise", "overrides", "decay_1d")
 """Those that decide which parameters go where."""
 
 
-class KFACOptions(TypedDict, total=False):
+class KFACOptions(GroupOptions, total=False):
     """Further options of `KFAC` and `EKFAC`.
 
     Args:
-        nonfinite, stochastic_rounding, rounding_seed, stagger: As in `steepest.optimizers.shared.SharedOptions`.
+        nonfinite, stochastic_rounding, rounding_seed, stagger, compile, cuda_graph, block_size: As in
+            `steepest.optimizers.shared.SharedOptions`.
         max_precond_dim: Layers with a longer side go to ``elementwise``; 8192 by default.
         fp32_matmul_prec: The precision of float32 products: "highest" (default), "high" (TF32) or "medium".
         solver: How eigenbases follow their factors, as for `SOAP`.
@@ -51,12 +53,12 @@ class KFACOptions(TypedDict, total=False):
         factor_decay: Another name of ``factor_beta``.
     """
 
-    nonfinite: Nonfinite
-    stochastic_rounding: bool
-    rounding_seed: int
     stagger: bool
+    compile: bool
+    cuda_graph: bool
+    block_size: int
     max_precond_dim: int
-    fp32_matmul_prec: str
+    fp32_matmul_prec: Precision
     solver: Solver
     decay_1d: bool
     factor_update_steps: int

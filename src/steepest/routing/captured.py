@@ -94,6 +94,9 @@ def _weight_row(leaf: Leaf, layer: Layer, rule: str, joins: bool, override: Mapp
     del options["rule"]
     view_options = {name: options.pop(name) for name in OPTIONS if name in options}
     layout = adjusted(leaf, layout, view_options) if view_options else layout
+    rank = min(layer.shape[1:]) if leaf.is_lora and "max_precond_dim" not in options else None
+    if rank:
+        layout = replace(layout, why=f"{layout.why}, without a factor of its long side")
     return Row(
         name=leaf.name,
         param=leaf.param,
@@ -101,10 +104,11 @@ def _weight_row(leaf: Leaf, layer: Layer, rule: str, joins: bool, override: Mapp
         view=layout.view,
         layout=str(layout),
         why=f"override (else {layout.why})" if override else layout.why,
-        state_bytes=sum(state_bytes(rule, piece) for piece in layout.view.pieces),
+        state_bytes=sum(state_bytes(rule, piece, rank) for piece in layout.view.pieces),
         hidden=True,
         decays=not leaf.is_vector,
         options=options,
+        longest_basis=rank,
     )
 
 

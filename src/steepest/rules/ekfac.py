@@ -3,8 +3,9 @@
     S ← β S + (1-β) E[(Q_Bᵀ G_i Q_A)²]          from G_i, the gradient of one loss term; λ_B λ_Aᵀ at each refresh
     D = Q_B [(Q_Bᵀ M Q_A) / (S + √d (S 11ᵀ/n + 11ᵀ S/m) + d · mean S)] Q_Aᵀ
 
-George et al., arXiv:1806.03884, with K-FAC's factored damping: S = λ_B λ_Aᵀ becomes the product of λ_B + √d mean λ_B and
-λ_A + √d mean λ_A. The authors add a number (damping_form="absolute"). All else is K-FAC's form="eigen"; see `steepest.rules.kfac` for the legend.
+George et al., arXiv:1806.03884, with K-FAC's factored damping: of S = λ_B λ_Aᵀ it makes the product of λ_B + √d mean
+λ_B and λ_A + √d mean λ_A. The authors add a number, damping_form="absolute". All else is form="eigen" of
+`steepest.rules.kfac`, which has the legend.
 """
 
 from __future__ import annotations
