@@ -70,7 +70,10 @@ def captured_rows(
     for leaf in leaves:
         override, layer = overrides.get(id(leaf.param), {}), by_weight.get(leaf.param)
         if leaf.param in joined:
-            rows.append(_bias_row(leaf, joined[leaf.param], rule_of(joined[leaf.param].weight), override))
+            layer = joined[leaf.param]
+            rows.append(
+                _bias_row(leaf, layer, rule_of(layer.weight), {**overrides.get(id(layer.weight), {}), **override})
+            )
         elif layer is not None and takes(layer):
             rows.append(_weight_row(leaf, layer, rule_of(leaf.param), layer.bias in joined, override))
         else:
@@ -113,7 +116,9 @@ def _weight_row(leaf: Leaf, layer: Layer, rule: str, joins: bool, override: Mapp
 
 
 def _bias_row(leaf: Leaf, layer: Layer, rule: str, override: Mapping[str, Any]) -> Row:
-    options = {name: value for name, value in override.items() if name != "rule"}
+    """Return the row of a bias, for which the options of its weight hold, too."""
+    options = resolve({"rule": rule, **override})
+    options = {name: value for name, value in options.items() if name not in ("rule", *OPTIONS)}
     return Row(
         name=leaf.name,
         param=leaf.param,
