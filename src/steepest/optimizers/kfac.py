@@ -158,6 +158,7 @@ class KFAC(CapturingOptimizer):
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
         >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
         >>> opt = KFAC(model, fisher="sampled")
@@ -215,6 +216,7 @@ class EKFAC(CapturingOptimizer):
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
         >>> opt = EKFAC(model)
         >>> nn.functional.mse_loss(model(torch.randn(8, 1, 4, 4)), torch.randn(8, 2)).backward()
