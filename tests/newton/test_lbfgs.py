@@ -106,12 +106,16 @@ def two_loops(S: list[Tensor], Y: list[Tensor], g: Tensor) -> Tensor:
     return -r
 
 
+def nothing_remembered(size: int, length: int) -> dict[str, torch.Tensor]:
+    x = nn.Parameter(torch.zeros(length, dtype=F64))
+    return steepest.LBFGS([x], history_size=size).state[x]
+
+
 @pytest.mark.parametrize("count", [1, 3, 5, 6, 12])
 def test_the_direction_is_that_of_the_two_loops(count: int) -> None:
     g = torch.Generator().manual_seed(count)
-    p = torch.zeros(9, dtype=F64)
     M = torch.randn(9, 9, generator=g, dtype=F64)
-    state = pairs.new_state(5, 9, p)
+    state = nothing_remembered(5, 9)
     S, Y = [], []
     for _ in range(count):
         S.append(torch.randn(9, generator=g, dtype=F64))
@@ -125,7 +129,7 @@ def test_the_direction_is_that_of_the_two_loops(count: int) -> None:
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_pairs_need_positive_curvature_at_any_scale(scale: float) -> None:
-    state = pairs.new_state(4, 2, torch.zeros(2, dtype=F64))
+    state = nothing_remembered(4, 2)
     s = torch.tensor([1.0, 0.0], dtype=F64)
     for y, count in (([-1.0, 0.0], 0), ([0.5e-10, 1.0], 0), ([2e-10, 1.0], 1), ([math.nan, 1.0], 1), ([1.0, 5.0], 2)):
         pairs.remember(state, s, scale * torch.tensor(y, dtype=F64))

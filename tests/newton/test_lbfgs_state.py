@@ -178,11 +178,11 @@ def test_what_does_not_fit_is_refused_and_nothing_has_changed(named: bool) -> No
     for name, value in (("steps", None), ("pairs", "gone"), ("curvature", torch.zeros(3, 3, dtype=F64))):
         damaged = copy.deepcopy(saved)
         damaged["state"][0][name] = value
-        damages.append((damaged, f"{name} of L-BFGS' state is"))
+        damages.append((damaged, f"{name} of LBFGS's state is"))
     for option, value in (("lr", -1.0), ("history_size", 5)):
         damaged = copy.deepcopy(saved)
         damaged["param_groups"][0][option] = value
-        damages.append((damaged, "lr=-1.0" if option == "lr" else "steps of L-BFGS' state"))
+        damages.append((damaged, "lr=-1.0" if option == "lr" else "steps of LBFGS's state"))
     if named:
         damaged = copy.deepcopy(saved)
         damaged["param_groups"][0]["param_names"] = ["W", "c"]
@@ -216,5 +216,5 @@ def test_parameters_that_thaw_or_are_added_begin_anew() -> None:
     assert optimizer.state[a]["steps"].shape == (7, 6)
     assert optimizer.state_dict()["state"][2].keys() == {"step"}
     optimizer.state[a]["steps"] = torch.zeros(7, 3, dtype=F64)
-    with pytest.raises(ValueError, match=r"steps of L-BFGS' state is \[7, 3\], must be a tensor of shape \[7, 6\]"):
+    with pytest.raises(ValueError, match=r"steps of LBFGS's state is \[7, 3\], must be a tensor of shape \[7, 6\]"):
         optimizer.step(closure)
