@@ -1,0 +1,340 @@
+"""Which of a model's parameters K-FAC takes, as which matrices, and what it says about the others."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import steepest
+from steepest.curvature import layers
+from steepest.engine import capturing
+from steepest.engine.optimizer import Optimizer
+
+KINDS = {"kfac": steepest.KFAC, "ekfac": steepest.EKFAC}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+class Net(nn.Module):
+    """A language model of a kind, with about everything that a layer can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.qkv = nn.Linear(8, 24)
+        self.convolution = nn.Conv1d(8, 8, 3, groups=2, padding=1)
+        self.unbiased = nn.Linear(8, 8, bias=False)
+        self.out = nn.Linear(8, 11, bias=False)
+        self.out.weight = self.table.weight
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        x = self.norm(x + self.attention(x, x, x)[0])
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.convolution(x.mT).mT
+        x = x + self.unbiased(x).relu()
+        return torch.cat([self.out(x), self.head(x)], -1)
+
+
+TOKENS = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(0))
+
+
+def step(model: nn.Module, opt: torch.optim.Optimizer, x: Tensor = TOKENS) -> None:
+    opt.zero_grad()
+    outputs = model(x)
+    (outputs - outputs.detach().cos()).square().sum(-1).mean().backward()
+    opt.step()
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def rules(opt: torch.optim.Optimizer, model: nn.Module) -> dict[str, str]:
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: group["rule"] for group in opt.param_groups for p in group["params"]}
+
+
+# Routing.
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "why"),
+    [
+        ("qkv.weight", "kfac", "Linear, with its bias"),
+        ("qkv.bias", "kfac", "last column of qkv.weight"),
+        ("convolution.weight", "kfac", "Conv1d, with its bias"),
+        ("unbiased.weight", "kfac", "Linear"),
+        ("head.weight", "kfac", "Linear, with its bias"),  # to SOAP's routing it is a head
+        ("table.weight", "adamw", "a table's rows are looked up"),
+        ("attention.in_proj_weight", "adamw", "calls no module for it"),
+        ("attention.out_proj.weight", "adamw", "doesn't call this module"),
+        ("attention.out_proj.bias", "adamw", "bias"),
+        ("norm.weight", "adamw", "norm"),
+    ],
+)
+def test_the_table_says_why(name, rule, why):
+    row = next(row for row in steepest.route(Net(), "kfac").rows if row.name == name)
+    assert row.rule == rule
+    assert why in row.why
+
+
+def test_tied_weights_are_elementwise():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+    rows = {row.name: row for row in steepest.route(Tied(), "kfac").rows}
+    assert rows["a.weight"].rule == "adamw"
+    assert "shared with 'b'" in rows["a.weight"].why
+
+
+@pytest.mark.parametrize("rule", KINDS)
+def test_every_parameter_moves_under_its_rule(rule):
+    model = Net()
+    opt = KINDS[rule](model)
+    before = values(model)
+    for _ in range(2):
+        step(model, opt)
+    assert all(not torch.equal(p, before[name]) and p.isfinite().all() for name, p in values(model).items())
+    routed = {row.name: row.rule for row in steepest.route(model, rule).rows}
+    assert rules(opt, model) == routed
+    assert set(routed.values()) == {rule, "adamw"}
+    (group,) = (group for group in opt.param_groups if group["rule"] == "adamw")
+    assert group["lr"] == 1e-3
+
+
+def test_shapes_of_factors():
+    model = Net()
+    opt = steepest.KFAC(model, overrides={"head.weight": {"lr": 0.5}, "qkv.weight": {"split": (8, 8, 8)}})
+    step(model, opt)
+    shapes = {
+        name: (tuple(opt.state[p]["A"].shape), tuple(opt.state[p]["B"].shape))
+        for name, p in model.named_parameters()
+        if "A" in opt.state[p]
+    }
+    assert shapes["convolution.weight"] == ((2, 13, 13), (2, 4, 4))
+    assert shapes["unbiased.weight"] == ((8, 8), (8, 8))
+    assert shapes["head.weight"] == ((9, 9), (5, 5))
+    pieces = opt.state[model.qkv.weight]
+    assert [(pieces[f"A.{k}"].shape, pieces[f"B.{k}"].shape) for k in range(3)] == [((9, 9), (8, 8))] * 3
+    assert {"A", "B"}.isdisjoint(opt.state[model.head.bias])
+
+
+def test_pieces_of_a_fused_layer_are_layers():
+    """Three layers of the same inputs, and one that holds them all, cut in three."""
+    fused, apart = nn.Linear(4, 9), [nn.Linear(4, 3) for _ in range(3)]
+    with torch.no_grad():
+        for k, layer in enumerate(apart):
+            layer.weight.copy_(fused.weight[3 * k : 3 * k + 3])
+            layer.bias.copy_(fused.bias[3 * k : 3 * k + 3])
+    model = nn.ModuleList(apart)
+    opt = steepest.KFAC(fused, overrides={"weight": {"split": (3, 3, 3)}})
+    other = steepest.KFAC(model, loss_terms=len(X))
+    for _ in range(3):
+        step(fused, opt, X)
+        other.zero_grad()
+        outputs = torch.cat([layer(X) for layer in apart], -1)
+        (outputs - outputs.detach().cos()).square().sum(-1).mean().backward()
+        other.step()
+    torch.testing.assert_close(fused.weight, torch.cat([layer.weight for layer in apart]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused.bias, torch.cat([layer.bias for layer in apart]), rtol=1e-4, atol=1e-5)
+
+
+def test_groups_of_a_convolution_are_layers():
+    fused, apart = nn.Conv1d(4, 6, 3, groups=2), [nn.Conv1d(2, 3, 3) for _ in range(2)]
+    with torch.no_grad():
+        for k, layer in enumerate(apart):
+            layer.weight.copy_(fused.weight[3 * k : 3 * k + 3])
+            layer.bias.copy_(fused.bias[3 * k : 3 * k + 3])
+    x = torch.randn(5, 4, 7)
+    opt, other = steepest.KFAC(fused, loss_terms=5), steepest.KFAC(nn.ModuleList(apart), loss_terms=5)
+    for _ in range(3):
+        for o, outputs in (
+            (opt, fused(x)),
+            (other, torch.cat([layer(part) for layer, part in zip(apart, x.chunk(2, 1), strict=True)], 1)),
+        ):
+            o.zero_grad()
+            (outputs - outputs.detach().cos()).square().sum((1, 2)).mean().backward()
+            o.step()
+    torch.testing.assert_close(fused.weight, torch.cat([layer.weight for layer in apart]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused.bias, torch.cat([layer.bias for layer in apart]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", KINDS)
+def test_for_model_makes_the_same(rule):
+    model = Net()
+    options = {"lr": 0.5, "damping": 0.1, "overrides": {"head.*": "soap", "qkv.weight": {"lr": 0.1}}}
+    ours, theirs = KINDS[rule](model, **options), steepest.for_model(model, rule, **options)
+    assert type(ours) is type(theirs)
+    plain = [[{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups] for opt in (ours, theirs)]
+    assert plain[0] == plain[1]
+    assert rules(ours, model) == rules(theirs, model)
+    assert rules(ours, model)["head.weight"] == "soap"
+    assert {g["lr"] for g in ours.param_groups if g["rule"] == rule} == {0.5, 0.1}
+
+
+def test_long_sides_are_elementwise():
+    model = Net()
+    opt = steepest.KFAC(model, max_precond_dim=13)
+    assert rules(opt, model)["qkv.weight"] == "adamw"
+    assert rules(opt, model)["qkv.bias"] == "adamw"
+    assert rules(opt, model)["convolution.weight"] == "kfac"  # 13 columns with the bias
+    step(model, opt)
+    rows = steepest.route(model, "kfac", overrides={"qkv.weight": {"max_precond_dim": 8}}).rows
+    (why,) = (row.why for row in rows if row.name == "qkv.weight")
+    assert "sides 24, 9: longer than max_precond_dim" in why
+    smaller = steepest.KFAC(model, max_precond_dim=12)
+    assert rules(smaller, model)["convolution.weight"] == "adamw"
+
+
+# Frozen parameters.
+
+
+def test_a_frozen_weight():
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    opt = steepest.KFAC(model)
+    before = values(model)
+    step(model, opt, X)
+    after = values(model)
+    assert torch.equal(before["0.weight"], after["0.weight"])
+    assert not torch.equal(before["2.weight"], after["2.weight"])
+    assert not torch.equal(before["0.bias"], after["0.bias"])
+    assert rules(opt, model)["0.bias"] == "adamw"
+
+
+def test_a_frozen_bias():
+    model = mlp()
+    model[0].bias.requires_grad_(False)
+    opt = steepest.KFAC(model)
+    before = values(model)
+    step(model, opt, X)
+    assert torch.equal(before["0.bias"], model[0].bias)
+    assert not torch.equal(before["0.weight"], model[0].weight)
+    assert opt.state[model[0].weight]["A"].shape == (4, 4)
+
+
+def test_a_bias_that_freezes_while_its_weight_is_trained():
+    model = mlp()
+    opt = steepest.KFAC(model)
+    step(model, opt, X)
+    model[0].bias.requires_grad_(False)
+    before = values(model)
+    for _ in range(2):
+        step(model, opt, X)
+    assert torch.equal(before["0.bias"], model[0].bias)
+    assert not torch.equal(before["0.weight"], model[0].weight)
+
+
+def test_a_layer_that_thaws():
+    """It gets state and statistics when it is trained first, whatever the frequencies say."""
+    model = mlp()
+    groups = steepest.KFAC(copy.deepcopy(model)).param_groups
+    assert len(groups) == 1
+    opt = steepest.KFAC(model, settle=0, statistics_frequency=7)
+    model[0].requires_grad_(False)
+    for _ in range(3):
+        step(model, opt, X)
+    assert not opt.wants_statistics
+    before = values(model)
+    model[0].requires_grad_(True)
+    for _ in range(3):
+        step(model, opt, X)
+    after = values(model)
+    assert all(not torch.equal(before[name], after[name]) and after[name].isfinite().all() for name in before)
+    assert opt.state[model[0].weight]["A"].norm() > 0
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("name", ["table.weight", "attention.out_proj.weight"])
+def test_overrides_of_what_can_not_be_captured(name):
+    with pytest.raises(ValueError, match=rf"{name}: kfac by override: (a table's rows|MultiheadAttention)"):
+        steepest.for_model(Net(), "kfac", overrides={name: "kfac"})
+
+
+@pytest.mark.parametrize("rule", KINDS)
+def test_parameters_alone(rule):
+    params = list(mlp().parameters())
+    with pytest.raises(TypeError, match=rf"use steepest\.{rule.upper()}\(model\)"):
+        steepest.create(rule, params)
+    with pytest.raises(ValueError, match=rf"use steepest\.{rule.upper()}\(model\)"):
+        Optimizer(params, rule=rule, lr=1.0)
+    with pytest.raises(TypeError, match="must be a module"):
+        KINDS[rule](params)
+
+
+def test_parameters_of_no_layer():
+    opt = steepest.KFAC(mlp())
+    stranger = nn.Parameter(torch.randn(3, 3))
+    with pytest.raises(ValueError, match="in no layer that can be captured"):
+        opt.add_param_group({"params": [("stranger", stranger)]})
+    opt.add_param_group({"params": [("stranger", stranger)], "rule": "soap", "lr": 0.1})
+    stranger.grad = torch.ones(3, 3)
+    opt.step()
+    assert stranger.isfinite().all()
+
+
+def test_a_model_is_looked_through_once(monkeypatch):
+    """Not for each of its parameters."""
+    looks = []
+    monkeypatch.setattr(capturing, "layers", lambda model: looks.append(1) or layers(model))
+    counts = []
+    for size in (2, 12):
+        looks.clear()
+        steepest.KFAC(nn.Sequential(*(nn.Linear(3, 3) for _ in range(size))))
+        counts.append(len(looks))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"T1": 3, "statistics_frequency": 4}, "T1=3 contradicts statistics_frequency=4"),
+        ({"T1": 3, "factor_update_steps": 4}, "contradicts"),
+        ({"T2": 3, "precondition_frequency": 4}, "T2=3 contradicts precondition_frequency=4"),
+        ({"factor_decay": 0.9, "factor_beta": 0.5}, "factor_decay=0.9 contradicts factor_beta=0.5"),
+        ({"dampng": 1.0}, "did you mean 'damping'"),
+        ({"damping": -1.0}, "damping=-1.0: must be"),
+        ({"statistics_frequency": 0}, "statistics_frequency=0: must be"),
+        ({"form": "cholesky"}, "form='cholesky': must be one of 'inverse', 'eigen'"),
+        ({"fisher": "exact"}, "fisher='exact': must be 'empirical' or 'sampled'"),
+        ({"loss_terms": "mean"}, "loss_terms='mean': must be"),
+    ],
+)
+def test_bad_options(options, match):
+    model = mlp()
+    with pytest.raises(ValueError, match=match):
+        steepest.KFAC(model, **options)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_aliases():
+    opt = steepest.KFAC(mlp(), factor_update_steps=3, inv_update_steps=7, factor_decay=0.5)
+    (group,) = opt.param_groups
+    assert (group["statistics_frequency"], group["precondition_frequency"], group["factor_beta"]) == (3, 7, 0.5)
+    (group,) = steepest.EKFAC(mlp(), T1=2, T2=4).param_groups
+    assert (group["statistics_frequency"], group["precondition_frequency"]) == (2, 4)
+    (group,) = steepest.KFAC(mlp(), T1=5, statistics_frequency=5).param_groups
+    assert group["statistics_frequency"] == 5
