@@ -41,13 +41,15 @@ def test_evaluation_changes_no_factor():
     other = steepest.KFAC(twin)
     train(twin, other, range(2))
     x, y = batch(7)
+    opt.zero_grad()
     model.eval()
-    squares(model(x), y).backward()
+    torch.autograd.grad(squares(model(x), y), list(model.parameters()))  # no zero_grad follows, which would forget it
     model.train()
     with torch.no_grad():
         model(x)
-    opt.zero_grad()
-    train(model, opt, range(2, 4))
+    squares(model(batch(2)[0]), batch(2)[1]).backward()
+    opt.step()
+    train(model, opt, range(3, 4))
     train(twin, other, range(2, 4))
     assert same(factors(opt), factors(other))
     assert torch.equal(weights(model), weights(twin))
