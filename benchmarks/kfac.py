@@ -4,8 +4,8 @@
     python benchmarks/kfac.py --rounds 3        # quick and rough
     python benchmarks/kfac.py --table           # only print the tables of what was measured
 
-Two nets: an MLP 256-512-512-10 with batches of 256, and a convolutional net with 1-16-32 channels and a last layer of 512
-by 10, with batches of 128. All optimizers train copies of one net in one process and take turns: in each round each
+Two nets: an MLP 256-512-512-10 with batches of 256, and a convolutional net with 1-16-32 channels and a last layer of
+512 by 10, with batches of 128. All optimizers train copies of one net in one process and take turns: in each round each
 takes one whole period of its frequencies, and its time is that period's CPU time, divided by the steps; the figure is
 the median of the rounds. The first steps, in which K-FAC is busier (``settle``), are left out.
 

@@ -35,8 +35,9 @@ def pixels(y: Tensor, module: Convolution) -> Tensor:
 def patches(x: Tensor, module: Convolution, ones: bool = False) -> Tensor:
     """Return what a convolution multiplies its weight by, from its inputs ``[N, C, *spatial]``: ``[G, N, S, n]``.
 
-    With ``ones`` a last column of 1 is added, by which the bias is multiplied. A patch is in the order of ``weight.flatten(1)``: channel, then kernel position. Positions are those of the
-    outputs, for any padding (also "same", and modes other than zeros), stride and dilation.
+    A patch is in the order of ``weight.flatten(1)``: channel, then kernel position. Positions are those of the
+    outputs, for any padding (also "same", and modes other than zeros), stride and dilation. With ``ones`` a last column
+    of 1 is added, by which the bias is multiplied.
 
     Example:
         >>> import torch

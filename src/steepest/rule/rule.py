@@ -67,7 +67,7 @@ class Step:
         return torch.where(self.solved(new, slots).view(-1, 1, 1), new, old)
 
     def solved(self, new: Tensor, slots: Slots = slice(None)) -> Tensor:
-        """Whether each matrix of a decomposition for these slots is a result, ``[b]``; those that are not are counted."""
+        """Whether each matrix of a decomposition for these slots succeeded, ``[b]``; those that did not are counted."""
         good = succeeded(new)
         if self.failures is not None:
             self.failures[slots] += ~good

@@ -26,7 +26,8 @@ def take_in(state: State, new: Statistics, beta: float) -> Tensor:
     ``statistics [B]`` of the state counts what came in, so that averages are unbiased from the first on.
     """
     found = {name: x for name, x in (("A", new.A), ("B", new.B), ("S", new.S)) if x is not None and name in state}
-    good = torch.stack([succeeded(x) for x in (new.A, new.B, *found.values())]).all(dim=0)  # [b]
+    looked_at = {"A": new.A, "B": new.B} | found
+    good = torch.stack([succeeded(x) for x in looked_at.values()]).all(dim=0)  # [b]
     state["statistics"][new.slots] += good
     weight = 1 - corrected_beta(beta, state["statistics"][new.slots].view(-1, 1, 1))
     for name, x in found.items():
