@@ -20,6 +20,7 @@ import copy
 import importlib.util
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -103,6 +104,13 @@ ROWS: dict[str, Row] = {
 PEERS = {f"kfac-pytorch {m} {s}/{f}": peer(m, s, f) for m in ("inverse", "eigen") for s, f in FREQUENCIES}
 
 
+def has_peer() -> bool:
+    """Whether kfac-pytorch is installed. Its module has the name of this file, whose folder is searched first."""
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]
+    return importlib.util.find_spec("kfac") is not None
+
+
 def trained(row: Row, model: nn.Module, x: Tensor, y: Tensor) -> Step:
     """Return one training step of a copy of the model."""
     model = copy.deepcopy(model)
@@ -166,7 +174,7 @@ def main() -> None:
         results = json.loads(arguments.json.read_text())
     else:
         torch.set_num_threads(1)
-        rows = ROWS | (PEERS if importlib.util.find_spec("kfac") else {})
+        rows = ROWS | (PEERS if has_peer() else {})
         words = arguments.rows.split(",")
         rows = {name: row for name, row in rows.items() if name == "SGD" or any(word in name for word in words)}
         results = {"torch": torch.__version__, "rounds": arguments.rounds, "milliseconds": {}}

@@ -111,14 +111,11 @@ class CapturingOptimizer(Optimizer, ABC):
         self._listen()
 
     def _participants(self) -> list[Tensor | None]:
-        """As ever; where a parameter thaws, statistics come often again."""
+        """As ever; what thaws is captured from the next step on."""
         frozen = set(self._roster.frozen)
         grads = super()._participants()
-        self._fresh |= frozen - self._roster.frozen
-        for index in frozen - self._roster.frozen:
-            group = self.param_groups[self._roster.numbers[index]]
-            if COUNT in group:
-                group[COUNT] = 0
+        self._thawed = frozen - self._roster.frozen
+        self._fresh |= self._thawed
         return grads
 
     def _marks(self) -> Sequence[set[int]]:
@@ -137,7 +134,7 @@ class CapturingOptimizer(Optimizer, ABC):
     def _captured(self, grads: list[Tensor | None]) -> Mapping[int, Statistics | None]:
         """Return what was captured since the last step, by the number of the weight.
 
-        A layer that never had statistics waits for the next step that has some.
+        A layer that never had statistics waits for the next step that has some; its group settles anew.
 
         Raises:
             RuntimeError: if statistics were due, and a layer that has a gradient got none and never had any.
@@ -151,9 +148,11 @@ class CapturingOptimizer(Optimizer, ABC):
         statistics |= {places[w]: Statistics(x.A, x.B, x.S) for w, x in found.items() if w in places}
         fresh = [s for s in self._segments if s.index not in statistics and s.index in self._fresh]
         new = [segment for segment in fresh if _takes_part(segment, grads)]
-        if new and (self.wants_statistics or self._detached):
-            raise RuntimeError(self._nothing_captured([roster.names[s.index] for s in new]))
+        missing = [segment for segment in new if self._detached or segment.index not in self._thawed]
+        if missing and (self.wants_statistics or self._detached):
+            raise RuntimeError(self._nothing_captured([roster.names[s.index] for s in missing]))
         for segment in new:
+            self.param_groups[segment.group][COUNT] = 0
             grads[segment.index] = None
             if segment.bias is not None:
                 grads[segment.bias] = None
