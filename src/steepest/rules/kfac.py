@@ -31,7 +31,7 @@ from steepest.linalg.roots import inverse
 from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, flag, frequency, lays_out, one_of
 from steepest.rule.words import CurvatureForm, DampingForm, Solver, SpectrumDamping
 from steepest.rules.parts.factors import into
-from steepest.rules.parts.fisher import SIDES, divided, take_in, update_eigenbases
+from steepest.rules.parts.fisher import SIDES, divided, put, take_in, update_eigenbases
 from steepest.rules.parts.moments import correction
 
 
@@ -82,9 +82,9 @@ class LayerFisher(Refreshing[State], ABC):
         for side, x in K.items():
             other = λ.get({"A": "B", "B": "A"}[side], torch.ones_like(λ[side]))
             shift = self.damping**0.5 * (λ[side] if self.damping_form == "relative" else (λ[side] / other).sqrt())
-            known, P = (λ[side] > 0) & (other > 0), state[f"P_{side}"][slots]  # of zeros nothing is known
-            new = step.found(inverse(x, torch.where(known, shift, 1.0)), P, slots)
-            state[f"P_{side}"][slots] = torch.where(known, new, P)
+            known = (λ[side] > 0) & (other > 0)  # of zeros nothing is known
+            P = inverse(x, torch.where(known, shift, 1.0))
+            put(state[f"P_{side}"], slots, P, known.view(-1) & step.solved(P, slots))
 
     def direction(self, G: Tensor, state: State, step: Step) -> Tensor:
         G = G if step.penalty is None else G + step.penalty

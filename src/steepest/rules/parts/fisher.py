@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steepest.linalg.attempts import succeeded
+from steepest.linalg.attempts import at_hand, succeeded
 from steepest.linalg.eigenbasis import conjugate, eigenvectors
 from steepest.linalg.solvers import SOLVERS, choose
 from steepest.rule import Slots, State, Statistics, Step
@@ -26,13 +26,20 @@ def take_in(state: State, new: Statistics, beta: float) -> Tensor:
     ``statistics [B]`` of the state counts what came in, so that averages are unbiased from the first on.
     """
     found = {name: x for name, x in (("A", new.A), ("B", new.B), ("S", new.S)) if x is not None and name in state}
-    good = torch.stack([succeeded(x) for x in (new.A, new.B, *found.values())]).all(dim=0)  # [b]
+    looked_at = {"A": new.A, "B": new.B} | found
+    good = torch.stack([succeeded(x) for x in looked_at.values()]).all(dim=0)  # [b]
     state["statistics"][new.slots] += good
     weight = 1 - corrected_beta(beta, state["statistics"][new.slots].view(-1, 1, 1))
     for name, x in found.items():
-        old = state[name][new.slots]
-        state[name][new.slots] = torch.where(good.view(-1, 1, 1), old.lerp(x, weight), old)
+        put(state[name], new.slots, state[name][new.slots].lerp(x, weight), good)
     return good
+
+
+def put(x: Tensor, slots: Slots, new: Tensor, good: Tensor) -> None:
+    """Write ``new [b, ., .]`` to these slots of ``x [B, ., .]``, in place, where ``good [b]``."""
+    if not (at_hand(good) and bool(good.all())):
+        new = torch.where(good.view(-1, 1, 1), new, x[slots])
+    x[slots] = new
 
 
 def update_eigenbases(state: State, slots: Slots, step: Step, solver: str) -> None:
