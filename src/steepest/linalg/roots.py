@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from steepest.linalg.attempts import attempt
+from steepest.linalg.attempts import at_hand, attempt
+from steepest.linalg.solvers import ALIGNED, CONFLICT
 
 LANES = 16
 """A number of entries that fills whole vector registers on any processor."""
@@ -61,9 +62,17 @@ def inverse(K: Tensor, damping: Tensor | float = 0.0) -> Tensor:
 
     def solve(K: Tensor) -> Tensor:
         L, info = torch.linalg.cholesky_ex(K)
-        return torch.cholesky_inverse(L).masked_fill((info != 0).view(-1, 1, 1), torch.nan)
+        P = torch.cholesky_inverse(L)
+        failed = info != 0
+        return P if at_hand(failed) and not failed.any() else P.masked_fill(failed.view(-1, 1, 1), torch.nan)
 
-    return attempt(solve, K + damping * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device))
+    d = K.shape[-1]
+    # Columns a multiple of 512 entries apart are slow (`steepest.linalg.solvers.columns_apart`): 1.5 times at 512 rows.
+    more = ALIGNED if at_hand(K) and d % CONFLICT == 0 else 0
+    damped = pad(K, (0, more, 0, more))
+    damped.diagonal(dim1=-2, dim2=-1)[..., :d].add_(damping.view(-1, 1) if isinstance(damping, Tensor) else damping)
+    damped.diagonal(dim1=-2, dim2=-1)[..., d:].fill_(1)
+    return attempt(solve, damped)[..., :d, :d]
 
 
 def spectral_power(eigenvalues: Tensor, exponent: float, *, eps: float = 0.0, relative: bool = False) -> Tensor:

@@ -32,7 +32,7 @@ def revive(state: State) -> None:
     """Make bases and roots that are zero the identity again, in place, as somebody may have zeroed all of the state."""
     for name, Q in state.items():
         if name.startswith(("Q_", "P_")):
-            dead = Q.abs().amax(dim=(-2, -1)) == 0  # [B]
+            dead = Q[..., 0].abs().amax(dim=-1) == 0  # [B]; no column of a basis or of a root is zero
             Q.diagonal(dim1=-2, dim2=-1).add_(dead.unsqueeze(-1))
 
 

@@ -27,11 +27,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from steepest.linalg.attempts import succeeded
 from steepest.linalg.roots import inverse
 from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, flag, frequency, lays_out, one_of
 from steepest.rule.words import CurvatureForm, DampingForm, Solver
 from steepest.rules.parts.factors import into
-from steepest.rules.parts.fisher import SIDES, divided, take_in, update_eigenbases
+from steepest.rules.parts.fisher import SIDES, divided, put, take_in, update_eigenbases
 from steepest.rules.parts.moments import correction
 
 
@@ -69,10 +70,7 @@ class LayerFisher(Refreshing[State], ABC):
         return state
 
     def update_factors(self, G: Tensor, state: State, step: Step) -> None:
-        if step.statistics is not None:
-            good = take_in(state, step.statistics, self.factor_beta)
-            if step.failures is not None:
-                step.failures[step.statistics.slots] += ~good
+        take_in(state, step.statistics, self.factor_beta, step.failures)
 
     def update_bases(self, state: State, slots: Slots, step: Step) -> None:
         if self.in_basis:
@@ -82,9 +80,12 @@ class LayerFisher(Refreshing[State], ABC):
         for side, x in K.items():
             other = λ.get({"A": "B", "B": "A"}[side], torch.ones_like(λ[side]))
             shift = self.damping**0.5 * (λ[side] if self.damping_form == "relative" else (λ[side] / other).sqrt())
-            known, P = (λ[side] > 0) & (other > 0), state[f"P_{side}"][slots]  # of zeros nothing is known
-            new = step.found(inverse(x, torch.where(known, shift, 1.0)), P, slots)
-            state[f"P_{side}"][slots] = torch.where(known, new, P)
+            known = (λ[side] > 0) & (other > 0)  # of zeros nothing is known
+            new = inverse(x, torch.where(known, shift, 1.0))
+            good = succeeded(new)  # [b]
+            if step.failures is not None:
+                step.failures[slots] += ~good
+            put(state[f"P_{side}"], slots, new, good & known.view(-1))
 
     def direction(self, G: Tensor, state: State, step: Step) -> Tensor:
         G = G if step.penalty is None else G + step.penalty
