@@ -64,10 +64,14 @@ class Step:
 
     def found(self, new: Tensor, old: Tensor | float, slots: Slots = slice(None)) -> Tensor:
         """The result of a decomposition for these slots, ``[b, m, n]``; ``old`` where it is NaN, which is counted."""
-        good = succeeded(new)  # [b]
+        return torch.where(self.solved(new, slots).view(-1, 1, 1), new, old)
+
+    def solved(self, new: Tensor, slots: Slots = slice(None)) -> Tensor:
+        """Whether each matrix of a decomposition for these slots succeeded, ``[b]``; those that did not are counted."""
+        good = succeeded(new)
         if self.failures is not None:
             self.failures[slots] += ~good
-        return torch.where(good.view(-1, 1, 1), new, old)
+        return good
 
 
 @dataclass(frozen=True)

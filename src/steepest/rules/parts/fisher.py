@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steepest.linalg.attempts import succeeded
+from steepest.linalg.attempts import at_hand, succeeded
 from steepest.linalg.eigenbasis import conjugate, eigenvectors
 from steepest.linalg.solvers import SOLVERS, choose
 from steepest.rule import Slots, State, Statistics, Step
@@ -26,13 +26,20 @@ def take_in(state: State, new: Statistics, beta: float) -> Tensor:
     ``statistics [B]`` of the state counts what came in, so that averages are unbiased from the first on.
     """
     found = {name: x for name, x in (("A", new.A), ("B", new.B), ("S", new.S)) if x is not None and name in state}
-    good = torch.stack([succeeded(x) for x in (new.A, new.B, *found.values())]).all(dim=0)  # [b]
+    looked_at = {"A": new.A, "B": new.B} | found
+    good = torch.stack([succeeded(x) for x in looked_at.values()]).all(dim=0)  # [b]
     state["statistics"][new.slots] += good
     weight = 1 - corrected_beta(beta, state["statistics"][new.slots].view(-1, 1, 1))
     for name, x in found.items():
-        old = state[name][new.slots]
-        state[name][new.slots] = torch.where(good.view(-1, 1, 1), old.lerp(x, weight), old)
+        put(state[name], new.slots, state[name][new.slots].lerp(x, weight), good)
     return good
+
+
+def put(x: Tensor, slots: Slots, new: Tensor, good: Tensor) -> None:
+    """Write ``new [b, ., .]`` to these slots of ``x [B, ., .]``, in place, where ``good [b]``."""
+    if not (at_hand(good) and bool(good.all())):
+        new = torch.where(good.view(-1, 1, 1), new, x[slots])
+    x[slots] = new
 
 
 def update_eigenbases(state: State, slots: Slots, step: Step, solver: str) -> None:
@@ -50,9 +57,15 @@ def update_eigenbases(state: State, slots: Slots, step: Step, solver: str) -> No
     state["S"][slots] = λ["B"].unsqueeze(-1) * λ["A"].unsqueeze(-2)
 
 
-def divided(M: Tensor, state: State, damping: float, relative: bool) -> Tensor:
-    """``Q_B [(Q_Bᵀ M Q_A) / (S + damping)] Q_Aᵀ`` for ``M [B, m, n]``; relative damping is a fraction of the mean."""
+def divided(M: Tensor, state: State, damping: float, form: str) -> Tensor:
+    """``Q_B [(Q_Bᵀ M Q_A) / (S + damping)] Q_Aᵀ`` for ``M [B, m, n]``, with damping of one of these forms.
+
+    "absolute": d itself. "relative": d · mean S. "factored": √d (mean of the row + mean of the column) + d · mean S,
+    which for S = λ_B λ_Aᵀ is the product (λ_B + √d mean λ_B)(λ_A + √d mean λ_A)ᵀ that damped factors have.
+    """
     Q_B, Q_A, S = state.get("Q_B"), state.get("Q_A"), state["S"]
-    floor = damping * S.mean(dim=(-2, -1), keepdim=True) if relative else damping
+    floor = damping if form == "absolute" else damping * S.mean(dim=(-2, -1), keepdim=True)
+    if form == "factored":
+        floor = floor + damping**0.5 * (S.mean(dim=-1, keepdim=True) + S.mean(dim=-2, keepdim=True))
     u = into(M, Q_B, Q_A) / (S + floor + torch.finfo(S.dtype).tiny)
     return into(u, None if Q_B is None else Q_B.mT, None if Q_A is None else Q_A.mT)
