@@ -247,7 +247,7 @@ def test_a_bias_that_freezes_while_its_weight_is_trained():
 @pytest.mark.parametrize("settle", [0, 50])
 @pytest.mark.parametrize("left_out", [True, False])
 def test_a_layer_that_thaws(left_out, settle):
-    """It is captured when it is trained first, whatever the frequencies say, and its group settles anew."""
+    """It is captured when it is trained first, whatever the frequencies say; a group that was frozen settles anew."""
     model = mlp()
     frozen = {"params": [("0.weight", model[0].weight), ("0.bias", model[0].bias)], "bias": True}
     model[0].requires_grad_(not left_out)
@@ -265,7 +265,7 @@ def test_a_layer_that_thaws(left_out, settle):
     assert opt.wants_statistics
     assert torch.equal(values(model)["0.weight"], before["0.weight"]) is waits
     step(model, opt, X)
-    assert opt.param_groups[-1]["statistics_step"] == (2 if waits else 5)
+    assert opt.param_groups[-1]["statistics_step"] == (2 if left_out else 5)
     assert opt.state[model[0].weight]["statistics"] == (1 if waits else 2)
     step(model, opt, X)
     after = values(model)

@@ -134,7 +134,8 @@ class CapturingOptimizer(Optimizer, ABC):
     def _captured(self, grads: list[Tensor | None]) -> Mapping[int, Statistics | None]:
         """Return what was captured since the last step, by the number of the weight.
 
-        A layer that never had statistics waits for the next step that has some; its group settles anew.
+        A layer that never had statistics waits for the next step that has some. The group of one that thaws settles
+        anew.
 
         Raises:
             RuntimeError: if statistics were due, and a layer that has a gradient got none and never had any.
@@ -152,7 +153,8 @@ class CapturingOptimizer(Optimizer, ABC):
         if missing and (self.wants_statistics or self._detached):
             raise RuntimeError(self._nothing_captured([roster.names[s.index] for s in missing]))
         for segment in new:
-            self.param_groups[segment.group][COUNT] = 0
+            if segment.index in self._thawed:
+                self.param_groups[segment.group][COUNT] = 0
             grads[segment.index] = None
             if segment.bias is not None:
                 grads[segment.bias] = None
