@@ -168,7 +168,7 @@ def test_a_bias_that_freezes_while_its_weight_is_trained():
 @pytest.mark.parametrize("settle", [0, 50])
 @pytest.mark.parametrize("left_out", [True, False])
 def test_a_layer_that_thaws(left_out, settle):
-    """It is captured when it is trained first, whatever the frequencies say, and its group settles anew."""
+    """It is captured when it is trained first, whatever the frequencies say; a group that was frozen settles anew."""
     model = mlp()
     frozen = {"params": [("0.weight", model[0].weight), ("0.bias", model[0].bias)], "bias": True}
     model[0].requires_grad_(not left_out)

@@ -132,7 +132,8 @@ class CapturingOptimizer(Optimizer, ABC):
     def _captured(self, grads: list[Tensor | None]) -> Mapping[int, Statistics | None]:
         """Return what was captured since the last step, by the number of the weight.
 
-        A layer that never had statistics waits for the next step that has some; its group settles anew.
+        A layer that never had statistics waits for the next step that has some. The group of one that thaws settles
+        anew.
 
         Raises:
             RuntimeError: if statistics were due, and a layer that has a gradient got none and never had any.
