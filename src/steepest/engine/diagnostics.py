@@ -30,6 +30,8 @@ from steepest.stack.stack import Stack, to_device
 
 SIDES = ("L", "R", "A", "B")
 """The names of Kronecker factors in states."""
+COLUMNS = 256
+"""Columns of a basis that a drift is computed from: with all of a longer one, a call would cost as much as a step."""
 ITERATIONS = 20
 """Products by which a largest eigenvalue is estimated where there is no basis."""
 
@@ -274,21 +276,36 @@ def factor_health(state: State, side: str, root: int | Tensor = 1) -> dict[str, 
     trace = K.diagonal(dim1=-2, dim2=-1).sum(dim=-1, dtype=torch.float64)
     found = {"effective_rank": (trace / norm).square() / K.shape[-1]}
     if Q is not None:
+        weights, whole = torch.ones((), dtype=torch.float64, device=K.device), norm.square()
         if f"lambda_{side}" in state:
-            λ = state[f"lambda_{side}"]
+            λ = state[f"lambda_{side}"].double()  # [B, d]
         elif "in_basis" in state:  # KL-SOAP's factors stand in their bases' coordinates
-            λ = K.diagonal(dim1=-2, dim2=-1)
+            λ = K.diagonal(dim1=-2, dim2=-1).double()
         else:
             Q = Q.to(K.dtype)
-            λ = (Q * (K @ Q)).sum(dim=-2)
-        λ = λ.double()  # [B, d]
+            if Q.shape[-1] > COLUMNS:
+                Q, weights = _some_columns(Q)
+            KQ = K @ Q  # [B, d, c]
+            λ = (Q * KQ).sum(dim=-2, dtype=torch.float64)
+            whole = (weights * torch.linalg.vector_norm(KQ, dim=-2, dtype=torch.float64).square()).sum(dim=-1)
         top = λ.amax(dim=-1)
         found["condition_number"] = top / torch.maximum(λ.amin(dim=-1), torch.finfo(K.dtype).eps * top)
-        kept = torch.linalg.vector_norm(λ, dim=-1) / norm
-        found["basis_drift"] = (1 - kept.square()).clamp(min=0).sqrt()
+        found["basis_drift"] = (1 - (weights * λ.square()).sum(dim=-1) / whole).clamp(min=0).sqrt()
     elif P is not None:
         found["condition_number"] = (_largest(K) * _largest(P) ** root).clamp(min=1.0)
     return found
+
+
+def _some_columns(Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `COLUMNS` columns of bases ``Q [B, d, d]``, and for how many each stands: the first, and evenly others.
+
+    Columns are ordered by descending eigenvalue, so the first are most of the factor, and the last has the smallest.
+    """
+    d, half = Q.shape[-1], COLUMNS // 2
+    others = [half + (d - half - 1) * i // (half - 1) for i in range(half)]
+    weights = torch.ones(COLUMNS, dtype=torch.float64, device=Q.device)
+    weights[half:] = (d - half) / half
+    return Q.index_select(-1, to_device([*range(half), *others], Q.device)), weights
 
 
 def _largest(K: Tensor) -> Tensor:
