@@ -311,7 +311,7 @@ def _find(
                     f"{name}.{local} normalizes queries or keys, so scaling them has no effect: {_skip(name)}"
                 )
         size = sum(part.size or part.stride for role, part in parts.items() if role[0] == "q")
-        told = [float(x) for known in SCALES if number(x := getattr(module, known, None))]
+        told = [float(x) for known in SCALES if number(x := getattr(module, known, None)) and x is not None]
         of_module = told[0] if told else size**-0.5
         batch_first = bool(getattr(module, "batch_first", True))
         yield Attention(name, of_module if scale is None else scale, parts, exact, batch_first)
