@@ -22,7 +22,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("soap", {"moment_dtype": "int8", "basis_dtype": "bfloat16"}),
     ("soap", {"stagger": True, "basis_timing": "after"}),
     ("kl-soap", {"block_size": 5}),
-    ("muon", {"weight_decay": 0.1, "elementwise": {"amsgrad": True}}),
+    ("muon", {"weight_decay": 0.1, "elementwise": {"amsgrad": True, "betas": (0.9, 0.3)}}),
 ]
 
 
