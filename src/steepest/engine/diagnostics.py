@@ -132,13 +132,15 @@ class Diagnosed(torch.optim.Optimizer):
         found |= {"optimizer/skipped": total, "optimizer/failed_decompositions": float(self._failures + failed)}
         return found | watch.times()
 
-    def _watched(self, step: Callable[[], None]) -> None:
-        """Take a step, and keep what diagnostics need of it, once somebody has asked for them."""
-        if self._watch is None:
-            return step()
-        with self._watch.watching(self._roster.buckets):
-            step()
-        self._watch.roster, self._watch.rates = self._roster, [group["lr"] for group in self.param_groups]
+    def _step(self) -> None:
+        """Take one step."""
+        raise NotImplementedError
+
+    def _watched(self, watch: Watch) -> None:
+        """Take one step, and keep what diagnostics need of it."""
+        with watch.watching(self._roster.buckets):
+            self._step()
+        watch.roster, watch.rates = self._roster, [group["lr"] for group in self.param_groups]
 
 
 class Watch:

@@ -153,7 +153,10 @@ class Optimizer(Diagnosed):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._watched(self._step)
+        if self._watch is None:
+            self._step()
+        else:
+            self._watched(self._watch)
         return loss
 
     @undisturbed
