@@ -25,7 +25,7 @@ from steepest.exchange.peers import Peers
 from steepest.exchange.shards import local
 from steepest.linalg.precision import fp32_matmul_precision
 from steepest.linalg.surroundings import undisturbed
-from steepest.rule import Elementwise, Refreshing, Rule, State
+from steepest.rule import Elementwise, Refreshing, State
 from steepest.stack.stack import Stack, to_device
 
 SIDES = ("L", "R", "A", "B")
@@ -41,7 +41,6 @@ class Diagnosed(torch.optim.Optimizer):
 
     _roster: Roster
     _elsewhere: dict[Peers, int]
-    # What an optimizer that was unpickled starts with.
     _skipped: Tensor | int = 0
     _failures = 0
     _watch: Watch | None = None
@@ -133,8 +132,7 @@ class Diagnosed(torch.optim.Optimizer):
         return found | watch.times()
 
     def _step(self) -> None:
-        """Take one step."""
-        raise NotImplementedError
+        raise NotImplementedError  # the engine's
 
     def _watched(self, watch: Watch) -> None:
         """Take one step, and keep what diagnostics need of it."""
@@ -375,7 +373,6 @@ class Tallies:
         clocks = stack.clock.tolist()
         for number, start, stop in stack.groups:
             rule = self.roster.rules[number]
-            assert isinstance(rule, Rule)
             if isinstance(rule, Refreshing) and any(name.startswith(("Q_", "P_")) for name in stack.state):
                 age = cache(rule_age(rule))
                 ages = [math.nan] * stack.size
