@@ -15,7 +15,7 @@ FLOORS = [
     {"curvature", "rules", "stack"},
     {"exchange"},
     {"engine", "newton"},
-    {"adopting", "functional", "optimizers", "recipes", "routing"},
+    {"adopting", "clipping", "functional", "optimizers", "recipes", "routing"},
     {"lab", "testing"},
     {"__main__", "cli"},
 ]

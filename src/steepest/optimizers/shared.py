@@ -81,7 +81,8 @@ class SharedOptions(GroupOptions, total=False):
             information. 0 (default) cuts nothing. Distributed Shampoo uses the same name.
         split: The row counts of blocks that are matrices of their own, as in a fused query-key-value projection. ()
             (default) takes a weight as one matrix.
-        heads: The number of matrices that the rows of a weight, or of each block of ``split``, form. 1 by default.
+        heads: The number of matrices that the rows of a weight, or of each block of ``split``, form. A tuple has
+            a number for each block: (8, 2, 2) with 8 heads of queries and 2 of keys and values. 1 by default.
         transpose: Whether the weight is stored as ``[inputs, outputs]``. False by default: rows are outputs.
 
     Example:
@@ -98,5 +99,5 @@ class SharedOptions(GroupOptions, total=False):
     stagger: bool
     block_size: int
     split: tuple[int, ...]
-    heads: int
+    heads: int | tuple[int, ...]
     transpose: bool

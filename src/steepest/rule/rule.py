@@ -180,3 +180,7 @@ class Elementwise(Options, ABC):
         decay: float,
     ) -> None:
         """Step and decay the parameters in place. All are of one dtype and device."""
+
+    def latest(self, state: State) -> Tensor | None:
+        """The direction of a parameter's latest step, as its state tells it; None if the state doesn't tell."""
+        return None
