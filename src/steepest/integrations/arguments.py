@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from steepest.engine.group import option_defaults
+from steepest.engine.group import UNSUPPORTED, option_defaults
 from steepest.optimizers import group_options
 from steepest.recipes import unfold_elementwise
 from steepest.routing.classify import is_matrix_rule
@@ -62,6 +62,10 @@ def sort(
     known, others = option_defaults(rule), option_defaults(entrywise["rule"])
     mine, theirs, notes = {}, {}, []
     for key, value in literals(options).items():
+        if key in UNSUPPORTED:
+            if value:
+                raise ValueError(f"{key}={value!r}: not supported; {UNSUPPORTED[key]}")
+            continue
         there = is_matrix_rule(rule) and key in ADAMS and key in others
         if there:
             theirs[key] = value

@@ -16,7 +16,7 @@ from steepest.integrations.arguments import literals, takes
 from steepest.integrations.names import skeleton
 from steepest.integrations.shapes import rows as rows_by_shape
 from steepest.optimizers.shared import Params
-from steepest.routing.classify import Overrides
+from steepest.routing.classify import Overrides, is_matrix_rule
 from steepest.routing.deciding import route
 from steepest.routing.table import Routing, Row
 
@@ -72,7 +72,8 @@ def cut(
     Raises:
         ValueError: If there are overrides, and parameters without names.
     """
-    rule, elementwise = matrices["rule"], rest["rule"]
+    rule = matrices["rule"]
+    elementwise = rest["rule"] if is_matrix_rule(rule) else rule
     members = [
         member for number, group in enumerate(groups) if "rule" not in group for member in _members(number, group)
     ]
@@ -152,7 +153,7 @@ def _rows_by_shape(
     exempt = {i for i, decay in enumerate(decays) if decay == 0 and any(decays)}
     entrywise = {i for i, m in enumerate(members) if m.group in exempt or _is_fallback(groups[m.group])}
     rows, doubtful = rows_by_shape([m.param for m in members], names, rule, elementwise, entrywise)
-    if not doubtful or rule == elementwise:
+    if not doubtful:
         return rows, []
     by_name = {row.name: row for row in rows}
     guesses = ", ".join(f"{name} ({by_name[name].layout}) to {by_name[name].rule}" for name in doubtful[:3])

@@ -38,6 +38,7 @@ class Conv1D(nn.Module):
 def skeleton(named: Mapping[str, Tensor]) -> nn.Module:
     """Return modules that hold these parameters under these names; nothing is copied, and nothing else is allocated.
 
+    >>> import torch
     >>> weight = nn.Parameter(torch.zeros(4, 3, 2, 2))
     >>> made = skeleton({"stem.0.weight": weight})
     >>> made

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from steepest.optimizers.tables import lora_pairs, tables
+from steepest.optimizers.tables import PAIR, lora_pairs, tables
 from steepest.routing.classify import state_bytes
 from steepest.routing.layout import Layout
 from steepest.routing.table import Row
@@ -65,9 +65,13 @@ def guess(shapes: Sequence[tuple[int, ...]], entrywise: Collection[int] = ()) ->
     matrices = [i for i, found in enumerate(guesses) if found.layout is not None]
     lasting = [i for i, shape in enumerate(shapes) if not _is_vector(shape)]
     if len(matrices) > 1 and matrices[-1] == lasting[-1] and not is_lora[matrices[-1]]:
-        last = shapes[matrices[-1]]
-        if counts[last] == 1 and len(last) == 2:
-            guesses[matrices[-1]] = Guess("output head? the last matrix", doubtful=True)
+        first, last = matrices[0], matrices[-1]
+        shape, is_pair = shapes[last], shapes[first] == shapes[last] and len(matrices) > PAIR and not any(is_table)
+        if len(shape) == 2 and counts[shape] == 1:
+            guesses[last] = Guess("output head? the last matrix", doubtful=True)
+        elif len(shape) == 2 and counts[shape] == PAIR and is_pair and shape[0] > shape[1]:
+            guesses[first] = Guess("embedding? as the last matrix, and no other", doubtful=True)
+            guesses[last] = Guess("output head? as the first matrix, and no other", doubtful=True)
     return guesses
 
 
@@ -79,6 +83,8 @@ def rows(
     ``entrywise`` are the positions of what is no matrix.
     """
     found = guess([tuple(p.shape) for p in params], entrywise)
+    if rule == elementwise:
+        found = [replace(each, layout=None, doubtful=False) for each in found]
     made = [_row(p, name, each, rule, elementwise) for p, name, each in zip(params, names, found, strict=True)]
     return made, [name for name, each in zip(names, found, strict=True) if each.doubtful]
 
