@@ -73,7 +73,10 @@ def kfac(name: str, fisher: str) -> Make:
 
 ADAMWS = {"lr": (5e-3, 1e-2, 2e-2, 4e-2), "beta2": (0.95, 0.999)}
 SOAPS = {"lr": (1e-2, 2e-2, 4e-2, 8e-2), "shampoo_beta": (0.9, 0.95)}
-KFACS = {"damping": (1e-3, 3e-3, 1e-2, 3e-2), "kl_clip": (3e-3, 1e-2)}
+CLIPS = (1e-2, 3e-2)
+KFACS = {"damping": (3e-4, 1e-3, 3e-3, 1e-2), "kl_clip": CLIPS}
+DAMPED = {"damping": (1e-2, 3e-2, 1e-1, 3e-1), "kl_clip": CLIPS}
+"""EKFAC and the empirical Fisher matrix are best with more damping."""
 ROWS: dict[str, Row] = {
     "adamw": Row(adamw, ADAMWS),
     "adamw, 1400 steps": Row(adamw, ADAMWS, 1400),
@@ -82,8 +85,8 @@ ROWS: dict[str, Row] = {
     "kfac, defaults": Row(kfac("KFAC", "sampled")),
     "kfac": Row(kfac("KFAC", "sampled"), KFACS),
     "kfac, 730 steps": Row(kfac("KFAC", "sampled"), KFACS, 730),
-    "kfac, empirical": Row(kfac("KFAC", "empirical"), KFACS),
-    "ekfac": Row(kfac("EKFAC", "sampled"), KFACS),
+    "kfac, empirical": Row(kfac("KFAC", "empirical"), DAMPED),
+    "ekfac": Row(kfac("EKFAC", "sampled"), DAMPED),
 }
 
 

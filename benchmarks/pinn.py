@@ -32,10 +32,10 @@ from steepest.lab.workloads.problems import PROBLEMS, Problem
 
 PICTURE = Path(__file__).parents[1] / "docs/pinn.png"
 RATES = {
-    "poisson": {"adamw": 1e-1, "soap": 1e-3, "muon": 1e-2},
+    "poisson": {"adamw": 1e-2, "soap": 1e-3, "muon": 1e-2},
     "burgers": {"adamw": 3e-2, "soap": 3e-2, "muon": 1e-1},
 }
-"""The best of `TRIED` for each problem, by ``--tune``."""
+"""The best of `TRIED` for each problem, by ``--tune``; but for AdamW on Poisson the second: 0.1 fails on most seeds."""
 TRIED = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TUNED_ON = 100
 """The seed of ``--tune``, which no table has."""
@@ -151,19 +151,19 @@ def train(problem: Problem, name: str, seed: int, seconds: float, setting: float
 
 def row(name: str, seed: int | str, run: Run) -> str:
     times = "".join(f"{'never' if (at := run.until(target)) is None else f'{at:.1f}':>9}" for target in TARGETS)
-    return f"{name:14}{seed:>6}{run.steps:>8}{run.used:>9.1f}{run.error:>11.1e}{times}"
+    return f"{name:16}{seed:>6}{run.steps:>8}{run.used:>9.1f}{run.error:>11.1e}{times}"
 
 
 def tune(problem: Problem, name: str, seconds: float) -> None:
     for optimizer in RATES[name]:
         errors = {rate: train(problem, optimizer, TUNED_ON, seconds, rate).error for rate in TRIED}
         best = min(errors, key=lambda rate: errors[rate])
-        print(f"{optimizer:14}{best:g} of", ", ".join(f"{r:g}: {e:.1e}" for r, e in errors.items()), flush=True)
+        print(f"{optimizer:16}{best:g} of", ", ".join(f"{r:g}: {e:.1e}" for r, e in errors.items()), flush=True)
 
 
 def table(problem: Problem, args: argparse.Namespace) -> dict[str, list[Run]]:
     columns = "".join(f"{f'to {target:.0e}'.replace('e-0', 'e-'):>9}" for target in TARGETS)
-    print(f"{'optimizer':14}{'seed':>6}{'steps':>8}{'seconds':>9}{'error':>11}{columns}")
+    print(f"{'optimizer':16}{'seed':>6}{'steps':>8}{'seconds':>9}{'error':>11}{columns}")
     found: dict[str, list[Run]] = {}
     for name in args.optimizers.split(","):
         setting = RATES[args.problem].get(name, args.steps)
@@ -172,7 +172,7 @@ def table(problem: Problem, args: argparse.Namespace) -> dict[str, list[Run]]:
             found.setdefault(name, []).append(run)
             print(row(name, seed, run), flush=True)
         errors = sorted(run.error for run in found[name])
-        print(f"{name:14}median{'':17}{median(errors):>11.1e}   from {errors[0]:.1e} to {errors[-1]:.1e}", flush=True)
+        print(f"{name:16}median{'':17}{median(errors):>11.1e}   from {errors[0]:.1e} to {errors[-1]:.1e}", flush=True)
     return found
 
 
@@ -214,11 +214,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     problem = PROBLEMS[args.problem]()
-    parameters = sum(p.numel() for p in problem.network().parameters())
-    points = sum(map(len, problem.residuals))
-    print(
-        f"torch {torch.__version__}, one thread, float64; {args.problem}: {points} residuals, {parameters} parameters"
-    )
+    size, points = sum(p.numel() for p in problem.network().parameters()), sum(map(len, problem.residuals))
+    print(f"torch {torch.__version__}, one thread, float64; {args.problem}: {points} residuals, {size} parameters")
+    for name in OPTIMIZERS:  # first steps import modules
+        train(problem, name, 0, 1e-9, 1)
     if args.tune:
         tune(problem, args.problem, args.seconds)
         return

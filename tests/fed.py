@@ -34,11 +34,16 @@ class Fed(Optimizer):
         found = {}
         for index, (p, grad, number) in enumerate(zip(roster.params, grads, roster.numbers, strict=True)):
             group = self.param_groups[number]
-            if grad is not None and group["rule"] in CAPTURING and p.numel():
+            if grad is not None and group["rule"] in CAPTURING and p.numel() and self._due(p, group):
                 view = View(tuple(grad.shape), group["merge_dims"], group["transpose"] and grad.dim() > 1)
                 G = view.matrices(local(grad), 0).to(state_dtype(p))  # [b, m, n]
                 found[index] = Statistics(G.mT @ G, G @ G.mT)
         return found
+
+    def _due(self, p: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether a parameter gets statistics, by its own clock, and not by the count of the optimizer's steps."""
+        clocks = [int(local(x).max()) for name, x in self.state[p].items() if name.startswith("clock")]
+        return not clocks or max(clocks) < group["settle"] or max(clocks) % group["statistics_frequency"] == 0
 
 
 def optimizer(params: Any, rule: str = "adamw", **options: Any) -> Optimizer:
@@ -46,13 +51,11 @@ def optimizer(params: Any, rule: str = "adamw", **options: Any) -> Optimizer:
 
     Then it doesn't clip unless the options say so: clipping makes the step of each matrix depend on all others.
     """
-    params = list(params)
-    groups = [x for x in params if isinstance(x, dict)]
+    groups = [x for x in params if isinstance(x, dict)] if isinstance(params, list) else []
     for group in groups:
         if group.get("rule") in CAPTURING:
             group.setdefault("kl_clip", 0.0)
-    if rule in CAPTURING:
+    if isinstance(rule, str) and rule in CAPTURING:
         options = {"kl_clip": 0.0} | options
-    return (Fed if {rule, *(group.get("rule") for group in groups)} & {*CAPTURING} else Optimizer)(
-        params, rule, **options
-    )
+    fed = any(isinstance(name, str) and name in CAPTURING for name in (rule, *(group.get("rule") for group in groups)))
+    return (Fed if fed else Optimizer)(params, rule, **options)

@@ -39,6 +39,8 @@ LAYOUTS = {
     "amsgrad": [True],
     "moment_dtype": ["int8"],
     "basis_dtype": ["bfloat16"],
+    "form": ["eigen"],
+    "bias": [],  # of the layer, which bare parameters don't have
 }
 """Options of rules that lay state out, with values that are no defaults."""
 
@@ -67,6 +69,7 @@ def changes(rule: str, named: bool) -> dict[str, list[Any]]:
             found[f.name] = [f.default, *_others(hints[f.name], f.default)]
     if "ns_dtype" in found:
         found["ns_dtype"] = ["float32", "bfloat16"]  # and not "auto", which is settled where a group is new
+    found.pop("kl_clip", None)
     if "precondition_frequency" in found:
         found["precondition_frequency"] += [2, 3, LinearSchedule(1, 3, 4)]
     return found

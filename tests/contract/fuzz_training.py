@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import fed
 import pytest
 import torch
 from fuzz_options import DTYPES, SHAPES, VIEWS, Options, Shape, draw, exact, group_options
@@ -20,7 +21,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor, nn
 
 from steepest.engine.group import option_defaults
-from steepest.engine.optimizer import Optimizer
 from steepest.rules import RULES
 
 Entries = dict[str, Tensor]
@@ -52,7 +52,7 @@ class Twin:
 
     def have(self, options: Options, entries: Mapping[str, Tensor]) -> None:
         """Go on with these options and this state; entries that are missing are fresh."""
-        self.alone = Optimizer([{"params": [(self.name, self.q)], **options}])
+        self.alone = fed.Fed([{"params": [(self.name, self.q)], **options}])
         for name, x in entries.items():
             self.entries[name].copy_(x)
 
@@ -133,11 +133,12 @@ class Training(RuleBasedStateMachine):
             self.groups.append(self.group(options, shapes, dtype))
             if twice:
                 self.groups.append(self.group(options | {"lr": 0.02}, shapes, dtype))
-        self.opt = Optimizer([group.for_torch(named) for group in self.groups])
+        self.opt = fed.Fed([group.for_torch(named) for group in self.groups])
 
     def group(self, options: Options, shapes: list[Shape], dtype: torch.dtype) -> Group:
         """A group of new parameters."""
-        options = option_defaults(options["rule"]) | options
+        alone = {"kl_clip": 0.0} if options["rule"] in fed.CAPTURING else {}  # which would make a step depend on others
+        options = option_defaults(options["rule"]) | alone | options
         return Group(options, [self.twin(shape, options, dtype) for shape in shapes])
 
     def twin(self, shape: Shape, options: Options, dtype: torch.dtype) -> Twin:

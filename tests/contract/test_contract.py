@@ -10,6 +10,7 @@ import functools
 import re
 from typing import Any
 
+import fed
 import pytest
 import torch
 from torch import nn
@@ -48,8 +49,9 @@ def by_rule(params: Any, rule: str, **options: Any) -> torch.optim.Optimizer:
 
 
 OURS: dict[str, Factory] = {
-    **{name: functools.partial(by_name, name=name) for name in NAMES},
+    **{name: functools.partial(by_name, name=name) for name in NAMES if NAMES[name].rule not in fed.CAPTURING},
     **{f"rule {rule}": functools.partial(by_rule, rule=rule) for rule in RULES if rule not in NAMES},
+    **{f"rule {rule}": functools.partial(fed.optimizer, rule=rule, lr=1e-2) for rule in fed.CAPTURING},
     **{name: functools.partial(by_name, name="soap", **AT_EACH | own) for name, own in SOAP_VARIANTS.items()},
 }
 BFLOAT16 = {"soap bfloat16": "soap", "adamw bfloat16": "adamw"}

@@ -9,6 +9,7 @@ import functools
 import math
 from typing import Any
 
+import fed
 import pytest
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ MISSING = {2: ["first.weight"], 3: ["gain"], 4: ["second.weight"]}
 def build(params: Any, name: str, **options: Any) -> steepest.Optimizer:
     rule, own = (name, {}) if name in RULES else ("soap", SOAP.get(name, ADAPTIVE))
     at_each = {"precondition_frequency": 1} if rule == "soap" else {}
-    return steepest.Optimizer(params, rule, **{"lr": 0.1} | at_each | own | options)
+    return fed.optimizer(params, rule, **{"lr": 0.1} | at_each | own | options)
 
 
 @pytest.fixture

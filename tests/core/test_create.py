@@ -119,7 +119,13 @@ def test_what_a_name_fixes_cannot_be_given_otherwise():
         steepest.create("rekls", [weight()], solver="qr")
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_needs_the_model_says_so():
+    for name in ("kfac", "ekfac"):
+        with pytest.raises(TypeError, match=rf"use steepest.{name.upper()}\(model\)"):
+            steepest.create(name, [weight()], lr=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("kfac", "ekfac")])
 def test_a_class_and_a_group_of_its_name_have_the_same_options(name):
     made = steepest.create(name, [weight()], lr=0.1)
     group = Optimizer([weight()], **group_options(name, {"lr": 0.1}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import fed
 import pytest
 from plain_groups import CLASSES, arguments, expect_same, parameters, snapshot
 
@@ -64,7 +65,7 @@ def test_a_group_may_turn_an_alias_back() -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("alias", ALIASES)
 def test_an_alias_that_is_set_in_training_is_refused(rule: str, alias: str) -> None:
-    optimizer = Optimizer(parameters(), rule, lr=0.1)
+    optimizer = fed.optimizer(parameters(), rule, lr=0.1)
     optimizer.step()
     before = snapshot(optimizer)
     optimizer.param_groups[0][alias] = False
@@ -82,7 +83,7 @@ FOREIGN = [
 @pytest.mark.parametrize("rule", RULES)
 def test_entries_that_are_no_options_stay(rule: str) -> None:
     (W,) = parameters()
-    optimizer = Optimizer([{"params": [W]} | dict.fromkeys(FOREIGN, 0.5)], rule, lr=0.1)
+    optimizer = fed.optimizer([{"params": [W]} | dict.fromkeys(FOREIGN, 0.5)], rule, lr=0.1)
     optimizer.step()
     assert all(optimizer.param_groups[0][name] == 0.5 for name in FOREIGN)
     assert not plain_options(optimizer.param_groups[0]).keys() & {"params", *FOREIGN}
@@ -123,10 +124,10 @@ def test_a_parameter_is_given_once_and_in_order(rule: str) -> None:
     W, V = parameters((6, 4), (4, 4))
     for unordered in ({W, V}, frozenset([W])):
         with pytest.raises(TypeError, match="set"):
-            Optimizer([{"params": unordered}], rule, lr=0.1)
+            fed.optimizer([{"params": unordered}], rule, lr=0.1)
     with pytest.raises(ValueError, match=r"parameter 0 and parameter 2 are one parameter, of shape \[6, 4\]"):
-        Optimizer([W, V, W], rule, lr=0.1)
+        fed.optimizer([W, V, W], rule, lr=0.1)
     with pytest.raises(ValueError, match=r"embed and head are one parameter"):
-        Optimizer([("embed", W), ("head", W)], rule, lr=0.1)
+        fed.optimizer([("embed", W), ("head", W)], rule, lr=0.1)
     with pytest.raises(ValueError, match="more than one parameter group"):
-        Optimizer([{"params": [W]}, {"params": [V, W]}], rule, lr=0.1)
+        fed.optimizer([{"params": [W]}, {"params": [V, W]}], rule, lr=0.1)

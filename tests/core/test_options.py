@@ -9,6 +9,7 @@ from fractions import Fraction
 from itertools import cycle
 from typing import Any
 
+import fed
 import numpy as np
 import pytest
 import torch
@@ -63,7 +64,7 @@ CASES = [(rule, name) for rule in RULES for name in option_defaults(rule)]
 
 @pytest.mark.parametrize(("rule", "name"), CASES)
 def test_an_option_that_is_wrong_is_refused_by_name(rule: str, name: str) -> None:
-    optimizer = Optimizer(parameters(), rule, lr=0.1)
+    optimizer = fed.optimizer(parameters(), rule, lr=0.1)
     group, before = optimizer.param_groups[0], snapshot(optimizer)
     good = group[name]
     values = wrong(name, option_defaults(rule)[name])
@@ -74,7 +75,7 @@ def test_an_option_that_is_wrong_is_refused_by_name(rule: str, name: str) -> Non
     for value in (values[0], values[-1], values[-2]):
         group[name] = value
         with pytest.raises(ValueError, match=name):
-            Optimizer(parameters(), **({"rule": rule, "lr": 0.1} | {name: value}))
+            fed.optimizer(parameters(), **({"rule": rule, "lr": 0.1} | {name: value}))
         with pytest.raises(ValueError, match=name):
             optimizer.step()
         with pytest.raises(ValueError, match=name):
@@ -226,7 +227,7 @@ def stepped(rule: str, dtype: torch.dtype, **options: Any) -> list[nn.Parameter]
     params = parameters((6, 4), (5,), (), (0, 3))
     for p in params:
         p.data, p.grad = p.data.to(dtype), p.grad.to(dtype)
-    optimizer = Optimizer(params, rule, **options)
+    optimizer = fed.optimizer(params, rule, **options)
     optimizer.step()
     optimizer.step()
     return params
@@ -246,7 +247,7 @@ def test_a_rate_may_be_a_tensor_of_one_element_in_any_form(rule: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rate_that_is_a_tensor_stays_the_same_one(rule: str) -> None:
     lr = torch.tensor([0.01])
-    optimizer = Optimizer(parameters(), rule, lr=lr)
+    optimizer = fed.optimizer(parameters(), rule, lr=lr)
     optimizer.step()
     assert optimizer.param_groups[0]["lr"] is lr
     before = snapshot(optimizer)[0]

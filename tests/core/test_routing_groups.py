@@ -252,9 +252,10 @@ def test_lora_costs_at_most_three_times_the_state_of_adamw(name: str) -> None:
     entries = sum(p.numel() for p in model.parameters() if p.requires_grad)
     states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
     assert sum(tensor.nbytes for state in states for tensor in state.values()) <= 3 * 8 * entries
-    for p in model.parameters():
-        p.grad = torch.randn_like(p) if p.requires_grad else None
-    optimizer.step()
+    if name not in ("kfac", "ekfac"):  # which are fed by calls of the layers
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) if p.requires_grad else None
+        optimizer.step()
     assert all(p.isfinite().all() for p in model.parameters())
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import fed
 import numpy as np
 import pytest
 import torch
@@ -136,7 +137,7 @@ GROWING = [0, 1, 2, 3, 4, 5, 7, 9, 11, 14, 17]  # 1 + clock // 6 steps apart
 
 @pytest.mark.parametrize(
     ("rule", "options"),
-    [(rule, {}) for rule in REFRESHING]
+    [(rule, {"settle": 0, "statistics_frequency": 1} if rule in fed.CAPTURING else {}) for rule in REFRESHING]
     + [
         ("soap", {"basis_timing": "after"}),
         ("kl_soap", {"basis_timing": "after"}),
@@ -148,7 +149,7 @@ GROWING = [0, 1, 2, 3, 4, 5, 7, 9, 11, 14, 17]  # 1 + clock // 6 steps apart
 )
 def test_bases_are_refreshed_then(rule: str, options: dict[str, Any]) -> None:
     W = torch.nn.Parameter(torch.zeros(4, 3))
-    opt = Optimizer([W], rule, lr=0.1, precondition_frequency=lambda clock: 1 + clock // 6, **options)
+    opt = fed.optimizer([W], rule, lr=0.1, precondition_frequency=lambda clock: 1 + clock // 6, **options)
     assert steps_of(refreshed(opt, [W], range(18))) == GROWING
 
 

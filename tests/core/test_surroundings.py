@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import fed
 import pytest
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ SURROUNDINGS: dict[str, Surroundings] = {
 def trained(name: str, surroundings: Surroundings) -> Snapshot:
     """Return weights and state after construction, steps, and saving and loading inside, and two more steps outside."""
     rule, options = EVERYTHING[name]
-    subject = Subject(functools.partial(steepest.Optimizer, rule=rule, **{"lr": 0.1} | options))
+    subject = Subject(functools.partial(fed.optimizer, rule=rule, **{"lr": 0.1} | options))
     params, others = subject.params(), subject.params()
     cold, poisoned = params["second.weight"], params["first.weight"]
     cold.requires_grad_(False)
@@ -158,7 +159,7 @@ COMPILED = [*((name, "step") for name in EVERYTHING), *((name, how) for name in 
 
 def weights_after_twelve_steps(name: str, compiled: bool, how: str) -> list[Tensor]:
     rule, options = EVERYTHING[name]
-    subject = Subject(functools.partial(steepest.Optimizer, rule=rule, **{"lr": 0.1} | options))
+    subject = Subject(functools.partial(fed.optimizer, rule=rule, **{"lr": 0.1} | options))
     run = subject.start()
     slopes = subject.params()
 

@@ -19,6 +19,7 @@ from steepest.engine.group import option_defaults
 from steepest.optimizers import NAMES
 from steepest.optimizers.shared import GroupOptions, SharedOptions
 from steepest.optimizers.soap import SOAPOptions
+from steepest.view import OPTIONS as VIEWS
 
 PROGRAM = """
 import torch
@@ -129,7 +130,16 @@ CIRCULATING = {
 
 
 def arguments(name: str) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(NAMES[name].optimizer if name != "kl-soap" else steepest.SOAP).parameters)
+    return dict(inspect.signature(class_of(name)).parameters)
+
+
+def class_of(name: str) -> Any:
+    """The class of a name; NAMES has functions where parameters alone are too little, and for KL-SOAP."""
+    return {"kl-soap": steepest.SOAP, "kfac": steepest.KFAC, "ekfac": steepest.EKFAC}.get(name, NAMES[name].optimizer)
+
+
+OF_A_MODEL = {"model", "fisher", "sharing", "loss_terms", "grad_scaler", "elementwise", "overrides"}
+"""Arguments of K-FAC that are no options of parameter groups."""
 
 
 def test_soap_has_the_published_arguments_first_and_no_more_than_can_be_read() -> None:
@@ -154,7 +164,7 @@ def test_defaults_are_those_of_the_rule_where_a_name_sets_no_other(name: str) ->
     entry = NAMES[name]
     known = option_defaults(entry.rule) | dict(entry.settings)
     for argument in arguments(name).values():
-        if argument.name in ("params", "lr") or argument.kind is argument.VAR_KEYWORD:
+        if argument.name in {"params", "lr"} | OF_A_MODEL or argument.kind is argument.VAR_KEYWORD:
             continue
         if (name, argument.name) == ("inverse-root-soap", "preconditioner_decay"):
             assert argument.default == known["shampoo_beta"]
@@ -168,11 +178,13 @@ def test_defaults_are_those_of_the_rule_where_a_name_sets_no_other(name: str) ->
 def test_every_option_of_a_rule_is_an_argument_with_a_type(name: str) -> None:
     """REKLS and KLShampoo leave some to SOAP and Shampoo."""
     entry = NAMES[name]
-    hints = get_type_hints(entry.optimizer.__init__)  # type: ignore[misc]
+    hints = get_type_hints(class_of(name).__init__)
     (options,) = hints.pop("options").__args__
     known = hints.keys() | get_type_hints(options).keys()
     if name == "inverse-root-soap":
         known |= {"shampoo_beta"}  # as preconditioner_decay
+    if name in ("kfac", "ekfac"):
+        known |= {"bias", *VIEWS}  # which routing chooses for each layer
     assert option_defaults(entry.rule).keys() - {"rule"} <= known
 
 

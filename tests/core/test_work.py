@@ -20,6 +20,7 @@ from steepest.schedules import StepSchedule
 
 PERIOD = 3
 EVERY = {"precondition_frequency": PERIOD}
+SETTLED = EVERY | {"settle": 0}
 SOAP = EVERY | {"fp32_matmul_prec": "medium", "qr_fp32_matmul_prec": "high"}  # unlike each other and the default
 ADAPTIVE = {"use_adaptive_criteria": True, "adaptive_update_tolerance": 0.0}  # every basis is found to be outdated
 SHAPES = [(24, 40), (40, 24), (24, 100), (32, 32)]
@@ -126,6 +127,16 @@ def dion_rcqr(m: int, n: int) -> Forms:
     return {"highest": products, "qr": 2 * k * r * r - 2 / 3 * r**3, "cholesky": r**3 / 3 + 2 * l * r * r}, {}
 
 
+def kfac(m: int, n: int) -> Forms:
+    """Without what the statistics take, which are captured in the layers."""
+    return {"highest": 2 * m * n * (m + n)}, {"cholesky": m**3 + n**3}
+
+
+def ekfac(m: int, n: int) -> Forms:
+    along, cubes = 2 * m * n * (m + n), m**3 + n**3
+    return {"highest": 2 * along}, {"highest": 4 * cubes, "qr": 8 / 3 * cubes}
+
+
 CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "soap": ("soap", SOAP, soap),
     "soap, first order": ("soap", SOAP | {"solver": "first_order"}, soap_first_order),
@@ -139,6 +150,9 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "shampoo": ("shampoo", EVERY, shampoo),
     "kl-shampoo": ("kl_shampoo", EVERY, kl_shampoo),
     "inverse_root": ("inverse_root", EVERY, inverse_root),
+    "kfac": ("kfac", SETTLED, kfac),
+    "kfac, eigen": ("kfac", SETTLED | {"form": "eigen"}, ekfac),
+    "ekfac": ("ekfac", SETTLED, ekfac),
     "muon": ("muon", {"ns_dtype": "bfloat16"}, newton_schulz),
     "muon, auto": ("muon", {}, newton_schulz),
     "muon, float32": ("muon", {"ns_dtype": "float32"}, newton_schulz_float32),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import fed
 import pytest
 import torch
 
@@ -30,7 +31,7 @@ def gradient(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 def zeroed(rule: str, options: dict[str, Any], shape: tuple[int, ...], clocks: bool) -> tuple[torch.Tensor, Optimizer]:
     """A weight whose optimizer had its state zeroed after six steps."""
     W = torch.nn.Parameter(torch.ones(shape))
-    opt = Optimizer([W], rule, lr=0.01, **options)
+    opt = fed.optimizer([W], rule, lr=0.01, **options)
     for seed in range(6):
         W.grad = gradient(shape, seed)
         opt.step()
@@ -45,7 +46,7 @@ def zeroed(rule: str, options: dict[str, Any], shape: tuple[int, ...], clocks: b
 def test_with_its_clocks_it_is_that_of_a_new_optimizer(rule, options, shape):
     W, opt = zeroed(rule, options, shape, clocks=True)
     V = torch.nn.Parameter(W.detach().clone())
-    fresh = Optimizer([V], rule, lr=0.01, **options)
+    fresh = fed.optimizer([V], rule, lr=0.01, **options)
     for seed in range(6, 14):
         V.grad, W.grad = gradient(shape, seed), gradient(shape, seed)
         opt.step()

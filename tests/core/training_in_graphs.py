@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import fed
 import torch
 from torch import Tensor, nn
 
-import steepest
 from steepest.rule import Refreshing, Rule
 from steepest.rules import RULES
 from steepest.stack import graphs
@@ -17,8 +17,10 @@ from steepest.stack import graphs
 STACKED = [name for name, rule in RULES.items() if issubclass(rule, Rule)]
 DECOMPOSING = ["dion", "moso"]
 """The rules that decompose matrices in each step, which can't be recorded."""
+OF_KFAC = {"settle": 0, "statistics_frequency": 3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {"precondition_frequency": 3} if issubclass(RULES[name], Refreshing) else {}) for name in STACKED},
+    **{name: (name, {"precondition_frequency": 3} | OF_KFAC) for name in fed.CAPTURING},
     "soap kl": ("soap", {"precondition_frequency": 3, "use_kl_shampoo": True, "fp32_matmul_prec": "high"}),
     "soap after": ("soap", {"precondition_frequency": 4, "basis_timing": "after", "adam_warmup_steps": 3}),
     "soap async": ("soap", {"precondition_frequency": 3, "refresh_async": True, "stagger": True}),
@@ -39,7 +41,7 @@ class Training:
         shapes = [(6, 4), (6, 4), (6, 4), (3, 5), (2, 7)]
         self.params = [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
         self.params[-1].requires_grad_(False)
-        self.optimizer = steepest.Optimizer(self.params, rule, **{"lr": 0.1} | own | options)
+        self.optimizer = fed.optimizer(self.params, rule, **{"lr": 0.1} | own | options)
         self.number = 0
 
     def step(self, bad: int | None = None, missing: int | None = None) -> None:

@@ -86,6 +86,11 @@ def test_consolidated_state_round_trips(two: Ranks) -> None:
     assert two.run(saving.consolidated, "fsdp", "soap") == [([], []), ([], [])]
 
 
+def test_consolidated_state_round_trips_on_a_mesh_with_replicas_that_it_does_not_show(four: Ranks) -> None:
+    """Under FSDP and tensor parallelism each column of the mesh has owners of its own for what is not split there."""
+    assert four.run(saving.consolidated, "fsdp+tp", "soap", timeout=60) == [([], [])] * 4
+
+
 def test_a_part_is_not_saved_for_the_whole(two: Ranks) -> None:
     for said in two.run(saving.refused):
         assert all("consolidate()" in words and "torch.distributed.checkpoint" in words for words in said)

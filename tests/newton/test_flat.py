@@ -16,8 +16,13 @@ class Nudge(FlatOptimizer):
 
     checks: ClassVar = {"by": (lambda x: x > 0, "a number above 0")}
 
+    vectors: ClassVar = ("moved",)
+
     def __init__(self, params, by=1.0):
         super().__init__(params, {"by": by})
+
+    def _layout(self, length):
+        return {"step": (), "moved": (length,)}
 
     def step(self, closure=None):
         self._check()
@@ -25,7 +30,7 @@ class Nudge(FlatOptimizer):
             self._move_to(before + self.options["by"])
             if closure is not None:
                 closure()
-        self._entries()["moved"] = self._weights() - before
+        self._memory()["moved"].copy_(self._weights() - before)
 
 
 def parameters(*shapes, dtype=torch.float64):
@@ -92,9 +97,9 @@ def test_a_state_of_another_shape_is_refused_and_nothing_changes():
     for one in (optimizer, other, halves):
         one.step()
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"moved of the saved state has shape \[2\]; the model has 3 numbers"):
+    with pytest.raises(ValueError, match=r"moved of Nudge's state is \[2\], must be a tensor of shape \[3\]"):
         optimizer.load_state_dict(other.state_dict())
-    with pytest.raises(ValueError, match="other numbers of parameters"):
+    with pytest.raises(ValueError, match=r"groups have \[2\] parameters, the optimizer's groups have \[1\]"):
         optimizer.load_state_dict(halves.state_dict())
     assert torch.equal(optimizer.state_dict()["state"][0]["moved"], before["state"][0]["moved"])
 

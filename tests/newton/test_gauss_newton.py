@@ -1,16 +1,12 @@
-"""Gauss-Newton against dense algebra, golden numbers, and what an optimizer with a line search promises."""
+"""Gauss-Newton against dense algebra and golden numbers; what it does where a step fails, and what it refuses."""
 
-import copy
 import math
-import pickle
 import runpy
-import warnings
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from networks import fit, flat, network, random
 from torch import nn
 from torch.func import grad
 
@@ -19,37 +15,7 @@ from steepest import GaussNewton, Residual
 from steepest.lab.workloads.problems import PROBLEMS
 from steepest.newton import gauss_newton as module
 from steepest.newton.dense import Dense
-from steepest.newton.iterative import Iterative
-from steepest.newton.nystrom import Nystrom
 from steepest.newton.residual import half_square, joined
-
-
-def network(*widths, seed=0):
-    torch.manual_seed(seed)
-    layers = []
-    for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b, dtype=torch.float64), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def fit(count=12, seed=0):
-    """Residuals of a network with two inputs and one output."""
-    x = random(count, 2, seed=seed)
-    return Residual(lambda u, x, y: u(x) - y, x, x.sin().sum(1))
-
-
-def flat(model):
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-
-def step_closure(residual, model):
-    """The same residuals as a closure returns them."""
-    return lambda: residual.factor * residual.values(model).reshape(-1)
-
 
 # The direction, and the loop.
 
@@ -187,110 +153,6 @@ def test_poisson_comes_below_a_millionth_in_200_steps(seed):
     assert problem.error(model) < 1e-6
 
 
-# Conjugate gradients.
-
-
-def test_with_a_full_rank_the_preconditioner_is_the_inverse():
-    A = random(6, 6)
-    A = A @ A.mT
-    sketch = Nystrom(lambda v: A @ v, A[0], rank=9, seed=3)
-    assert sketch.trace == pytest.approx(A.trace().item())
-    v, mu = random(6, seed=1), 0.3
-    expected = torch.linalg.solve(A + mu * torch.eye(6).double(), v) * (sketch.S[-1] + mu)
-    torch.testing.assert_close(sketch.preconditioner(mu)(v), expected)
-
-
-def test_the_trace_is_that_of_all_directions():
-    sketch = Nystrom(lambda v: 2 * v, random(9), rank=3, seed=0)
-    assert sketch.trace == pytest.approx(18.0)
-
-
-def test_the_sketch_finds_what_is_large():
-    Q = torch.linalg.qr(random(40, 40))[0]
-    A = Q * torch.logspace(0, -12, 40, dtype=torch.float64) @ Q.mT
-    sketch = Nystrom(lambda v: A @ v, A[0], rank=20, seed=0)
-    torch.testing.assert_close(sketch.U * sketch.S @ sketch.U.mT, A, rtol=0, atol=1e-4)
-    M = torch.stack([sketch.preconditioner(1e-4)(column) for column in (A + 1e-4 * torch.eye(40).double()).T])
-    eigenvalues = torch.linalg.eigvals(M).real
-    assert eigenvalues.max() / eigenvalues.min() < 10  # 1e4 without
-
-
-@pytest.mark.parametrize("dual", [False, True], ids=["more residuals", "more parameters"])
-def test_cg_finds_the_dense_direction(dual):
-    model, residual = network(2, 5, 1), fit(8 if dual else 40)
-    closure = step_closure(residual, model)
-    r = closure().detach()
-    J = torch.stack([torch.cat([g.reshape(-1) for g in torch.autograd.grad(x, model.parameters(), retain_graph=True)])
-                     for x in closure()])  # fmt: skip
-    dense = Dense(J, r)
-    params = list(model.parameters())
-    system = Iterative(lambda: (closure(), None), params, None, products=100, rank=60, seed=0)
-    assert (system.loss, system._scale) == pytest.approx((dense.loss, dense.scale))
-    for damping in (1e-2, 1e-6):
-        (d, slope), (expected, steepness) = system.solve(damping), dense.solve(damping)
-        torch.testing.assert_close(d, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-        assert slope == pytest.approx(steepness, rel=1e-4)
-
-
-def test_a_start_that_points_upwards_is_not_followed():
-    model, residual = network(2, 5, 1), fit()
-    closure, params = step_closure(residual, model), list(model.parameters())
-    d, _ = Iterative(lambda: (closure(), None), params, None, products=100, rank=60, seed=0).solve(1e-3)
-    system = Iterative(lambda: (closure(), None), params, -1e6 * d, products=1, rank=1, seed=0)
-    _, slope = system.solve(1e-3)
-    assert slope > 0
-
-
-def test_logistic_regression_comes_to_its_minimum():
-    torch.manual_seed(0)
-    model, x = nn.Linear(4, 3).double(), random(60, 4)
-    y = (x @ random(4, 3, seed=1) + random(60, 3, seed=2)).argmax(1)
-    optimizer = GaussNewton(model)
-
-    def closure():
-        outputs = model(x)
-        return outputs, F.cross_entropy(outputs, y)
-
-    losses = [optimizer.step(closure).item() for _ in range(30)]
-    assert losses == sorted(losses, reverse=True)
-    gradients = torch.autograd.grad(closure()[1], list(model.parameters()))
-    assert max(g.abs().max() for g in gradients) < 1e-8
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_a_dense_closure_makes_the_step_of_its_residuals():
-    models = [network(2, 4, 1), network(2, 4, 1)]
-    residual = fit()
-    optimizers = [GaussNewton(model, solver="dense") for model in models]
-    for _ in range(3):
-        optimizers[0].step([residual])
-        optimizers[1].step(step_closure(residual, models[1]))
-    torch.testing.assert_close(flat(models[0]), flat(models[1]), rtol=1e-7, atol=1e-9)
-
-
-def test_auto_takes_cg_for_what_is_too_large(monkeypatch):
-    model, residual = network(2, 5, 1), fit(30)
-    optimizer = GaussNewton(model)
-    assert "no step yet" in repr(optimizer)
-    optimizer.step([residual])
-    assert "dense, primal, 30 residuals, 21 parameters" in repr(optimizer)
-    optimizer.step([fit(20)])
-    assert "dense, dual, 20 residuals" in repr(optimizer)
-    monkeypatch.setattr(module, "SIDE", 20)
-    optimizer.step([residual])
-    assert "cg, Nyström preconditioner of rank 50, 30 outputs, 21 parameters" in repr(optimizer)
-    monkeypatch.setattr(module, "SIDE", 30)
-    monkeypatch.setattr(module, "ENTRIES", 21 * 30 - 1)
-    optimizer.step([residual])
-    assert "cg" in repr(optimizer)
-    before = flat(model)
-    with pytest.raises(ValueError, match=r"solver='dense' with 30 residuals and 21 parameters.*solver='cg'"):
-        GaussNewton(model, solver="dense").step([residual])
-    with pytest.raises(ValueError, match="fewer points"):
-        GaussNewton(model, solver="dense").step(step_closure(residual, model))
-    assert torch.equal(flat(model), before)
-
-
 # Failed steps.
 
 
@@ -350,101 +212,6 @@ def test_derivatives_that_are_not_finite_are_skipped():
     optimizer = GaussNewton(model)
     assert optimizer.step(Residual(lambda u, x: u(x).sqrt() - 1, torch.ones(1, 1).double())) == 0.5
     assert (model.weight.item(), optimizer.skipped) == (0.0, 1)
-
-
-# State.
-
-
-@pytest.mark.parametrize("solver", ["dense", "cg"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
-def test_resuming_is_exact_to_the_bit(solver, dtype, how, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        model, residual = network(2, 5, 1).to(dtype), fit()
-        residual = Residual(residual_function, *(x.to(dtype) for x in residual.data))
-        optimizer = GaussNewton(model, solver=solver)
-        for _ in range(3):
-            optimizer.step(residual)
-        if how == "state_dict":
-            torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "checkpoint.pt")
-            weights, state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-            other = network(2, 5, 1, seed=9).to(dtype)
-            other.load_state_dict(weights)
-            resumed = GaussNewton(other, solver=solver, damping=7.0)
-            resumed.load_state_dict(state)
-        else:
-            resumed = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
-            other = resumed.model
-    assert other is not model
-    for _ in range(3):
-        assert torch.equal(optimizer.step(residual), resumed.step(residual))
-    assert torch.equal(flat(model), flat(other))
-    ours, theirs = optimizer.state_dict(), resumed.state_dict()
-    assert ours["param_groups"][0].keys() == theirs["param_groups"][0].keys()
-    for name, x in ours["state"][0].items():
-        assert torch.equal(x, theirs["state"][0][name]), name
-        assert x.dim() == 0 or x.shape == (21,)
-
-
-def residual_function(u, x, y):
-    return u(x) - y
-
-
-def test_a_copy_together_with_its_model_keeps_to_it():
-    model = network(2, 5, 1)
-    optimizer = GaussNewton(model)
-    copied, other = copy.deepcopy((optimizer, model))
-    assert copied.model is other
-    copied.step(fit())
-    assert not torch.equal(flat(other), flat(model))
-    with pytest.raises(ValueError, match="damping=-1"):
-        copied.add_param_group({"params": [nn.Parameter(random(2))], "damping": -1})
-
-
-def test_groups_frozen_and_tied_parameters():
-    """Two groups step like one; what is frozen stays; the weight that two layers share moves once."""
-
-    def tied():
-        model = network(3, 3, 3, 1)
-        model[2].weight = model[0].weight
-        model[2].bias.requires_grad_(False)
-        return model
-
-    models = [tied(), tied()]
-    x = random(9, 3)
-    residual = Residual(lambda u, x: u(x) - x.prod(), x)
-    optimizers = [GaussNewton(models[0])]
-    first, *rest = [p for p in models[1].parameters() if p.requires_grad]
-    optimizers.append(GaussNewton(models[1], [{"params": [first]}, {"params": rest}]))
-    for optimizer in optimizers:
-        for _ in range(4):
-            optimizer.step([residual])
-    torch.testing.assert_close(flat(models[0]), flat(models[1]), rtol=0, atol=0)
-    assert torch.equal(models[0][2].bias, tied()[2].bias)
-    assert models[0][2].weight is models[0][0].weight
-    assert not torch.equal(models[0][0].weight, tied()[0].weight)
-
-
-def test_some_parameters_alone_are_moved():
-    model = network(2, 5, 1)
-    last = model[2].weight
-    others = [p.detach().clone() for p in model.parameters() if p is not last]
-    GaussNewton(model, [last]).step(fit())
-    assert all(torch.equal(a, b) for a, b in zip(others, [p for p in model.parameters() if p is not last], strict=True))
-    assert not torch.equal(last, network(2, 5, 1)[2].weight)
-
-
-def test_the_random_state_gradients_and_mode_are_left_alone():
-    model = network(2, 5, 1)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    before = torch.get_rng_state()
-    for solver in ("dense", "cg"):
-        GaussNewton(model, solver=solver).step(fit())
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
-    assert torch.is_grad_enabled()
 
 
 # Words.

@@ -1,28 +1,16 @@
 """Residuals at points: their values, their Jacobian, and the differential equations that are made of them."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
+from networks import network, random
 from torch import nn
 from torch.func import functional_call, grad, jacrev
 
 from steepest.lab.workloads.problems import PROBLEMS, cole_hopf
 from steepest.newton import residual as module
 from steepest.newton.residual import Residual, Rows, half_square, joined
-
-
-def network(*widths, seed=0):
-    torch.manual_seed(seed)
-    layers = []
-    for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b, dtype=torch.float64), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def jacobian(model, params, r):

@@ -11,7 +11,8 @@ from torch.nn.functional import mse_loss
 
 import steepest
 from steepest.rule import State, Statistics, Step
-from steepest.rules.kfac import Kfac
+from steepest.rules.ekfac import Ekfac
+from steepest.rules.kfac import Kfac, LayerFisher
 
 
 def values(*shape: int, t: float) -> Tensor:
@@ -37,7 +38,7 @@ def test_five_steps(golden, number):
     for k, p in enumerate(model.parameters()):
         p.data = 0.3 * values(*p.shape, t=0.3 + k)
     make_optimizer = {"kfac": steepest.KFAC, "ekfac": steepest.EKFAC}[options.pop("method")]
-    optimizer = make_optimizer(model, settle=0, solver="eigh", **options)
+    optimizer = make_optimizer(model, settle=0, solver="eigh", damping_form="relative", **options)
     for s, expected in enumerate(case["params"]):
         optimizer.zero_grad()
         mse_loss(model(values(*shape, t=s + 0.1)), values(shape[0], 2, t=s + 0.6)).backward()
@@ -46,7 +47,7 @@ def test_five_steps(golden, number):
             torch.testing.assert_close(p.detach(), torch.tensor(numbers, dtype=p.dtype), rtol=1e-9, atol=1e-9)
 
 
-def first_step(rule: Kfac, G: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, State]:
+def first_step(rule: LayerFisher, G: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, State]:
     """The direction of a first step from ``G [m, n]`` and statistics, and the state after it."""
     state = rule.init(G.unsqueeze(0))
     t, statistics = G.new_ones(1, 1, 1), Statistics(A.unsqueeze(0), B.unsqueeze(0))
@@ -74,3 +75,12 @@ def test_the_natural_gradient_of_a_linear_layer(golden):
     A, B, V, expected = (torch.tensor(case[name], dtype=torch.float64) for name in ("A", "B", "V", "natural_direction"))
     rule = Kfac(form="eigen", damping=case["damping"], damping_form="absolute")
     torch.testing.assert_close(first_step(rule, V, A, B)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_factored_damping_is_that_of_damped_factors():
+    """Where S is the product of eigenvalues, EKFAC's direction is K-FAC's with damped inverses."""
+    root_A, root_B, G = values(3, 3, t=0.1), values(2, 2, t=0.2), values(2, 3, t=0.3)
+    A, B = root_A @ root_A.mT, root_B @ root_B.mT
+    expected, _ = first_step(Kfac(damping=0.03), G, A, B)
+    torch.testing.assert_close(first_step(Ekfac(damping=0.03), G, A, B)[0], expected, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(first_step(Ekfac(damping=0.03, damping_form="relative"), G, A, B)[0], expected, rtol=0.01)

@@ -45,8 +45,6 @@ class CapturingOptimizer(Optimizer, ABC):
     _captures: ClassVar[bool] = True
     _curvature: Curvature | None = None
     _detached = False
-    _missed = False
-    """Whether a matrix waits for its first statistics."""
     _checked = False
     """Whether the ranks that share the model were looked for again at the first statistics."""
 
@@ -152,7 +150,7 @@ class CapturingOptimizer(Optimizer, ABC):
             grads[segment.index] = None
             if segment.bias is not None:
                 grads[segment.bias] = None
-        self._missed = bool(new)
+            self.param_groups[segment.group][COUNT] = -1  # the next step is as the first one
         return statistics
 
     def _segments(self) -> list[Segment]:
@@ -259,7 +257,7 @@ class CapturingOptimizer(Optimizer, ABC):
         curvature = self._curvature
         if curvature is None or self._detached:
             return
-        due = self._missed
+        due = False
         for group, rule in zip(self.param_groups, self._roster.rules, strict=True):
             if isinstance(rule, Rule) and rule.captures:
                 count, every, settle = group[COUNT], group["statistics_frequency"], group["settle"]
@@ -278,7 +276,7 @@ class CapturingOptimizer(Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         here = {"_model": self._model, "_capture": self._capture, "_detached": self._detached}
-        return super().__getstate__() | here | {"_missed": self._missed}
+        return super().__getstate__() | here
 
 
 def _takes_part(segment: Segment, grads: Tensors) -> bool:

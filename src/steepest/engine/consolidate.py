@@ -25,7 +25,11 @@ def consolidated(state_dict: dict[str, Any]) -> dict[str, Any] | None:
     """Return the whole of a state_dict of which each rank has a part, on rank 0; None elsewhere."""
     if not _distributed():
         return detached(state_dict)
-    state = _over_tensors(state_dict["state"], _on_rank_0)
+    # Rank 0 says which rank has what, for where a mesh has several rows, each of them has an owner of its own.
+    message = [_owners(state_dict["state"])]
+    dist.broadcast_object_list(message, 0, world().host_group)
+    owners = iter(message[0])
+    state = _over_tensors(state_dict["state"], lambda x: _on_rank_0(x, next(owners)))
     return detached(state_dict | {"state": state}) if dist.get_rank() == 0 else None
 
 
@@ -93,23 +97,36 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _on_rank_0(x: Tensor) -> Tensor:
-    """Return the whole of ``x`` on rank 0, in the host's memory, and anything elsewhere. Every rank must call it."""
-    from steepest.exchange.dtensor import Owned
+def _owners(state: Any) -> list[int | None]:
+    """Return for each tensor of a state, in order, the rank that alone has it as this rank sees it, or None."""
+    owners: list[int | None] = []
 
+    def note(x: Tensor) -> Tensor:
+        owners.append(getattr(x, "owner", None))
+        return x
+
+    _over_tensors(state, note)
+    return owners
+
+
+def _on_rank_0(x: Tensor, owner: int | None) -> Tensor:
+    """Return the whole of ``x`` on rank 0, in the host's memory, and anything elsewhere. Every rank must call it.
+
+    ``owner`` is the rank that alone has the tensor for rank 0.
+    """
     if not is_dtensor(x):
         return x
-    if not isinstance(x, Owned):
+    if owner is None:
         whole: Tensor = x.full_tensor()  # type: ignore[attr-defined]
         return whole.cpu()
-    group = world().host_group
-    if x.owner == dist.get_rank() == 0:
-        return x.to_local().cpu()
-    if x.owner == dist.get_rank():
-        dist.send(x.to_local().cpu().contiguous(), 0, group)
+    group, me = world().host_group, dist.get_rank()
+    if me == owner == 0:
+        return local(x).cpu()
+    if me == owner:
+        dist.send(local(x).cpu().contiguous(), 0, group)
     out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
-    if dist.get_rank() == 0:
-        dist.recv(out, x.owner, group)
+    if me == 0:
+        dist.recv(out, owner, group)
     return out
 
 

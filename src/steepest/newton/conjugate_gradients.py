@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from steepest.linalg.surroundings import without_autocast
 from steepest.newton.products import Product
 
 
@@ -32,6 +33,7 @@ class Solution(NamedTuple):
     "nonfinite" (a product holds NaN or infinities; x is the iterate before)."""
 
 
+@without_autocast
 def conjugate_gradients(
     product: Product,
     b: Tensor,
@@ -92,6 +94,7 @@ def conjugate_gradients(
         p = z + (rz / before) * p
 
 
+@without_autocast
 def truncated(
     product: Product, b: Tensor, radius: float, *, products: int = 250, residual: float = 0.0, progress: float = 0.0
 ) -> Solution:

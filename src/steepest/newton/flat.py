@@ -1,13 +1,15 @@
 """The base of optimizers that see all parameters as one vector, and evaluate the loss as often as they like.
 
 They are optimizers of their own and no rules, because they have no direction for each matrix. Their state is a few
-tensors under the first parameter, where torch.optim.LBFGS keeps its own, too.
+tensors under the first parameter, where torch.optim.LBFGS keeps its own, too. It is there from the construction on,
+because distributed checkpoints would otherwise make it by a step without a closure.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from steepest.exchange.assign import peers_of
 from steepest.exchange.shards import is_dtensor
+from steepest.newton.carried import columns, matched
 
 
 class FlatOptimizer(torch.optim.Optimizer, ABC):
@@ -37,12 +40,19 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
     """For each option, whether a value is allowed, and what is allowed in words."""
     copied: ClassVar[tuple[str, ...]] = ()
     """Attributes that copies and pickles take along, such as a model: its parameters stay the optimizer's."""
+    counts: ClassVar[tuple[str, ...]] = ("step", "skipped", "pairs")
+    """Entries of the state that are integers on the host; the others are with the parameters, in float32 at least."""
+    vectors: ClassVar[tuple[str, ...]] = ()
+    """Entries of the state whose last dimension has an entry for each of the parameters'."""
+    _order: list[Tensor] | None = None
+    """The trainable parameters at the last look, in the order of the vectors' entries."""
 
     def __init__(self, params: Iterable[Any] | nn.Module, defaults: dict[str, Any]) -> None:
         super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, defaults)
+        self._memory()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {name: getattr(self, name) for name in self.copied}
+        return super().__getstate__() | {name: getattr(self, name) for name in (*self.copied, "_order")}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; the group's options, where it has some, must be those of the other groups."""
@@ -118,28 +128,108 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
 
     # State.
 
-    def _entries(self) -> dict[str, Any]:
-        """Return the optimizer's state, which stands under the first trainable parameter."""
-        entries: dict[str, Any] = self.state[self.trainable[0]]
-        return entries
+    @abstractmethod
+    def _layout(self, length: int) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of the state's entries, for ``length`` entries of the parameters."""
 
+    def _begin(self) -> dict[str, float]:
+        """Return the entries that don't begin at 0, and what they begin at."""
+        return {}
+
+    @torch.no_grad()
+    def _memory(self) -> dict[str, Any]:
+        """Return the state, which stands under the first trainable parameter; none where no parameter is trainable.
+
+        It follows parameters that others have reordered, and begins anew where parameters were frozen, thawed, replaced
+        or added, where its size has changed by an option, or where others have deleted it.
+        """
+        params, layout = self.trainable, self._layout(sum(p.numel() for p in self.trainable))
+        own = layout.keys() - {"step"}  # which each parameter has, because distributed checkpoints miss those without
+        order, self._order = self._order or params, params
+        holders = [p for p, entries in self.state.items() if isinstance(p, Tensor) and not own.isdisjoint(entries)]
+        if [*map(id, order)] != [*map(id, params)] or [*map(id, holders)] != [*map(id, params[:1])]:
+            kept = self._take_out(holders, layout)
+            if kept and params and {*order} == {*params}:
+                at = columns(order, params)
+                self.state[params[0]] |= {k: x[..., at] if k in self.vectors else x for k, x in kept.items()}
+        if not params:
+            return {}
+        p = params[0]
+        state: dict[str, Any] = self.state[p]
+        if layout.keys() - state.keys() or any(len(state[k]) != shape[0] for k, shape in layout.items() if shape[1:]):
+            start = self._begin()
+            for k, shape in layout.items():
+                device, dtype = self._place(k, p)
+                state[k] = torch.full(shape, start.get(k, 0), device=device, dtype=dtype)
+        self._check_layout(state, layout)
+        for k in layout:
+            state[k] = state[k].to(*self._place(k, p))
+        for p in params:
+            self.state[p]["step"] = state["step"]
+        return state
+
+    def _place(self, name: str, p: Tensor) -> tuple[torch.device, torch.dtype]:
+        """Return where an entry is, and its dtype, for parameters like p."""
+        if name in self.counts:
+            return torch.device("cpu"), torch.int64
+        return p.device, torch.promote_types(p.dtype, torch.float32)
+
+    def _check_layout(self, state: Mapping[str, Any], layout: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise a ValueError unless all entries are there, in their shapes."""
+        for name, shape in layout.items():
+            x = state.get(name)
+            if not isinstance(x, Tensor) or x.shape != shape:
+                seen = "missing" if x is None else list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+                raise ValueError(
+                    f"{name} of {type(self).__name__}'s state is {seen}, must be a tensor of shape {list(shape)}"
+                )
+
+    def _take_out(self, holders: Iterable[Tensor], names: Iterable[str]) -> dict[str, Any]:
+        """Take entries of these names out of the state, and leave what others put there; return the first holder's."""
+        taken: dict[Tensor, dict[str, Any]] = {}
+        for p in [p for p in self.state if isinstance(p, Tensor)]:
+            entries = self.state[p]
+            taken[p] = {name: entries.pop(name) for name in names if name in entries}
+            if not entries:
+                del self.state[p]
+        return next((taken[p] for p in holders), {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the options and the state, as torch.optim's do."""
+        self._memory()
+        return super().state_dict()
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a saved state.
+        """Copy a saved state in, by parameter names where there are some; dtypes stay as they are here.
 
         Raises:
-            ValueError: if its groups, or the shapes of its tensors, are others. Nothing has changed then.
+            ValueError: if it doesn't fit: other groups, missing or misshapen state, options out of range. Nothing has
+                changed then.
         """
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if [len(group["params"]) for group in state_dict["param_groups"]] != sizes:
-            raise ValueError(f"the saved groups have other numbers of parameters than these: {sizes}")
-        for entries in state_dict["state"].values():
-            for name, x in entries.items():
-                length = sum(p.numel() for p in self.trainable)
-                if isinstance(x, Tensor) and x.dim() and x.shape[-1] != length:
-                    raise ValueError(
-                        f"{name} of the saved state has shape {list(x.shape)}; the model has {length} numbers"
-                    )
-        super().load_state_dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        keys = matched(self.param_groups, state_dict)
+        state = {keys.get(k, k): copy.deepcopy(entries) for k, entries in state_dict["state"].items()}
+        order = [p for p in keys.values() if p.requires_grad]
+        before = [dict(group) for group in self.param_groups]
+        try:
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+                group |= {k: copy.deepcopy(v) for k, v in saved.items() if k not in ("params", "param_names")}
+            self._check()
+            if order:
+                self._check_layout(state.get(order[0], {}), self._layout(sum(p.numel() for p in order)))
+        except Exception:
+            for group, old in zip(self.param_groups, before, strict=True):
+                group.clear()
+                group |= old
+            raise
+        self.state.clear()
+        self.state.update(state)
+        self._order = order
+        self._memory()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
 
 def falls(loss: float, below: float) -> bool:

@@ -91,6 +91,7 @@ class GaussNewton(FlatOptimizer):
         "rank": (lambda x: isinstance(x, int) and x > 0, "an integer above 0"),
     }
     copied: ClassVar = ("model",)
+    vectors: ClassVar = ("direction",)
     _solved = "no step yet"
 
     def __init__(
@@ -111,7 +112,7 @@ class GaussNewton(FlatOptimizer):
             raise ValueError("GaussNewton needs parameters that require a gradient; the model has none")
         super().__init__(moved, {"damping": damping, "solver": solver, "products": products, "rank": rank})
         self._named()
-        dtype = self.param_groups[0]["params"][0].dtype
+        dtype = next(p for group in self.param_groups for p in group["params"]).dtype
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"parameters of {dtype}: GaussNewton needs float64, as of model.double(), or float32")
         if dtype == torch.float32:
@@ -137,16 +138,11 @@ class GaussNewton(FlatOptimizer):
             ValueError: where the residuals do not fit the solver. Nothing has changed then.
         """
         self._check()
-        entries = self._entries()
-        residuals = _residuals(closure)
+        residuals, entries = _residuals(closure), self._memory()
         if residuals:
             system, loss = self._of_residuals(residuals, entries)
         else:
             system, loss = self._of_closure(closure, entries)
-        if not entries:
-            p = self.trainable[0]
-            entries |= {"step": p.new_zeros(()), "skipped": p.new_zeros(())}
-            entries |= {"damping": p.new_full((), self.options["damping"])}
         entries["step"] += 1
         if not system.finite:
             entries["skipped"] += 1
@@ -154,13 +150,19 @@ class GaussNewton(FlatOptimizer):
         with self._restoring() as before:
             entries["damping"].fill_(self._descend(system, float(entries["damping"]), before, loss))
             if isinstance(system, Iterative):
-                entries["direction"] = before - self._weights()
+                entries["direction"].copy_(before - self._weights())
         return before.new_tensor(system.loss)
 
     @property
     def skipped(self) -> int:
         """Return the number of steps that changed nothing, because the loss or its derivatives were not finite."""
-        return int(self._entries().get("skipped", 0))
+        return int(self._memory().get("skipped", 0))
+
+    def _layout(self, length: int) -> dict[str, tuple[int, ...]]:
+        return {"step": (), "skipped": (), "damping": (), "direction": (length,)}
+
+    def _begin(self) -> dict[str, float]:
+        return {"damping": self.options["damping"]}
 
     def __repr__(self) -> str:
         """Return the options, and how the latest step was solved."""
@@ -236,10 +238,10 @@ class GaussNewton(FlatOptimizer):
         return system
 
     def _iterative(self, evaluate: Callable[[], Any], entries: dict[str, Any]) -> Iterative:
-        direction, params = entries.get("direction"), self.trainable
+        direction, params = entries["direction"], self.trainable
         P, rank = sum(p.numel() for p in params), self.options["rank"]
-        start = 0.7 * direction if direction is not None and len(direction) == P else None
-        seed, products = int(entries.get("step", 0)), self.options["products"]
+        start = 0.7 * direction if bool(direction.any()) else None
+        seed, products = int(entries["step"]), self.options["products"]
         system = Iterative(evaluate, params, start, products=products, rank=rank, seed=seed)
         self._solved = f"cg, Nyström preconditioner of rank {rank}, {system.size} outputs, {P} parameters"
         return system

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from steepest.linalg.surroundings import without_autocast
 from steepest.newton.conjugate_gradients import conjugate_gradients
 from steepest.newton.nystrom import Nystrom
 from steepest.newton.products import Jacobian, Product, join, output_hessian
@@ -64,10 +65,12 @@ class Iterative:
         self._inner: Product | None = None if loss is None else output_hessian(loss, outputs)
         return outputs, loss
 
+    @without_autocast
     def _product(self, v: Tensor) -> Tensor:
         u = self._J.times(v)
         return self._J.transposed_times(u if self._inner is None else self._inner(u))
 
+    @without_autocast
     def solve(self, damping: float) -> tuple[Tensor, float] | None:
         """Return d ``[P]``, and its product with the gradient; None where it doesn't point downwards."""
         if not self._scale > 0.0:  # without curvature, in a loss that is not convex, the gradient is all there is

@@ -11,7 +11,6 @@ The options, their defaults and the rules to stop are those of torch.optim.LBFGS
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -20,10 +19,9 @@ import torch
 from torch import Tensor
 
 from steepest.linalg.surroundings import without_autocast
-from steepest.newton.carried import columns, matched
 from steepest.newton.flat import FlatOptimizer
 from steepest.newton.line_search import Point, strong_wolfe
-from steepest.newton.pairs import VECTORS, check_shapes, direction, dtype_of, forget, new_state, remember, shapes
+from steepest.newton.pairs import VECTORS, direction, forget, remember, shapes
 
 TRIALS = 25
 """The most evaluations of one line search."""
@@ -81,13 +79,12 @@ class LBFGS(FlatOptimizer):
         "line_search": (lambda x: x in ("strong_wolfe", None), "'strong_wolfe' or None"),
     }
 
-    copied: ClassVar = ("evaluations", "skipped", "_order")
+    copied: ClassVar = ("evaluations", "skipped")
+    vectors: ClassVar = VECTORS
     evaluations = 0
     """The calls of closures so far."""
     skipped = 0
     """The steps so far that did nothing, because the loss or its gradient was not finite where they began."""
-    _order: list[Tensor] | None = None
-    """The trainable parameters at the last look, in the order of the state's columns."""
 
     def __init__(
         self,
@@ -110,7 +107,6 @@ class LBFGS(FlatOptimizer):
             "line_search": line_search,
         }
         super().__init__(params, options)
-        self._memory()
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -191,80 +187,8 @@ class LBFGS(FlatOptimizer):
         self._move_to(torch.add(x, d, alpha=t))
         return self._weights().to(x.dtype)
 
-    # State.
-
-    def _memory(self) -> dict[str, Any]:
-        """Return the state, which stands under the first trainable parameter.
-
-        It follows parameters that others have reordered, and begins anew where they or the number of pairs have
-        changed, or others have deleted it.
-        """
-        params, size = self.trainable, self.options["history_size"]
-        order, self._order = self._order or params, params
-        holders = [p for p, entries in self.state.items() if isinstance(p, Tensor) and "steps" in entries]
-        if [*map(id, order)] != [*map(id, params)] or [*map(id, holders)] != [*map(id, params[:1])]:
-            kept = self._take_out()
-            if kept and params and {*order} == {*params}:
-                at = columns(order, params)
-                self.state[params[0]] |= {k: x[..., at] if k in VECTORS else x for k, x in kept.items()}
-        if not params:
-            return {}
-        state, length = self._entries(), sum(p.numel() for p in params)
-        if shapes(size, length).keys() - state.keys() or len(state["steps"]) != size:
-            state |= new_state(size, length, params[0])
-        check_shapes(state, size, length)
-        for name in shapes(size, length):
-            state[name] = state[name].to(*dtype_of(name, params[0]))
-        for p in params:
-            self.state[p]["step"] = state["step"]  # distributed checkpoints miss parameters without state
-        return state
-
-    def _take_out(self) -> dict[str, Any]:
-        """Take this optimizer's entries out of the state, and leave what others have put there; return the first's."""
-        taken = []
-        for p in [p for p in self.state if isinstance(p, Tensor)]:
-            entries = self.state[p]
-            taken.append({name: entries.pop(name) for name in shapes(0, 0) if name in entries})
-            if not entries:
-                del self.state[p]
-        return next((entries for entries in taken if "steps" in entries), {})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the options and the state, as torch.optim's do."""
-        self._memory()
-        return super().state_dict()
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy a saved state in, by parameter names where there are some; dtypes stay as they are here.
-
-        Raises:
-            ValueError: if it doesn't fit: other groups, missing or misshapen state, options out of range. Nothing has
-                changed then.
-        """
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        keys = matched(self.param_groups, state_dict)
-        state = {keys.get(k, k): copy.deepcopy(entries) for k, entries in state_dict["state"].items()}
-        order = [p for p in keys.values() if p.requires_grad]
-        before = [dict(group) for group in self.param_groups]
-        try:
-            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-                group |= {k: copy.deepcopy(v) for k, v in saved.items() if k not in ("params", "param_names")}
-            self._check()
-            if order:
-                check_shapes(state.get(order[0], {}), self.options["history_size"], sum(p.numel() for p in order))
-        except Exception:
-            for group, old in zip(self.param_groups, before, strict=True):
-                group.clear()
-                group |= old
-            raise
-        self.state.clear()
-        self.state.update(state)
-        self._order = order
-        self._memory()
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+    def _layout(self, length: int) -> dict[str, tuple[int, ...]]:
+        return shapes(self.options["history_size"], length)
 
 
 class _Loss:

@@ -3,7 +3,7 @@
     φ(t) = f(θ + t d)              φ(t) ≤ φ(0) + c₁ t φ'(0)        the loss falls enough
                                    |φ'(t)| ≤ c₂ |φ'(0)|            and has flattened
 
-Nocedal and Wright, Numerical Optimization, 2nd edition: Algorithms 3.5 (`strong_wolfe`) and 3.6 (`_zoom`), and equation
+Nocedal and Wright, Numerical Optimization, 2nd edition: Algorithms 3.5 (`_bracket`) and 3.6 (`_zoom`), and equation
 3.59 (`cubic_minimum`). The book leaves the safeguards of the interpolation open. Here they are those of Schmidt's
 minFunc, which torch.optim.LBFGS has, too: a longer step is 1.01 to 10 times as far away as the last one, and the second
 of two steps near an end of the bracket is a tenth of the bracket away from it.
@@ -45,14 +45,28 @@ def strong_wolfe(at: Callable[[float], Point], start: Point, t: float, most: int
         narrow: the length of a bracket that is not divided any more.
 
     Returns:
-        The point. If the evaluations are used up, or the bracket is narrow, it is one whose loss falls enough, and
-        ``start`` itself where there was none.
+        The point. If the evaluations are used up, or the bracket is narrow, it is one whose loss falls enough, or else
+        the lowest, since near a minimum rounding hides what is enough; ``start`` itself where none is lower.
 
     >>> import torch
     >>> line = lambda t: Point(t, (t - 3) ** 2, 2 * (t - 3), torch.zeros(1))
     >>> strong_wolfe(line, line(0.0), 1.0, most=25).t, strong_wolfe(line, line(0.0), 50.0, most=25).t
     (1.0, 3.0)
     """
+    lowest = start
+
+    def kept(t: float) -> Point:
+        nonlocal lowest
+        point = at(t)
+        lowest = point if point.loss < lowest.loss else lowest
+        return point
+
+    found = _bracket(kept, start, t, most, narrow)
+    return lowest if found is start else found
+
+
+def _bracket(at: Callable[[float], Point], start: Point, t: float, most: int, narrow: float) -> Point:
+    """Lengthen the step until it is enough or too far; Algorithm 3.5."""
     previous = start
     for number in range(most):
         point, left = at(t), most - number - 1

@@ -1,7 +1,7 @@
 """The natural gradient with the exact Fisher matrix.
 
     d = (c F + λ I)⁻¹ g           F = Jᵀ F_o J, the mean over rows of the Fisher matrices of the model's likelihood
-    s = min(1, √(κ / KL)) · lr    KL = ½ lr² dᵀ F d, to second order the divergence that the step would make in a row
+    s = min(1, √(κ / KL)) · lr    KL = ½ dᵀ F d, to second order the divergence in a row that d would make
     θ ← θ - t d                   t = s, s/2, s/4 ... s/2¹⁰, the first that lowers the loss
 
 g is the gradient of the loss, which is c times the mean over rows of the negative log likelihood. Amari, "Natural
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from steepest.linalg.precision import fp32_matmul_precision
+from steepest.linalg.surroundings import without_autocast
 from steepest.newton.closures import Closure, Evaluated, backtrack, check_precision, evaluate, likelihood_curvature
 from steepest.newton.conjugate_gradients import conjugate_gradients
 from steepest.newton.flat import FlatOptimizer
@@ -47,7 +48,7 @@ class NaturalGradient(FlatOptimizer):
             variance) or "bernoulli" (logits of independent bits). A loss that belongs to another one is refused.
         lr: the length of a step, in natural gradients.
         damping: λ, in the unit of the Fisher matrix. Smaller ones are faster where all data are in each step.
-        max_kl: κ, the divergence in nats per row that a step may make; 0: no bound.
+        max_kl: κ, the divergence in nats per row that a step may make at a learning rate of 1; 0: no bound.
         loss_scale: c. By default it is read off the loss, which must then be a multiple of the likelihood's: 1 for a
             mean over rows, 1/C for a mean over all entries. Any other loss, such as a policy's, needs a number here.
         solver: "dense", "cg", or "auto" (default), which is dense for up to 1024 outputs, rows times C.
@@ -76,7 +77,7 @@ class NaturalGradient(FlatOptimizer):
 
     checks: ClassVar = {
         "likelihood": (lambda x: x in LIKELIHOODS, f"one of {', '.join(map(repr, LIKELIHOODS))}"),
-        "lr": (lambda x: number(x) and x >= 0, "a number >= 0"),
+        "lr": (lambda x: number(_scalar(x)) and x >= 0, "a number >= 0"),
         "damping": (lambda x: number(x) and x > 0, "a number above 0"),
         "max_kl": (lambda x: number(x) and x >= 0, "a number >= 0"),
         "loss_scale": (lambda x: x is None or (number(x) and x > 0), "None or a number above 0"),
@@ -90,7 +91,7 @@ class NaturalGradient(FlatOptimizer):
         params: Iterable[Any] | nn.Module,
         *,
         likelihood: Likelihood = "categorical",
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
         damping: float = 1e-2,
         max_kl: float = 0.1,
         loss_scale: float | None = None,
@@ -119,17 +120,15 @@ class NaturalGradient(FlatOptimizer):
         self._check()
         found = evaluate(closure, "NaturalGradient", outputs=True)
         d, slope, kl = self._direction(found)
-        loss, entries, length = found.loss.detach(), self._entries(), float(self.options["lr"])
+        loss, entries, length = found.loss.detach(), self._memory(), float(self.options["lr"])
         del found  # and with it the graph
-        if not entries:
-            entries |= {"step": loss.new_zeros(()), "skipped": loss.new_zeros(())}
         entries["step"] += 1
         if not (bool(d.isfinite().all()) and math.isfinite(kl) and math.isfinite(float(loss))):
             entries["skipped"] += 1
             return loss
         bound = self.options["max_kl"]
-        if bound and kl * length**2 > bound:
-            length = math.sqrt(bound / kl)
+        if bound and kl > bound:
+            length *= math.sqrt(bound / kl)
         eps = torch.finfo(d.dtype).eps
         if length * slope <= eps * abs(float(loss)):  # what is left to gain is below rounding
             return loss
@@ -143,6 +142,10 @@ class NaturalGradient(FlatOptimizer):
                 self._move_to(before)
         return loss
 
+    def _layout(self, length: int) -> dict[str, tuple[int, ...]]:
+        return {"step": (), "skipped": ()}
+
+    @without_autocast
     def _direction(self, found: Evaluated) -> tuple[Tensor, float, float]:
         """Return d ``[P]``, gᵀ d, and ½ dᵀ F d."""
         options, (loss, outputs) = self.options, found
@@ -190,3 +193,7 @@ def dense(J: Jacobian, inner: Product, gradient: Tensor, u: Tensor, damping: flo
         right = torch.stack([u.reshape(-1), inner((A @ beside).view_as(u)).reshape(-1)], 1)  # [M, 2]
         x: Tensor = torch.linalg.solve_ex(HK + damping * eye, right)[0]
         return A.mT @ x[:, 0] + (beside - A.mT @ x[:, 1]) / damping
+
+
+def _scalar(x: Any) -> Any:
+    return x.item() if isinstance(x, Tensor) and x.numel() == 1 else x

@@ -135,11 +135,8 @@ class NewtonCG(FlatOptimizer):
         self._check()
         found = evaluate(closure, "NewtonCG", outputs=self.options["curvature"] != "hessian")
         gradient, product = self._curvature(found)
-        start, entries = found.loss.detach(), self._entries()
+        start, entries = found.loss.detach(), self._memory()
         loss = float(start)
-        if not entries:
-            zero = gradient.new_zeros(())
-            entries |= {"step": zero, "skipped": zero.clone(), "radius": zero + self.options["radius"]}
         entries["step"] += 1
         if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
             entries["skipped"] += 1
@@ -151,6 +148,12 @@ class NewtonCG(FlatOptimizer):
             del found, product  # and with them the graph
             entries["radius"].fill_(self._move(solution, before, loss, radius, closure))
         return start
+
+    def _layout(self, length: int) -> dict[str, tuple[int, ...]]:
+        return {"step": (), "skipped": (), "radius": ()}
+
+    def _begin(self) -> dict[str, float]:
+        return {"radius": self.options["radius"]}
 
     def _curvature(self, found: Evaluated) -> tuple[Tensor, Product]:
         """Return the gradient ``[P]``, and the product of the curvature with vectors ``[P]``."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from steepest.linalg.surroundings import without_autocast
 from steepest.newton.products import Product
 
 
@@ -33,6 +34,7 @@ class Nystrom:
         tensor([0.2500, 0.3330, 1.0000])
     """
 
+    @without_autocast
     def __init__(self, product: Product, like: Tensor, rank: int, seed: int) -> None:
         P = len(like)
         rank = min(rank, P)

@@ -20,7 +20,6 @@ They are ring buffers: the pair of number j stands in row j mod h.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,31 +40,6 @@ def shapes(size: int, length: int) -> dict[str, tuple[int, ...]]:
     vectors = {"steps": (size, length), "gradient_changes": (size, length), "curvature": (size, size)}
     last = {"last_step": (length,), "last_gradient": (length,)}  # a step whose gradient is still to come
     return {**vectors, **last, "pairs": (), "step": ()}
-
-
-def dtype_of(name: str, p: Tensor) -> tuple[torch.device, torch.dtype]:
-    """Return where an entry of the state is for a parameter ``p``: vectors in float32 at least, counts on the host."""
-    if name in VECTORS or name == "curvature":
-        return p.device, torch.promote_types(p.dtype, torch.float32)
-    return torch.device("cpu"), torch.int64
-
-
-def new_state(size: int, length: int, p: Tensor) -> dict[str, Any]:
-    """Return a state without pairs, for parameters like ``p`` that have ``length`` entries together."""
-    places = {name: dtype_of(name, p) for name in shapes(size, length)}
-    return {
-        name: torch.zeros(shape, device=places[name][0], dtype=places[name][1])
-        for name, shape in shapes(size, length).items()
-    }
-
-
-def check_shapes(state: Mapping[str, Any], size: int, length: int) -> None:
-    """Raise a ValueError unless all entries are there, in their shapes."""
-    for name, shape in shapes(size, length).items():
-        x = state.get(name)
-        if not isinstance(x, Tensor) or x.shape != shape:
-            seen = "missing" if x is None else list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise ValueError(f"{name} of L-BFGS' state is {seen}, must be a tensor of shape {list(shape)}")
 
 
 def forget(state: dict[str, Any]) -> None:

@@ -6,18 +6,28 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict, TypeVar, Unpack, cast, final
+from typing import Any, TypeVar, Unpack, cast, final
 
 from torch import Tensor
 
 from steepest.curvature.capture import LossTerms
 from steepest.engine.capturing import CapturingOptimizer
 from steepest.optimizers import group_options
+from steepest.optimizers.shared import GroupOptions
 from steepest.recipes import unfold_elementwise
 from steepest.routing.classify import Overrides
 from steepest.routing.deciding import Model, decide
 from steepest.routing.survey import joined
-from steepest.rule.words import CurvatureForm, DampingForm, DecayMethod, Fisher, Nonfinite, Sharing, Solver
+from steepest.rule.words import (
+    CurvatureForm,
+    DampingForm,
+    DecayMethod,
+    Fisher,
+    Precision,
+    Sharing,
+    Solver,
+    SpectrumDamping,
+)
 from steepest.rules.aliases import OF_KFAC
 
 Init = TypeVar("Init", bound=Callable[..., None])
@@ -28,11 +38,12 @@ ROUTING = ("elementwise", "overrides", "decay_1d")
 """Those that decide which parameters go where."""
 
 
-class KFACOptions(TypedDict, total=False):
+class KFACOptions(GroupOptions, total=False):
     """Further options of `KFAC` and `EKFAC`.
 
     Args:
-        nonfinite, stochastic_rounding, rounding_seed, stagger: As in `steepest.optimizers.shared.SharedOptions`.
+        nonfinite, stochastic_rounding, rounding_seed, stagger, compile, cuda_graph, block_size: As in
+            `steepest.optimizers.shared.SharedOptions`.
         max_precond_dim: Layers with a longer side go to ``elementwise``; 8192 by default.
         fp32_matmul_prec: The precision of float32 products: "highest" (default), "high" (TF32) or "medium".
         solver: How eigenbases follow their factors, as for `SOAP`.
@@ -42,12 +53,12 @@ class KFACOptions(TypedDict, total=False):
         factor_decay: Another name of ``factor_beta``.
     """
 
-    nonfinite: Nonfinite
-    stochastic_rounding: bool
-    rounding_seed: int
     stagger: bool
+    compile: bool
+    cuda_graph: bool
+    block_size: int
     max_precond_dim: int
-    fp32_matmul_prec: str
+    fp32_matmul_prec: Precision
     solver: Solver
     decay_1d: bool
     factor_update_steps: int
@@ -147,6 +158,7 @@ class KFAC(CapturingOptimizer):
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
         >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
         >>> opt = KFAC(model, fisher="sampled")
@@ -196,12 +208,15 @@ class EKFAC(CapturingOptimizer):
     Args:
         model, lr, momentum, weight_decay, kl_clip, factor_beta, statistics_frequency, precondition_frequency, settle,
             sharing, fisher, loss_terms, grad_scaler, weight_decay_method, elementwise, overrides: As for `KFAC`.
-        damping: The fraction of the mean second moment that is added to each.
-        damping_form: "absolute": ``damping`` itself is added.
+        damping: d, which is added to the second moments S in one of these forms.
+        damping_form: "factored", as K-FAC's: ``√d (mean of the row + mean of the column) + d · mean S``. "relative":
+            ``d · mean S``; on a deep autoencoder (benchmarks/autoencoder.py) small d made it unsteady where the
+            factored form was not. "absolute": d itself, as the authors have it.
         options: `KFACOptions`.
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
         >>> opt = EKFAC(model)
         >>> nn.functional.mse_loss(model(torch.randn(8, 1, 4, 4)), torch.randn(8, 2)).backward()
@@ -219,7 +234,7 @@ class EKFAC(CapturingOptimizer):
         weight_decay: float = 0.0,
         *,
         damping: float = 1e-2,
-        damping_form: DampingForm = "relative",
+        damping_form: SpectrumDamping = "factored",
         kl_clip: float = 1e-2,
         factor_beta: float = 0.95,
         statistics_frequency: int = 5,

@@ -67,6 +67,7 @@ def for_model(
         UserWarning: For everything that looks wrong; `route` shows the whole routing.
 
     Example:
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> optimizer = for_model(model, "soap", lr=3e-3, weight_decay=0.1, elementwise={"lr": 1e-3})
         >>> [(group["rule"], group["lr"], group["param_names"]) for group in optimizer.param_groups]

@@ -70,7 +70,10 @@ def captured_rows(
     for leaf in leaves:
         override, layer = overrides.get(id(leaf.param), {}), by_weight.get(leaf.param)
         if leaf.param in joined:
-            rows.append(_bias_row(leaf, joined[leaf.param], rule_of(joined[leaf.param].weight), override))
+            layer = joined[leaf.param]
+            rows.append(
+                _bias_row(leaf, layer, rule_of(layer.weight), {**overrides.get(id(layer.weight), {}), **override})
+            )
         elif layer is not None and takes(layer):
             rows.append(_weight_row(leaf, layer, rule_of(leaf.param), layer.bias in joined, override))
         else:
@@ -94,6 +97,9 @@ def _weight_row(leaf: Leaf, layer: Layer, rule: str, joins: bool, override: Mapp
     del options["rule"]
     view_options = {name: options.pop(name) for name in OPTIONS if name in options}
     layout = adjusted(leaf, layout, view_options) if view_options else layout
+    rank = min(layer.shape[1:]) if leaf.is_lora and "max_precond_dim" not in options else None
+    if rank:
+        layout = replace(layout, why=f"{layout.why}, without a factor of its long side")
     return Row(
         name=leaf.name,
         param=leaf.param,
@@ -101,15 +107,18 @@ def _weight_row(leaf: Leaf, layer: Layer, rule: str, joins: bool, override: Mapp
         view=layout.view,
         layout=str(layout),
         why=f"override (else {layout.why})" if override else layout.why,
-        state_bytes=sum(state_bytes(rule, piece) for piece in layout.view.pieces),
+        state_bytes=sum(state_bytes(rule, piece, rank) for piece in layout.view.pieces),
         hidden=True,
         decays=not leaf.is_vector,
         options=options,
+        longest_basis=rank,
     )
 
 
 def _bias_row(leaf: Leaf, layer: Layer, rule: str, override: Mapping[str, Any]) -> Row:
-    options = {name: value for name, value in override.items() if name != "rule"}
+    """Return the row of a bias, for which the options of its weight hold, too."""
+    options = resolve({"rule": rule, **override})
+    options = {name: value for name, value in options.items() if name not in ("rule", *OPTIONS)}
     return Row(
         name=leaf.name,
         param=leaf.param,

@@ -27,6 +27,7 @@ Scale = Literal[
 Orthonormalizer = Literal["qr", "rcqr"]
 Axis = Literal["rows", "columns"]
 DampingForm = Literal["relative", "absolute"]
+SpectrumDamping = Literal["factored", "relative", "absolute"]
 CurvatureForm = Literal["inverse", "eigen"]
 Fisher = Literal["empirical", "sampled"]
 Sharing = Literal["expand", "reduce"]

@@ -1,9 +1,11 @@
 """EKFAC: K-FAC with the second moments of gradients in the eigenbases of its factors, in place of eigenvalues.
 
     S ← β S + (1-β) E[(Q_Bᵀ G_i Q_A)²]          from G_i, the gradient of one loss term; λ_B λ_Aᵀ at each refresh
-    D = Q_B [(Q_Bᵀ M Q_A) / (S + d · mean S)] Q_Aᵀ
+    D = Q_B [(Q_Bᵀ M Q_A) / (S + √d (S 11ᵀ/n + 11ᵀ S/m) + d · mean S)] Q_Aᵀ
 
-George et al., arXiv:1806.03884. All else is K-FAC's form="eigen"; see `steepest.rules.kfac` for the legend.
+George et al., arXiv:1806.03884, with K-FAC's factored damping: of S = λ_B λ_Aᵀ it makes the product of λ_B + √d mean
+λ_B and λ_A + √d mean λ_A. The authors add a number, damping_form="absolute". All else is form="eigen" of
+`steepest.rules.kfac`, which has the legend.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from steepest.rule import one_of
+from steepest.rule.words import SpectrumDamping
 from steepest.rules.kfac import LayerFisher
 
 
@@ -20,6 +24,8 @@ class Ekfac(LayerFisher):
 
     name: ClassVar[str] = "ekfac"
     paper: ClassVar[str] = "George et al., arXiv:1806.03884"
+
+    damping_form: SpectrumDamping = one_of(SpectrumDamping, "factored")
 
     @property
     def in_basis(self) -> bool:

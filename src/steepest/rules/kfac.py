@@ -29,7 +29,7 @@ from torch import Tensor
 
 from steepest.linalg.roots import inverse
 from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, flag, frequency, lays_out, one_of
-from steepest.rule.words import CurvatureForm, DampingForm, Solver
+from steepest.rule.words import CurvatureForm, DampingForm, Solver, SpectrumDamping
 from steepest.rules.parts.factors import into
 from steepest.rules.parts.fisher import SIDES, divided, take_in, update_eigenbases
 from steepest.rules.parts.moments import correction
@@ -47,7 +47,7 @@ class LayerFisher(Refreshing[State], ABC):
     momentum: float = beta(0.9)
     factor_beta: float = beta(0.95)
     damping: float = at_least(0, 1e-2)
-    damping_form: DampingForm = one_of(DampingForm, "relative")
+    damping_form: SpectrumDamping = one_of(DampingForm, "relative")
     kl_clip: float = at_least(0, 1e-2, "0: none")
     solver: Solver = one_of(Solver, "auto")
     bias: bool = lays_out(flag(False))  # whether the layer's bias is in the matrix: a view's option, set by routing
@@ -91,7 +91,7 @@ class LayerFisher(Refreshing[State], ABC):
         fed = (state["statistics"] > 0).view(-1, 1, 1)
         M = state["exp_avg"].lerp_(G, 1 - self.momentum) * (fed / correction(self.momentum, step.t))  # [B, m, n]
         if self.in_basis:
-            return divided(M, state, self.damping, self.damping_form == "relative")
+            return divided(M, state, self.damping, self.damping_form)
         return into(M, state.get("P_B"), state.get("P_A"))  # both are symmetric
 
 

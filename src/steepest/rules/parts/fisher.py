@@ -50,9 +50,15 @@ def update_eigenbases(state: State, slots: Slots, step: Step, solver: str) -> No
     state["S"][slots] = λ["B"].unsqueeze(-1) * λ["A"].unsqueeze(-2)
 
 
-def divided(M: Tensor, state: State, damping: float, relative: bool) -> Tensor:
-    """``Q_B [(Q_Bᵀ M Q_A) / (S + damping)] Q_Aᵀ`` for ``M [B, m, n]``; relative damping is a fraction of the mean."""
+def divided(M: Tensor, state: State, damping: float, form: str) -> Tensor:
+    """``Q_B [(Q_Bᵀ M Q_A) / (S + damping)] Q_Aᵀ`` for ``M [B, m, n]``, with damping of one of these forms.
+
+    "absolute": d itself. "relative": d · mean S. "factored": √d (mean of the row + mean of the column) + d · mean S,
+    which for S = λ_B λ_Aᵀ is the product (λ_B + √d mean λ_B)(λ_A + √d mean λ_A)ᵀ that damped factors have.
+    """
     Q_B, Q_A, S = state.get("Q_B"), state.get("Q_A"), state["S"]
-    floor = damping * S.mean(dim=(-2, -1), keepdim=True) if relative else damping
+    floor = damping if form == "absolute" else damping * S.mean(dim=(-2, -1), keepdim=True)
+    if form == "factored":
+        floor = floor + damping**0.5 * (S.mean(dim=-1, keepdim=True) + S.mean(dim=-2, keepdim=True))
     u = into(M, Q_B, Q_A) / (S + floor + torch.finfo(S.dtype).tiny)
     return into(u, None if Q_B is None else Q_B.mT, None if Q_A is None else Q_A.mT)
