@@ -5,6 +5,7 @@ import copy
 import io
 import logging
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from torch import nn
 
 import steepest
 from steepest.integrations import ByShape, TrainerFactory
+from steepest.testing import check_optimizer
 
 VOCABULARY = 9000
+SEVERAL_GROUPS = {"added_group", "moved_parameter", "parameter_forms", "reordered_parameters", "resume_by_name"}
 
 
 def tensors(*shapes):
@@ -156,6 +159,11 @@ def test_strings_and_arguments_for_everybody(caplog):
     assert "params.{0..1} ×2" in caplog.text
 
 
+def test_an_option_out_of_range_is_named_though_nothing_is_stepped_by_it():
+    with pytest.raises(ValueError, match="eps=-1.0: must be"):
+        ByShape(tensors((8, 8)), lr=1e-3, name="muon", eps=-1.0)
+
+
 def test_a_misspelt_option_is_an_error():
     with pytest.raises(ValueError, match=r"momentun=0.9: muon has no such option \(did you mean 'momentum'\?\)"):
         ByShape(tensors((8, 8)), lr=1e-3, name="muon", momentun=0.9)
@@ -250,3 +258,9 @@ def test_and_of_nothing_else(params):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         steepest.Muon(params(), lr=1e-3)
+
+
+def test_the_contract_is_kept_but_for_what_several_groups_change():
+    """Names route otherwise than shapes, and so does another order; parameters of one group end up in several."""
+    report = check_optimizer(partial(ByShape, lr=1e-2, name="muon"))
+    assert {finding.clause.name for finding in report.broken} == SEVERAL_GROUPS, report

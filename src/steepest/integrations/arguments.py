@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from steepest.engine.group import UNSUPPORTED, option_defaults
+from steepest.engine.group import UNSUPPORTED, option_defaults, plain_options
 from steepest.optimizers import group_options
 from steepest.recipes import unfold_elementwise
 from steepest.routing.classify import is_matrix_rule
@@ -78,7 +78,11 @@ def sort(
             raise ValueError(f"{key}={value!r}: {rule} has no such option{nearest(key, [*known, *ALIASES])}")
         elif value is not None:
             notes.append(f"{key}={value!r} is ignored: {rule} has no such option")
-    return group_options(name, mine), theirs | entrywise, notes
+    matrices, rest = group_options(name, mine), theirs | entrywise
+    for settings in (matrices, rest):  # here, too, since there may be no parameter for one of them
+        defaults = option_defaults(settings["rule"])
+        plain_options(defaults | {"lr": 0.0} | {key: settings[key] for key in settings.keys() & defaults.keys()})
+    return matrices, rest, notes
 
 
 def takes(rule: str, key: str) -> bool:
