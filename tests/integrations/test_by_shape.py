@@ -160,7 +160,7 @@ def test_strings_and_arguments_for_everybody(caplog):
 
 
 def test_an_option_out_of_range_is_named_though_nothing_is_stepped_by_it():
-    with pytest.raises(ValueError, match="eps=-1.0: must be"):
+    with pytest.raises(ValueError, match=r"eps=-1.0: must be"):
         ByShape(tensors((8, 8)), lr=1e-3, name="muon", eps=-1.0)
 
 
