@@ -16,7 +16,7 @@ FLOORS = [
     {"exchange"},
     {"engine", "newton"},
     {"adopting", "clipping", "functional", "optimizers", "recipes", "routing"},
-    {"lab", "testing"},
+    {"integrations", "lab", "testing"},
     {"__main__", "cli"},
 ]
 

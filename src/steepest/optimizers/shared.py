@@ -10,6 +10,7 @@ from typing import Any, TypedDict, TypeVar, cast
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
+from steepest.optimizers.tables import warn_of_tables
 from steepest.rule.words import Nonfinite
 from steepest.rules.aliases import ALIASES, TARGETS
 
@@ -42,6 +43,9 @@ def sets_options(rule: str, **fixed: Any) -> Callable[[Init], Init]:
             for name in ABSENT - given:  # the rule has these defaults, which an alias that is given may contradict
                 arguments.pop(name, None)
             Optimizer.__init__(self, params, rule, **arguments, **fixed, **options)
+            given_groups = params if isinstance(params, list | tuple) else ()
+            meant = [isinstance(group, dict) and "rule" in group for group in given_groups]
+            warn_of_tables(self.param_groups, meant, stacklevel=2)
 
         return cast(Init, construct)
 
