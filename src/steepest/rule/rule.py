@@ -109,6 +109,10 @@ class Rule(Options, ABC):
         """The limit κ of ``Σ ⟨D, G⟩`` over all matrices, to which all directions are scaled down together; 0: none."""
         return 0.0
 
+    def clip_gradient(self, G: Tensor, state: State, t: Tensor) -> Tensor:
+        """The gradients ``[B, m, n]`` in that sum, after an update: those of the step, or an average that led to D."""
+        return G
+
     @abstractmethod
     def init(self, G: Tensor) -> State:
         """Return fresh state for a stack with the shape, dtype and device of ``G [B, m, n]``; meta is a device, too.

@@ -20,19 +20,22 @@ SIDES = (("B", -2), ("A", -1))
 """Each factor's name in the state, and the dimension of a gradient ``[B, m, n]`` that it belongs to."""
 
 
-def take_in(state: State, new: Statistics, beta: float) -> Tensor:
-    """Take statistics into the averages, in place; return which matrices' were finite, ``[b]``. Others change nothing.
+def take_in(state: State, new: Statistics | None, beta: float, failures: Tensor | None) -> None:
+    """Take statistics, if there are new ones, into the averages, in place. Those that aren't finite count as failures.
 
     ``statistics [B]`` of the state counts what came in, so that averages are unbiased from the first on.
     """
+    if new is None:
+        return
     found = {name: x for name, x in (("A", new.A), ("B", new.B), ("S", new.S)) if x is not None and name in state}
     looked_at = {"A": new.A, "B": new.B} | found
     good = torch.stack([succeeded(x) for x in looked_at.values()]).all(dim=0)  # [b]
     state["statistics"][new.slots] += good
+    if failures is not None:
+        failures[new.slots] += ~good
     weight = 1 - corrected_beta(beta, state["statistics"][new.slots].view(-1, 1, 1))
     for name, x in found.items():
         put(state[name], new.slots, state[name][new.slots].lerp(x, weight), good)
-    return good
 
 
 def put(x: Tensor, slots: Slots, new: Tensor, good: Tensor) -> None:
