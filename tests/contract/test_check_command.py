@@ -20,7 +20,7 @@ def check(*arguments: str) -> Any:
 def test_ours_pass() -> None:
     done = check("soap", "--lr", "1e-2", "--option", "precondition_frequency=2")
     assert done.exit_code == 0, done.output
-    assert "soap: 66 clauses kept, 0 broken, 0 not applicable" in done.output
+    assert "soap: 68 clauses kept, 0 broken, 7 not applicable" in done.output
 
 
 @pytest.mark.parametrize("name", ["SOAP", "Muon", "Lion"])
@@ -31,6 +31,18 @@ def test_a_class_goes_by_its_path_which_is_no_emoji(name: str, monkeypatch: pyte
     first, *_, last = done.output.splitlines()
     assert first.startswith(f"steepest:{name}  steepest ")
     assert last == f"steepest:{name}: 1 clauses kept, 0 broken, 0 not applicable"
+
+
+@pytest.mark.parametrize(
+    "spec", ["kfac", "steepest:KFAC", "steepest:EKFAC", "gauss-newton", "lbfgs", "newton-cg", "steepest:LBFGS"]
+)
+def test_what_takes_a_model_or_a_closure_gets_it(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clauses = ["closure", "random_state", "nan_gradient", "closure_error"]
+    monkeypatch.setattr(command, "check_optimizer", partial(check_optimizer, only=clauses))
+    done = check(spec)
+    assert done.exit_code == 0, done.output
+    assert f"{spec}: 4 clauses kept, 0 broken, 0 not applicable" in done.output
+    assert "not given" not in done.output
 
 
 def test_others_break_something() -> None:
@@ -54,7 +66,7 @@ def test_a_file_at_hand(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = check("my_optimizers:Mine")
     assert done.exit_code == 1
-    assert "my_optimizers:Mine: 58 clauses kept" in done.output
+    assert "my_optimizers:Mine: 60 clauses kept" in done.output
 
 
 @pytest.mark.parametrize(
@@ -65,6 +77,8 @@ def test_a_file_at_hand(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         (["torch.optimal:AdamW"], "No module named 'torch.optimal'"),
         (["torch:float32"], "torch:float32: is no class, but dtype"),
         (["soap", "--lr", "-1"], "lr=-1"),
+        (["kfac", "--lr", "-1"], "lr=-1"),
+        (["natural-gradient"], "no closure suits: with loss after backward, TypeError: the closure returned the loss"),
         (["soap", "--lr", "0.1", "--option", "betas"], 'option "betas": write it as'),
         (["soap", "--lr", "0.1", "--dtype", "float8"], "dtype 'float8': there are float32, bfloat16, float64"),
     ],

@@ -54,6 +54,8 @@ class Iterative:
             self._gradient = join(torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True), params)
         self.size = outputs.numel()
         self.finite = math.isfinite(self.loss) and bool(self._gradient.isfinite().all())
+        self._moved = self._J.used() | (self._gradient != 0)
+        """Which entries move: rounding in the preconditioner would move others, too."""
         if self.finite:
             self._sketch = Nystrom(self._product, self._gradient, rank, seed)
             self._scale = self._sketch.trace / self.size
@@ -84,6 +86,7 @@ class Iterative:
                 preconditioner=self._sketch.preconditioner(mu),
                 products=self._products,
             ).x
+            d = torch.where(self._moved, d, 0.0)
             slope = float(d.dot(self._gradient))
             if slope > 0:
                 return d, slope

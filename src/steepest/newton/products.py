@@ -60,6 +60,11 @@ class Jacobian:
         """Return ``Jᵀ u [P]`` for ``u`` of the outputs' shape."""
         return join(pull(self.outputs, self.params, u, what="outputs"), self.params)
 
+    def used(self) -> Tensor:
+        """Return whether the outputs depend on each parameter, for each of its entries ``[P]``."""
+        parts = zip(self._pulled[1], self.params, strict=True)
+        return torch.cat([torch.full((p.numel(),), x is not None, device=p.device) for x, p in parts])
+
     def dense(self, chunk: int = 256) -> Tensor:
         """Return ``J [M, P]`` itself, by M backward passes, ``chunk`` of which run as one batch."""
         size = self.outputs.numel()

@@ -49,21 +49,27 @@ class Layers(nn.Module):
             elif name in self.alone:
                 self.register_parameter(name, params[name])  # type: ignore[arg-type]
 
-    def loss(self, k: int, gradient: GradientOf, missing: Collection[str] = ()) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the outputs of the layers, and the terms of a loss with the gradients that are asked for.
+    def forward(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return the outputs of the layers that get rows, as those of one sample, ``[1, C]``."""
+        called = ((self.get_submodule(layer), x) for layer, x in rows.items())
+        return torch.cat([layer(x).reshape(1, -1) for layer, x in called], 1)
+
+    def loss(self, k: int, gradient: GradientOf, missing: Collection[str] = ()) -> tuple[Tensor | None, list[Tensor]]:
+        """Return the outputs, and the terms of a loss with the gradients that are asked for.
 
         Layers with a missing parameter are not called, as experts without tokens.
         """
-        outputs, terms = [], []
+        rows, deltas, outputs, terms = {}, [], None, []
         for layer, names in sorted(self.of.items()):  # outputs in the same order, so that targets drawn for them are
             if missing and not set(names).isdisjoint(missing):
                 continue
-            module = self.get_submodule(layer)
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            rows, deltas = _rows(k, weight, gradient(names[0]), gradient(names[1]) if len(names) > 1 else None)
-            y = module(rows.view(-1, *weight.shape[1:]))
-            outputs.append(y.flatten(1))
-            terms.append((outputs[-1] * deltas).sum())
+            weight: Tensor = self.get_submodule(layer).weight  # type: ignore[assignment]
+            x, delta = _rows(k, weight, gradient(names[0]), gradient(names[1]) if len(names) > 1 else None)
+            rows[layer] = x.view(-1, *weight.shape[1:])
+            deltas.append(delta.reshape(1, -1))
+        if rows:
+            outputs = self(rows)
+            terms.append((outputs * torch.cat(deltas, 1)).sum())
         terms += [(self.get_parameter(name) * gradient(name)).sum() for name in self.alone if name not in missing]
         return outputs, [term for term in terms if term.requires_grad]
 

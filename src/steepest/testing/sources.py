@@ -121,8 +121,8 @@ class Propagated(Source):
     def loss(self, params: Params, batch: Batch, optimizer: Any = None) -> Tensor:
         """Return the loss in its graph."""
         outputs, terms = self.model.loss(batch.k, lambda name: batch.gradient(name, params[name]), batch.missing)
-        if outputs and hasattr(optimizer, "sample"):
-            optimizer.sample(torch.cat([y.reshape(1, -1) for y in outputs], 1), "normal")
+        if outputs is not None and hasattr(optimizer, "sample"):
+            optimizer.sample(outputs, "normal")
         p = next(iter(params.values()))
         return torch.stack(terms).sum() if terms else torch.zeros((), dtype=p.dtype, device=p.device)
 

@@ -27,6 +27,8 @@ from steepest.testing import Report, Verdict, check_optimizer
 from steepest.testing.subject import Factory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+OF_MODELS = {"kfac": "KFAC", "ekfac": "EKFAC", "gauss-newton": "GaussNewton"}
+"""The classes of optimizers that take a model, by name."""
 LOOKS = {Verdict.KEPT: "green", Verdict.BROKEN: "bold red", Verdict.NOT_APPLICABLE: "dim"}
 
 
@@ -73,7 +75,9 @@ def find(spec: str, options: Mapping[str, Any]) -> Factory:
     """
     module, colon, name = spec.partition(":")
     if not colon:
-        known = [*NAMES, *BY_CLOSURE]
+        known = {*NAMES, *BY_CLOSURE, *OF_MODELS}
+        if spec.lower() in OF_MODELS:
+            return functools.partial(getattr(steepest, OF_MODELS[spec.lower()]), **options)
         if spec.lower() not in known:
             raise BadInput(f"{spec!r}: no such optimizer{nearest(spec, known)}; others go by module:Class")
         return lambda params, **overrides: steepest.create(spec, params, **{**options, **overrides})
