@@ -10,13 +10,14 @@ BIN     := .venv/bin
 RACE    := $(if $(wildcard .venv/.ready),.venv,.venv-race)
 PYTEST   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help race quick test lint types slow torch-versions $(TORCHES:%=torch-%) clean
+.PHONY: help race quick test lint types slow integrations torch-versions $(TORCHES:%=torch-%) clean
 
 help:
 	@echo 'make race    train the contenders of the default race, and write runs/race/report.html'
 	@echo 'make quick   lint, and the tests of the core'
 	@echo 'make test    lint, types, all tests, and all examples in the documentation'
 	@echo 'make slow    the long tests'
+	@echo 'make integrations   the tests of trainers of others, with those installed'
 	@echo 'make torch-versions   the tests of the optimizers with each of torch $(TORCHES)'
 	@echo 'make clean   delete what the others have made'
 
@@ -33,6 +34,11 @@ test: lint types
 
 slow: .venv/.ready
 	$(PYTEST) -m slow
+
+integrations: .venv-integrations/.ready
+	$(PYTEST) tests/integrations
+
+integrations: BIN = .venv-integrations/bin
 
 torch-versions: $(TORCHES:%=torch-%)
 
@@ -53,6 +59,11 @@ types: .venv/.ready
 .venv-race/.ready: EXTRAS := race
 .venv-race/.ready: SIZE   := 0.1 GB to download, 0.4 GB on disk
 
+.venv-integrations/.ready: EXTRAS := lab,dev,integrations
+.venv-integrations/.ready: SIZE   := 0.5 GB to download, 1.7 GB on disk
+# timm needs torchvision, whose build has to be that of torch: so both come from one index.
+.venv-integrations/.ready: BESIDE  = $(shell grep '^torchvision==' constraints.txt)
+
 VERSIONED := $(TORCHES:%=.venv-torch-%/.ready)
 $(VERSIONED): EXTRAS := lab,dev
 $(VERSIONED): SIZE   := 0.4 GB to download, 1.5 GB on disk
@@ -68,16 +79,16 @@ PINS := constraints.txt
 PIP   = $(@D)/bin/python -m pip install --disable-pip-version-check -c $(PINS)
 
 # torch goes first and exactly: a range would fetch the newest build with its GPU libraries.
-.venv/.ready .venv-race/.ready $(VERSIONED): pyproject.toml constraints.txt
+.venv/.ready .venv-race/.ready .venv-integrations/.ready $(VERSIONED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 		"Python 3.11 or newer is needed; name one: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	@echo '== 1/3 A virtual environment in $(@D)'
 	$(PYTHON) -m venv $(@D)
 	@echo '== 2/3 $(TORCH): 0.2 GB to download for CPUs, up to 3 GB with CUDA (on Linux, unless uv is installed)'
-	$(if $(UV),$(UV) pip install --python $(@D)/bin/python --torch-backend=auto,$(PIP)) '$(TORCH)'
+	$(if $(UV),$(UV) pip install --python $(@D)/bin/python --torch-backend=auto,$(PIP)) '$(TORCH)' $(BESIDE)
 	@echo '== 3/3 steepest[$(EXTRAS)]: $(SIZE)'
 	$(PIP) -e '.[$(EXTRAS)]'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-race .venv-torch-* build dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-race .venv-integrations .venv-torch-* build dist runs .pytest_cache .mypy_cache .ruff_cache

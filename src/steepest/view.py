@@ -9,7 +9,8 @@ of a parameter group choose the view:
                 are a batch, ``[E, m, n]`` is E matrices (stacked experts)
 ``transpose``   the parameter is stored ``[inputs, outputs]``
 ``split``       row counts of blocks that are matrices of their own, as in a fused query-key-value projection
-``heads``       each block's rows are that many matrices, one per attention head
+``heads``       each block's rows are that many matrices, one per attention head; a tuple has a number for each block
+                of ``split``, as grouped-query attention needs: (8, 2, 2)
 ``block_size``  no matrix is longer or wider: larger ones are cut into blocks of nearly equal size; 0: none is cut
 ==============  ========================================================================================
 
@@ -48,14 +49,18 @@ class View:
     merge_dims: bool = True
     transpose: bool = False
     split: tuple[int, ...] = ()
-    heads: int = 1
+    heads: int | tuple[int, ...] = 1
     block_size: int = 0
     bias: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.heads, tuple) and (not self.heads or len(self.heads) != len(self.split)):
+            raise ValueError(
+                f"heads={self.heads!r}: must be one number, or one for each of the {len(self.split)} blocks of split"
+            )
         if not isinstance(self.block_size, int) or self.block_size < 0:
             raise ValueError(f"block_size={self.block_size!r}: must be an integer >= 0; 0 cuts nothing")
-        if self.block_size and self.heads > 1:
+        if self.block_size and self.has_heads:
             raise ValueError(
                 f"block_size={self.block_size!r} with heads={self.heads!r}: must be 0: heads are small already"
             )
@@ -68,8 +73,8 @@ class View:
             raise ValueError(f"split={self.split!r}: must be positive row counts that add up to {rows}")
         if self.bias and (len(self.shape) < 2 or self.stored[0] != 1):
             raise ValueError(f"bias=True: a parameter of shape {list(self.shape)} is no layer's one matrix")
-        for block in self.split or (rows,):
-            if self.heads < 1 or block % self.heads:
+        for block, heads in zip(self.split or (rows,), self._heads, strict=True):
+            if heads < 1 or block % heads:
                 raise ValueError(f"heads={self.heads!r}: must divide the {block} rows of a block")
 
     @classmethod
@@ -105,7 +110,17 @@ class View:
     @property
     def batched(self) -> bool:
         """Return whether a piece may hold several matrices, so that its state keeps a leading dimension."""
-        return self.heads > 1 or (len(self.shape) > 2 and not self.merge_dims)
+        return self.has_heads or (len(self.shape) > 2 and not self.merge_dims)
+
+    @property
+    def has_heads(self) -> bool:
+        """Return whether a block's rows may be several matrices."""
+        return max(self._heads) > 1
+
+    @property
+    def _heads(self) -> tuple[int, ...]:
+        """Return the number of heads of each block of the split."""
+        return self.heads if isinstance(self.heads, tuple) else (self.heads,) * max(len(self.split), 1)
 
     @cached_property
     def blocks(self) -> list[tuple[slice, slice]]:
@@ -124,11 +139,16 @@ class View:
         ([(1, 8, 75)], [(8, 64, 32)], [(1, 1, 7)])
         >>> View((8, 6), block_size=4).pieces
         [(1, 4, 3), (1, 4, 3), (1, 4, 3), (1, 4, 3)]
+        >>> View((48, 32), split=(32, 8, 8), heads=(4, 1, 1)).pieces
+        [(4, 8, 32), (1, 8, 32), (1, 8, 32)]
         """
         if 0 in self.shape:
             return []
-        b, h = self.stored[0], self.heads
-        shapes = [(b * h, (r.stop - r.start) // h, c.stop - c.start) for r, c in self.blocks]
+        b = self.stored[0]
+        heads = self._heads if self.has_heads else (1,) * len(self.blocks)
+        shapes = [
+            (b * h, (r.stop - r.start) // h, c.stop - c.start) for h, (r, c) in zip(heads, self.blocks, strict=True)
+        ]
         return [(b, m, n + self.joins(piece)) for piece, (b, m, n) in enumerate(shapes)]
 
     def joins(self, piece: int) -> bool:

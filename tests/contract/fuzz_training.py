@@ -52,7 +52,7 @@ class Twin:
 
     def have(self, options: Options, entries: Mapping[str, Tensor]) -> None:
         """Go on with these options and this state; entries that are missing are fresh."""
-        self.alone = fed.optimizer([{"params": [(self.name, self.q)], **options}])
+        self.alone = fed.Fed([{"params": [(self.name, self.q)], **options}])
         for name, x in entries.items():
             self.entries[name].copy_(x)
 
@@ -133,7 +133,7 @@ class Training(RuleBasedStateMachine):
             self.groups.append(self.group(options, shapes, dtype))
             if twice:
                 self.groups.append(self.group(options | {"lr": 0.02}, shapes, dtype))
-        self.opt = fed.optimizer([group.for_torch(named) for group in self.groups])
+        self.opt = fed.Fed([group.for_torch(named) for group in self.groups])
 
     def group(self, options: Options, shapes: list[Shape], dtype: torch.dtype) -> Group:
         """A group of new parameters."""

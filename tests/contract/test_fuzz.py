@@ -195,7 +195,7 @@ class AnySequence(Training):
         """Whether a parameter has no state, or the same with other options."""
         forms = []
         for each in (options, options | new):
-            (entries,) = fed.optimizer([nn.Parameter(twin.p.detach().clone())], **each).state.values()
+            (entries,) = fed.Fed([nn.Parameter(twin.p.detach().clone())], **each).state.values()
             forms.append({name: (x.shape, x.dtype) for name, x in entries.items()})
         return not self.opt.state.get(twin.p, {}).keys() - twin.foreign.keys() or forms[0] == forms[1]
 
@@ -352,7 +352,7 @@ class AnySequence(Training):
             self.saved = None
         for twin, _ in self.twins:
             twin.p = nn.Parameter(twin.p.detach().clone(), requires_grad=twin.p.requires_grad)
-        self.opt = fed.optimizer([group.for_torch(self.named) for group in self.groups])
+        self.opt = fed.Fed([group.for_torch(self.named) for group in self.groups])
         self.opt.load_state_dict(torch.load(file, weights_only=True))
 
     @rule()

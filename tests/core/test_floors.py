@@ -15,8 +15,8 @@ FLOORS = [
     {"curvature", "rules", "stack"},
     {"exchange"},
     {"engine", "newton"},
-    {"adopting", "functional", "optimizers", "recipes", "routing"},
-    {"lab", "testing"},
+    {"adopting", "clipping", "functional", "optimizers", "recipes", "routing"},
+    {"integrations", "lab", "testing"},
     {"__main__", "cli"},
 ]
 

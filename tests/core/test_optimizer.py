@@ -309,7 +309,8 @@ def test_the_way_of_a_refreshing_step_is_short():
     calls = []
 
     def note(frame, event, arg):
-        if event == "call" and "/steepest/" in frame.f_code.co_filename:
+        marks = "engine/phases.py"  # which another test may have put around functions
+        if event == "call" and "/steepest/" in frame.f_code.co_filename and marks not in frame.f_code.co_filename:
             calls.append(frame.f_code.co_filename)
 
     for _ in range(6):  # the sixth refreshes for the second time

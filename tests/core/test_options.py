@@ -45,6 +45,8 @@ def wrong(name: str, default: Any) -> list[Any]:
         return [*NO_NUMBERS, 0.0, 0.5]
     if name == "split":
         return [*NO_BOOLS[:-1], (0,), (-2, 8), (2.5,), (True,), None]
+    if name == "heads":  # a sequence is refused by its view where it has not a number for each block of the split
+        return [*(x for x in NO_NUMBERS if not isinstance(x, np.ndarray)), -7, 2.5, (), (2, 0), None]
     if name == "rounding_seed":
         return [*NO_NUMBERS, 0.5, None]
     if isinstance(default, bool) or name == "correct_shampoo_beta_bias":

@@ -63,7 +63,7 @@ def foreign(tree: ast.AST, own: set[str]) -> Iterator[str]:
     """Names in a file that are imported from elsewhere, or that no file of the library defines."""
     for node in ast.walk(tree):
         match node:
-            case ast.ImportFrom(module=str(module), names=names) if not module.startswith("steepest"):
+            case ast.ImportFrom(module=str(module), names=names) if not module.startswith(("steepest", "timm")):
                 yield from (*module.split("."), *(alias.name for alias in names))
             case ast.Import(names=names):
                 yield from (part for alias in names for part in alias.name.split("."))

@@ -278,6 +278,56 @@ def test_a_smaller_limit_of_ones_own_stays_smaller() -> None:
     assert group["max_precond_dim"] == 8
 
 
+@pytest.mark.parametrize("name", ["lora_A", "lora_embedding_A", "lora_down"])
+def test_only_b_of_lora_may_go_to_the_matrix_rule(name: str) -> None:
+    b = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B", "lora_down": "lora_up"}[name]
+    factors = {name: nn.Linear(16, 2, bias=False), b: nn.Linear(2, 16, bias=False)}
+    model = nn.Sequential(Holder(**factors), nn.Linear(16, 3))
+    routing = route(model, "muon", lora="b")
+    assert [(row.rule, row.why) for row in routing][:2] == [
+        ("adamw", 'LoRA factor A: by lora="b"'),
+        ("muon", "LoRA factor of rank 2"),
+    ]
+    assert [row.rule for row in route(model, "muon")][:2] == ["muon", "muon"]
+    groups = for_model(model, "muon", lr=0.1, lora="b", elementwise={"lr": 0.01}).param_groups
+    rates = {n: group["lr"] for group in groups for n in group["param_names"]}
+    assert (rates[f"0.{name}.weight"], rates[f"0.{b}.weight"]) == (0.01, 0.1)
+    assert route(model, "muon", lora="b", overrides={f"0.{name}.*": "soap"})[f"0.{name}.weight"].rule == "soap"
+
+
+def test_lora_is_refused_where_it_means_nothing() -> None:
+    with pytest.raises(ValueError, match=r"lora='b': the model has no trainable factor B"):
+        for_model(mlp(), "muon", lr=0.1, lora="b")
+    with pytest.raises(ValueError, match=r"lora='a': must be one of both, b"):
+        route(lora(), lora="a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"lora='b' with kfac: must be 'both'"):
+        for_model(lora(), "kfac", lora="b")
+
+
+def test_heads_of_grouped_queries() -> None:
+    """Each head steps as it would alone, with as many for keys and values as there are."""
+    model = nn.Sequential(Attention(qkv=nn.Linear(16, 32, bias=False)), nn.Linear(32, 3))
+    options = {"split": (16, 8, 8), "heads": (4, 2, 2)}
+    routing = route(model, "soap", overrides={"0.qkv.weight": options})
+    assert routing["0.qkv.weight"].layout == "4 × 4×16 + 2 × 2 × 4×16"
+    whole, parts = nn.Parameter(torch.randn(32, 16)), []
+    parts = [nn.Parameter(part.clone()) for part in whole.detach().split(4)]
+    fused, apart = steepest.SOAP([whole], lr=0.1, **options), steepest.SOAP(parts, lr=0.1)
+    for _ in range(3):
+        whole.grad = torch.randn(32, 16)
+        for part, grad in zip(parts, whole.grad.split(4), strict=True):
+            part.grad = grad
+        fused.step()
+        apart.step()
+    torch.testing.assert_close(whole.detach(), torch.cat([part.detach() for part in parts]))
+    assert [tuple(fused.state[whole][f"L.{i}"].shape) for i in range(3)] == [(4, 4, 4), (2, 4, 4), (2, 4, 4)]
+    other = steepest.SOAP([nn.Parameter(torch.zeros(32, 16))], lr=0.1, **options | {"heads": [4, 2, 2]})
+    other.load_state_dict(fused.state_dict())
+    for heads, message in (("4,2", "heads='4,2': must be an integer >= 1, or a sequence"), ((4, 2), "of the 3 blocks")):
+        with pytest.raises(ValueError, match=message):
+            steepest.SOAP([whole], lr=0.1, split=(16, 8, 8), heads=heads)
+
+
 @pytest.mark.parametrize("name", ["lora_embedding_A.default", "lora_down.weight", "lora_up.weight", "lora_a.weight"])
 def test_other_names_of_lora_factors(name: str) -> None:
     module, _, local = name.partition(".")

@@ -313,7 +313,8 @@ def _unsynchronized(model: nn.Module) -> AbstractContextManager[None]:
 def listens(poison_first: bool) -> tuple[list[bool], list[list[int]], list[list[int]]]:
     """Return in which steps statistics are captured; each rank knows only of its own matrices that they wait.
 
-    A layer thaws in the step of number 5; or the first batch is NaN, so that no layer gets an update from it.
+    A layer thaws in the step of number 5; or the first batch is NaN, so that no layer gets an update from it. Then the
+    groups count from step 2 on anew, every fourth step; the group of a frozen layer goes on counting from step 0.
 
     Returns:
         For each step whether statistics are captured, and for each exchange the bytes to and from each rank.

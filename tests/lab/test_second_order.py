@@ -111,7 +111,7 @@ def test_gauss_newton_gets_the_residuals(pinn) -> None:
     assert record.train_loss[0] == pytest.approx(pinn.loss(pinn.model(), ()).item(), rel=1e-10)
 
 
-@pytest.mark.parametrize("name", ["lbfgs", "torch-lbfgs", "newton-cg"])
+@pytest.mark.parametrize("name", ["lbfgs", "torch.lbfgs", "newton-cg"])
 def test_a_closure_has_one_batch_a_step(quick, name) -> None:
     batches = []
     draw = quick.batch
@@ -134,7 +134,7 @@ def test_closures_return_outputs_where_the_likelihood_is_known(contender) -> Non
 def test_a_schedule_leaves_optimizers_alone_that_choose_lengths(quick, monkeypatch) -> None:
     rates = []
     monkeypatch.setattr(training, "state_bytes", lambda optimizer: rates.append(optimizer.param_groups[0]["lr"]) or 1)
-    run(quick, "torch-lbfgs", steps=3)
+    run(quick, "torch.lbfgs", steps=3)
     run(quick, "adamw(lr=1e-2)", steps=3)
     assert rates == [1.0, pytest.approx(1e-4)]
 
@@ -193,7 +193,7 @@ def test_other_optimizers_step_along_gradients(quick) -> None:
             "optimizer newton-cg(curvature='ggn'): ",
         ),
         (["--workload", "autoencoder", "--optimizers", "natural-gradient"], "that of the workload is 'bernoulli'"),
-        (["--workload", "digits", "--optimizers", "torch-lbfgs", "--poison", "0.1"], "can't reach gradients"),
+        (["--workload", "digits", "--optimizers", "torch.lbfgs", "--poison", "0.1"], "can't reach gradients"),
         (["--workload", "digits", "--seconds", "3", "--steps", "3"], "--seconds and --steps"),
         (["--workload", "digits", "--seconds", "3", "--full"], "--seconds and --full"),
     ],

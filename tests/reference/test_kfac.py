@@ -38,7 +38,7 @@ def test_five_steps(golden, number):
     for k, p in enumerate(model.parameters()):
         p.data = 0.3 * values(*p.shape, t=0.3 + k)
     make_optimizer = {"kfac": steepest.KFAC, "ekfac": steepest.EKFAC}[options.pop("method")]
-    optimizer = make_optimizer(model, settle=0, solver="eigh", damping_form="relative", **options)
+    optimizer = make_optimizer(model, settle=0, solver="eigh", damping_form="relative", clip_with="gradient", **options)
     for s, expected in enumerate(case["params"]):
         optimizer.zero_grad()
         mse_loss(model(values(*shape, t=s + 0.1)), values(shape[0], 2, t=s + 0.6)).backward()
@@ -84,3 +84,22 @@ def test_factored_damping_is_that_of_damped_factors():
     expected, _ = first_step(Kfac(damping=0.03), G, A, B)
     torch.testing.assert_close(first_step(Ekfac(damping=0.03), G, A, B)[0], expected, rtol=1e-10, atol=1e-10)
     assert not torch.allclose(first_step(Ekfac(damping=0.03, damping_form="relative"), G, A, B)[0], expected, rtol=0.01)
+
+
+@pytest.mark.parametrize("clip_with", ["momentum", "gradient"])
+def test_the_clip_goes_by_the_momentum_or_by_the_gradient(clip_with):
+    """After gradients of both signs the two differ; ⟨D, M⟩ is never negative, and bounds the step."""
+    model, κ = nn.Linear(3, 2).double(), 1e-4
+    optimizer = steepest.KFAC(model, kl_clip=κ, clip_with=clip_with)
+    for s in range(4):
+        optimizer.zero_grad()
+        (mse_loss(model(values(6, 3, t=s + 0.1)), values(6, 2, t=s + 0.6)) * (-1) ** s).backward()
+        before = torch.cat([model.weight.detach(), model.bias.detach()[:, None]], 1)
+        optimizer.step()
+        state, G = optimizer.state[model.weight], torch.cat([model.weight.grad, model.bias.grad[:, None]], 1)
+        M = state["exp_avg"] / (1 - 0.9 ** (s + 1))
+        D = state["P_B"] @ M @ state["P_A"]
+        assert (D * M).sum() > 0
+        scale = (κ / (D * (M if clip_with == "momentum" else G)).sum().abs()).sqrt().clamp(max=1)
+        after = torch.cat([model.weight.detach(), model.bias.detach()[:, None]], 1)
+        torch.testing.assert_close(before - after, scale * D, rtol=1e-9, atol=1e-12)

@@ -122,9 +122,10 @@ class Curvature(Listener):
 
     def hears(self, module: nn.Module) -> bool:
         """Return whether statistics are due, in training mode and with gradients."""
-        due = self.listening() if callable(self.listening) else self.listening
+        if not (self.listening() if callable(self.listening) else self.listening):
+            return False
         mode = module.training or self.model.training or self.any_mode
-        return due and mode and torch.is_grad_enabled()
+        return mode and torch.is_grad_enabled()
 
     @property
     def feeding(self) -> bool:
@@ -250,8 +251,8 @@ class Curvature(Listener):
         for weight, box in self._inbox.items():
             if box.A is not None and box.B is not None:
                 factor = self._factor(box) if terms is None else 1 / terms
-                S = None if box.S is None else box.S * factor
-                found[weight] = Statistics(box.A / box.rows, box.B * factor, S)
+                S = None if box.S is None else box.S.mul_(factor)  # in place, since the sums are forgotten
+                found[weight] = Statistics(box.A.div_(box.rows), box.B.mul_(factor), S)
         self.discard()
         return found
 

@@ -107,12 +107,11 @@ class Layer:
         samples = max(BLOCK_BYTES // max(G * positions * columns * dtype.itemsize, 1), 1)
         for x, d in zip(torch.split(inputs, samples), torch.split(gradients, samples), strict=True):
             if isinstance(module, CONVOLUTIONS):
-                x, d = patches(x.to(dtype), module), pixels(d, module)
+                rows, d = patches(x.to(dtype), module, self.bias is not None), pixels(d, module)
             else:
-                x, d = x[None], d[None]
-            rows = x.to(dtype)
-            if self.bias is not None:
-                rows = nn.functional.pad(rows, (0, 1), value=1.0)
+                rows, d = x[None].to(dtype), d[None]
+                if self.bias is not None:
+                    rows = nn.functional.pad(rows, (0, 1), value=1.0)
             yield rows, d.to(dtype)
 
 

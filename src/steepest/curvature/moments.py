@@ -48,7 +48,7 @@ class Inbox:
 
         Exactly, a sample's gradient is the sum over its positions. Otherwise positions are taken for samples.
         """
-        rows, gradients = rows @ Q_A.to(rows)[:, None], gradients @ Q_B.to(rows)[:, None]
+        rows, gradients = _in_basis(rows, Q_A), _in_basis(gradients, Q_B)
         if rows.shape[2] == 1 or not exact:
             squares = gradients.flatten(1, 2).square().mT @ rows.flatten(1, 2).square()
             self.S = _sum(self.S, squares)
@@ -56,6 +56,11 @@ class Inbox:
         samples = max(BLOCK_ENTRIES // (len(rows) * rows.shape[-1] * gradients.shape[-1]), 1)
         for a, d in zip(torch.split(rows, samples, 1), torch.split(gradients, samples, 1), strict=True):
             self.S = _sum(self.S, (d.mT @ a).square_().sum(1))
+
+
+def _in_basis(rows: Tensor, Q: Tensor) -> Tensor:
+    """``rows [G, N, S, d]`` by ``Q [G, d, d]``, in one product for each group."""
+    return (rows.flatten(1, 2) @ Q.to(rows)).view(rows.shape)
 
 
 def _sum(old: Tensor | None, new: Tensor) -> Tensor:

@@ -23,16 +23,21 @@ def tokens(x: Tensor) -> Tensor:
 
 
 def pixels(y: Tensor, module: Convolution) -> Tensor:
-    """Return a convolution's outputs ``[N, M, *spatial]`` as ``[G, N, S, M/G]``, for G groups and S positions."""
+    """Return a convolution's outputs ``[N, M, *spatial]`` as ``[G, N, S, M/G]``, for G groups and S positions.
+
+    In memory positions come last, as for `patches`: so products of rows with themselves read them as they are.
+    """
     N, M = y.shape[:2]
-    return y.reshape(N, module.groups, M // module.groups, -1).permute(1, 0, 3, 2)
+    y = y.reshape(N, module.groups, M // module.groups, -1).permute(1, 2, 0, 3).contiguous()  # [G, M/G, N, S]
+    return y.permute(0, 2, 3, 1)
 
 
-def patches(x: Tensor, module: Convolution) -> Tensor:
+def patches(x: Tensor, module: Convolution, ones: bool = False) -> Tensor:
     """Return what a convolution multiplies its weight by, from its inputs ``[N, C, *spatial]``: ``[G, N, S, n]``.
 
     A patch is in the order of ``weight.flatten(1)``: channel, then kernel position. Positions are those of the
-    outputs, for any padding (also "same", and modes other than zeros), stride and dilation.
+    outputs, for any padding (also "same", and modes other than zeros), stride and dilation. With ``ones`` a last column
+    of 1 is added, by which the bias is multiplied.
 
     Example:
         >>> import torch
@@ -50,8 +55,12 @@ def patches(x: Tensor, module: Convolution) -> Tensor:
         x = x.unfold(2 + i, dilation * (size - 1) + 1, stride)[..., ::dilation]  # the kernel's dimensions come last
     x = x.reshape(N, G, C // G, *x.shape[2:])
     spatial, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
-    x = x.permute(1, 0, *spatial, 2, *kernel)
-    return x.reshape(G, N, -1, C // G * math.prod(module.kernel_size))
+    x = x.permute(1, 2, *kernel, 0, *spatial)
+    n, positions = math.prod(x.shape[1 : 2 + dims]), math.prod(x.shape[3 + dims :])
+    out = x.new_empty(G, n + ones, N, positions)
+    out[:, :n].view(x.shape).copy_(x)
+    out[:, n:] = 1
+    return out.permute(0, 2, 3, 1)
 
 
 def margins(module: Convolution) -> list[tuple[int, int]]:

@@ -47,6 +47,10 @@ class CapturingOptimizer(Optimizer, ABC):
     _detached = False
     _checked = False
     """Whether the ranks that share the model were looked for again at the first statistics."""
+    _segments: Sequence[Segment] = ()
+    """The segments under rules that capture, whichever rank steps them."""
+    _places: Mapping[Tensor, int] = {}
+    """The numbers of their weights."""
 
     def __init__(
         self, model: nn.Module, groups: Iterable[Any], rule: str, capture: Mapping[str, Any], **options: Any
@@ -85,9 +89,12 @@ class CapturingOptimizer(Optimizer, ABC):
         self._detached = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset gradients, as in torch, and forget the statistics that were captured along with them."""
+        """Reset gradients, as in torch, and forget the statistics that were captured along with them.
+
+        Those of drawn targets stay: `sample` may come before it.
+        """
         super().zero_grad(set_to_none)
-        if self._curvature is not None:
+        if self._curvature is not None and self._curvature.fisher == "empirical":
             self._curvature.discard()
 
     # A step.
@@ -102,20 +109,16 @@ class CapturingOptimizer(Optimizer, ABC):
         self._listen()
 
     def _participants(self) -> list[Tensor | None]:
-        """As ever; where a parameter thaws, statistics come often again."""
+        """As ever; what thaws is captured from the next step on."""
         frozen = set(self._roster.frozen)
         grads = super()._participants()
-        self._fresh |= frozen - self._roster.frozen
-        for index in frozen - self._roster.frozen:
-            group = self.param_groups[self._roster.numbers[index]]
-            if COUNT in group:
-                group[COUNT] = 0
+        self._thawed = frozen - self._roster.frozen
+        self._fresh |= self._thawed
         return grads
 
     def _marks(self) -> Sequence[set[int]]:
         """Of which layers something was captured, and which never had an update; one rank knows, and all need to."""
-        roster, curvature = self._roster, self._curvature
-        places = self._places()
+        roster, curvature, places = self._roster, self._curvature, self._places
         self._heard = set() if curvature is None else {places[w] for w in curvature.pending if w in places}
         self._fresh = {
             segment.index
@@ -129,37 +132,30 @@ class CapturingOptimizer(Optimizer, ABC):
     def _captured(self, grads: list[Tensor | None]) -> Mapping[int, Statistics | None]:
         """Return what was captured since the last step, by the number of the weight.
 
-        A layer that never had statistics waits for the next step that has some.
+        A layer that never had statistics waits for the next step that has some. The group of one that thaws settles
+        anew.
 
         Raises:
             RuntimeError: if statistics were due, and a layer that has a gradient got none and never had any.
         """
         roster, curvature = self._roster, self._curvature
-        found = {} if curvature is None else curvature.collect()
-        places = self._places()
+        found, places = {} if curvature is None else curvature.collect(), self._places
         if found and not self._checked:
             samples.refuse_unshared({p: roster.names[index] for p, index in places.items()}, roster.peers)
             self._checked = True
         statistics: dict[int, Statistics | None] = dict.fromkeys(self._heard)
         statistics |= {places[w]: Statistics(x.A, x.B, x.S) for w, x in found.items() if w in places}
-        fresh = [s for s in self._segments() if s.index in self._fresh and s.index not in statistics]
+        fresh = [s for s in self._segments if s.index not in statistics and s.index in self._fresh]
         new = [segment for segment in fresh if _takes_part(segment, grads)]
-        if new and (self.wants_statistics or self._detached):
-            raise RuntimeError(self._nothing_captured([roster.names[s.index] for s in new]))
+        missing = [segment for segment in new if self._detached or segment.index not in self._thawed]
+        if missing and (self.wants_statistics or self._detached):
+            raise RuntimeError(self._nothing_captured([roster.names[s.index] for s in missing]))
         for segment in new:
             grads[segment.index] = None
             if segment.bias is not None:
                 grads[segment.bias] = None
             self.param_groups[segment.group][COUNT] = -1  # the next step is as the first one
         return statistics
-
-    def _segments(self) -> list[Segment]:
-        """Return the segments under rules that capture, whichever rank steps them."""
-        return [s for bucket in self._roster.buckets for s in bucket.segments if self._captures_group(s.group)]
-
-    def _places(self) -> dict[Tensor, int]:
-        """Return the numbers of the weights under rules that capture."""
-        return {self._roster.params[segment.index]: segment.index for segment in self._segments()}
 
     def _captures_group(self, number: int) -> bool:
         way = self._roster.ways[number]
@@ -187,8 +183,7 @@ class CapturingOptimizer(Optimizer, ABC):
     # What is captured.
 
     def _biases(self) -> Mapping[Tensor, Tensor]:
-        found = ((weight, layer.module._parameters["bias"]) for weight, layer in self._layers().items())
-        return {weight: bias for weight, bias in found if bias is not None}
+        return _biases(self._layers())
 
     def _layers(self) -> dict[Tensor, Layer]:
         return {layer.weight: layer for layer in layers(self._model).values()}
@@ -205,22 +200,27 @@ class CapturingOptimizer(Optimizer, ABC):
                 samples.refuse_parallel(found, self._model, rule, self._capture.get("fisher", "empirical"))
         super()._enter(numbers)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, as `Optimizer.add_param_group` does. Under a rule that captures they must be the model's."""
+        self._found = self._layers()  # for all of its parameters
+        self._of_layers = set(_biases(self._found).values())
+        super().add_param_group(param_group)
+
     def _admit(self, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
         """Raise unless a parameter under a rule that captures is what can be captured."""
         kind = RULES[group["rule"]]
         if not (issubclass(kind, Rule) and kind.captures):
             return
-        biases = self._biases()
-        layer = self._layers().get(p)
+        layer = self._found.get(p)
         if layer is None:
-            if not any(p is bias for bias in biases.values()):
+            if p not in self._of_layers:
                 reasons = "; ".join(f"{module}: {why}" for module, why in unsupported(self._model).items())
                 raise ValueError(
                     f"{name} under rule={group['rule']!r}: it is in no layer that can be captured. {reasons}"
                 )
             return
         view = View.of(p, group)
-        if view.bias and p not in biases:
+        if view.bias and layer.module._parameters["bias"] is None:
             raise ValueError(f"{name} in a group with bias=True: its layer has no bias")
         if view.transpose != layer.transposed or (p.dim() > 2 and not view.merge_dims):
             raise ValueError(
@@ -239,7 +239,9 @@ class CapturingOptimizer(Optimizer, ABC):
                 group.setdefault(COUNT, 0)
         super()._show()
         roster, curvature = self._roster, self._curvature
-        joins = {roster.params[s.index]: None if s.bias is None else roster.params[s.bias] for s in self._segments()}
+        self._segments = [s for bucket in roster.buckets for s in bucket.segments if self._captures_group(s.group)]
+        self._places = {roster.params[segment.index]: segment.index for segment in self._segments}
+        joins = {roster.params[s.index]: None if s.bias is None else roster.params[s.bias] for s in self._segments}
         known = {} if curvature is None else {layer.weight: layer.bias for layer in curvature.layers}
         same = joins.keys() == known.keys() and all(joins[w] is known[w] for w in joins)
         if not self._detached and (curvature is None or not same):
@@ -277,6 +279,11 @@ class CapturingOptimizer(Optimizer, ABC):
     def __getstate__(self) -> dict[str, Any]:
         here = {"_model": self._model, "_capture": self._capture, "_detached": self._detached}
         return super().__getstate__() | here
+
+
+def _biases(found: Mapping[Tensor, Layer]) -> dict[Tensor, Tensor]:
+    biases = ((weight, layer.module._parameters["bias"]) for weight, layer in found.items())
+    return {weight: bias for weight, bias in biases if bias is not None}
 
 
 def _takes_part(segment: Segment, grads: Tensors) -> bool:

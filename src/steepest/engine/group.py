@@ -12,7 +12,19 @@ from torch import Tensor
 
 from steepest.exchange.foreign import refuse_flat
 from steepest.exchange.shards import local
-from steepest.rule import Options, Rule, State, any_integer, at_least, counts, flag, nearest, one_of, rate
+from steepest.rule import (
+    Options,
+    Rule,
+    State,
+    any_integer,
+    at_least,
+    count_or_counts,
+    counts,
+    flag,
+    nearest,
+    one_of,
+    rate,
+)
 from steepest.rule.words import DecayMethod, Nonfinite
 from steepest.rules import RULES
 from steepest.rules.aliases import ALIASES
@@ -49,7 +61,7 @@ class StackOptions(Options):
     merge_dims: bool = flag(True)
     transpose: bool = flag(False)
     split: tuple[int, ...] = counts(())
-    heads: int = at_least(1, 1)
+    heads: int | tuple[int, ...] = count_or_counts(1)
 
 
 OPTIONS, STACK_OPTIONS = GroupOptions.defaults(), StackOptions.defaults()

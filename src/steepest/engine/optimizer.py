@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steepest.engine import checkpoint, consolidate, participants
 from steepest.engine.changes import Seen, changed_form, check_rule, remove, renamed, stale, taken_over
+from steepest.engine.diagnostics import Diagnosed
 from steepest.engine.elementwise import step_elementwise
 from steepest.engine.group import (
     check_names,
@@ -38,10 +39,9 @@ from steepest.linalg.surroundings import undisturbed
 from steepest.rule import Statistics, nearest
 from steepest.rules.aliases import ALIASES, resolve
 from steepest.stack.names import parameter_names
-from steepest.stack.stack import Stack
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(Diagnosed):
     """An optimizer that steps each parameter group by the rule that the group names.
 
     Args:
@@ -84,10 +84,7 @@ class Optimizer(torch.optim.Optimizer):
         self._built = True
         self._enter(range(len(self.param_groups)))
 
-    # What an optimizer that was unpickled starts with.
-    _built = True
-    _skipped: Tensor | int = 0
-    _failures = 0
+    _built = True  # as one that was unpickled is
 
     def __repr__(self) -> str:
         return describe(type(self).__name__, self.param_groups, self._roster.states)
@@ -156,7 +153,10 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        if self._watch is None:
+            self._step()
+        else:
+            self._watched(self._watch)
         return loss
 
     @undisturbed
@@ -204,6 +204,8 @@ class Optimizer(torch.optim.Optimizer):
         for move in (yield from bucket.scatter(directions)):
             moves.setdefault(roster.numbers[move.index], []).append(move)
         for number, of_group in moves.items():
+            if self._watch is not None:
+                self._watch.moves += of_group
             apply(roster.rules[number], self.param_groups[number], roster.names, of_group)
         for stack in bucket.stacks:
             if stack.deferred:
@@ -243,31 +245,6 @@ class Optimizer(torch.optim.Optimizer):
             roster.adopt(self.param_groups, thawed)
             self._show()
         return grads
-
-    # What was skipped, and what failed.
-
-    @property
-    def skipped(self) -> int:
-        """Return the number of updates of single matrices that were skipped because a gradient was not finite.
-
-        Asking waits for the device. The matrices of other ranks count too, as of the beginning of the latest step.
-        """
-        self._roster.settle()
-        return int(self._skipped) + self._roster.skipped() + sum(self._elsewhere.values())
-
-    @property
-    def failed_decompositions(self) -> int:
-        """Return how many times every solver failed on a matrix, in float64 too; asking waits for the device.
-
-        The matrix then keeps its old basis or inverse root, at first the identity, and steps all the same. With a polar
-        factor or a basis that is computed anew in every step, it stays where it is, except for weight decay. Only the
-        matrices that this rank steps are counted.
-        """
-        return self._failures + sum(int(stack.failures.sum()) for stack in self._stacks)
-
-    @property
-    def _stacks(self) -> list[Stack]:
-        return self._roster.stacks
 
     # What others write to ``param_groups`` and ``state``.
 

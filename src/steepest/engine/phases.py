@@ -42,6 +42,7 @@ MARKED: dict[str, Sequence[str]] = {
         f"{PARTS}.kl_factors:KLFactors.refresh",
         "steepest.rules.shampoo:RootsInBasis.update_bases",
         "steepest.rules.inverse_root:InverseRoot.update_bases",
+        "steepest.rules.kfac:LayerFisher.update_bases",
     ],
     "project": [
         f"{PARTS}.factors:Factors.project",
@@ -99,6 +100,11 @@ class Timeline(Generic[Mark]):
         for (name, start), (_, end) in pairwise(self.marks):
             found[name] = found.get(name, 0) + between(start, end)
         return found
+
+
+def is_listening() -> bool:
+    """Return whether somebody listens."""
+    return _listener is not None
 
 
 @contextmanager

@@ -55,6 +55,7 @@ def step_stack(
     W = stack.fill(weights) if weights else None
     moved = [False] * stack.size
     made: list[tuple[slice, Tensor | LowRank]] = []
+    led: list[tuple[slice, Tensor]] = []  # the gradients that clipping measures directions by
     for run in stack.runs(ways, live, offsets):
         penalty = None if W is None or not run.way.penalty else W[run.slots] * run.way.penalty
         inputs = Inputs(G[run.slots], penalty, None if finite is None else finite[run.slots])
@@ -62,6 +63,9 @@ def step_stack(
         if d is not None:
             moved[run.slots] = [True] * (run.slots.stop - run.slots.start)
             made.append((run.slots, d))
+            if clipped:
+                state = {name: x[run.slots] for name, x in stack.state.items()}
+                led.append((run.slots, run.way.rule.clip_gradient(G[run.slots], state, stack.t[run.slots])))
     if not made:
         return None
     if isinstance(made[0][1], LowRank):
@@ -70,7 +74,8 @@ def step_stack(
         low_rank = LowRank(left, right)
         return Directions(stack, low_rank.product(), moved, low_rank, finite)
     D = _joined([(slots, d) for slots, d in made if isinstance(d, Tensor)], stack.size)
-    return Directions(stack, D, moved, None, finite, _slopes(stack, D, G, moved, finite, clipped) if clipped else None)
+    slopes = _slopes(stack, D, _joined(led, stack.size), moved, finite, clipped) if clipped else None
+    return Directions(stack, D, moved, None, finite, slopes)
 
 
 def _slopes(
@@ -88,6 +93,8 @@ def _slopes(
 
 def clip(made: Sequence[Sequence[Directions]], buckets: Sequence[Bucket], clipped: Mapping[int, float]) -> None:
     """Scale directions by ``min(1, sqrt(κ / |Σ ⟨D, G⟩|))``, in place: one sum over all matrices, κ of each group.
+
+    G is what the rule's `clip_gradient` says.
 
     The sum is over the matrices of all ranks, which all call this. Nothing waits for a device.
 

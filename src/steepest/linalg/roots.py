@@ -61,9 +61,12 @@ def inverse(K: Tensor, damping: Tensor | float = 0.0) -> Tensor:
 
     def solve(K: Tensor) -> Tensor:
         L, info = torch.linalg.cholesky_ex(K)
-        return torch.cholesky_inverse(L).masked_fill((info != 0).view(-1, 1, 1), torch.nan)
+        L.diagonal(dim1=-2, dim2=-1).masked_fill_((info != 0).unsqueeze(-1), torch.nan)  # which spreads
+        return torch.cholesky_inverse(L)
 
-    return attempt(solve, K + damping * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device))
+    damped = K.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping.squeeze(-1) if isinstance(damping, Tensor) else damping)
+    return attempt(solve, damped)
 
 
 def spectral_power(eigenvalues: Tensor, exponent: float, *, eps: float = 0.0, relative: bool = False) -> Tensor:

@@ -19,6 +19,7 @@ from steepest.routing.classify import Overrides
 from steepest.routing.deciding import Model, decide
 from steepest.routing.survey import joined
 from steepest.rule.words import (
+    ClipWith,
     CurvatureForm,
     DampingForm,
     DecayMethod,
@@ -128,8 +129,12 @@ class KFAC(CapturingOptimizer):
         damping: Each factor gets ``sqrt(damping)`` of its mean eigenvalue added.
         damping_form: "relative", as described; "absolute": ``damping`` is added to the Fisher matrix itself, split
             between the factors by their traces (section 6.3 of the paper).
-        kl_clip: All directions D are scaled by one factor, so that ``Σ ⟨D, G⟩`` is at most this, at a learning rate of
+        kl_clip: All directions D are scaled by one factor, so that ``Σ ⟨D, M⟩`` is at most this, at a learning rate of
             1. 0: they are not.
+        clip_with: What M in it is: "momentum", the average of gradients that D is made of, so that every term of the
+            sum is positive; "gradient", that of the step, as others have it. With the latter, terms may cancel, and an
+            unbounded step follow: two of two runs on scikit-learn's digits diverged, which the first one brings to
+            an end, and on a deep autoencoder the first one ends lower (benchmarks/autoencoder.py).
         factor_beta: The decay rate of the factors.
         statistics_frequency: The number of steps from one capture of statistics to the next. In between, hooks return
             at once.
@@ -158,6 +163,7 @@ class KFAC(CapturingOptimizer):
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
         >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
         >>> opt = KFAC(model, fisher="sampled")
@@ -180,6 +186,7 @@ class KFAC(CapturingOptimizer):
         damping: float = 1e-2,
         damping_form: DampingForm = "relative",
         kl_clip: float = 1e-2,
+        clip_with: ClipWith = "momentum",
         factor_beta: float = 0.95,
         statistics_frequency: int = 5,
         precondition_frequency: int | Callable[[int], int] = 20,
@@ -205,8 +212,8 @@ class EKFAC(CapturingOptimizer):
     products of their eigenvalues at each refresh.
 
     Args:
-        model, lr, momentum, weight_decay, kl_clip, factor_beta, statistics_frequency, precondition_frequency, settle,
-            sharing, fisher, loss_terms, grad_scaler, weight_decay_method, elementwise, overrides: As for `KFAC`.
+        model, lr, momentum, weight_decay, kl_clip, clip_with, factor_beta, statistics_frequency,
+            precondition_frequency, settle, sharing, fisher, loss_terms, grad_scaler, weight_decay_method, elementwise, overrides: As for `KFAC`.
         damping: d, which is added to the second moments S in one of these forms.
         damping_form: "factored", as K-FAC's: ``√d (mean of the row + mean of the column) + d · mean S``. "relative":
             ``d · mean S``; on a deep autoencoder (benchmarks/autoencoder.py) small d made it unsteady where the
@@ -215,6 +222,7 @@ class EKFAC(CapturingOptimizer):
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
         >>> opt = EKFAC(model)
         >>> nn.functional.mse_loss(model(torch.randn(8, 1, 4, 4)), torch.randn(8, 2)).backward()
@@ -234,6 +242,7 @@ class EKFAC(CapturingOptimizer):
         damping: float = 1e-2,
         damping_form: SpectrumDamping = "factored",
         kl_clip: float = 1e-2,
+        clip_with: ClipWith = "momentum",
         factor_beta: float = 0.95,
         statistics_frequency: int = 5,
         precondition_frequency: int | Callable[[int], int] = 20,

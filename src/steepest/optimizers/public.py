@@ -1,6 +1,7 @@
 """The public names of steepest, which the package imports from here when the first of them is used."""
 
 from steepest.adopting import adopt
+from steepest.clipping import QKClip, qk_clip
 from steepest.engine.optimizer import Optimizer
 from steepest.functional import (
     all_eigenbases_met_criteria,
@@ -34,9 +35,9 @@ from steepest.schedules import CosineSchedule, LinearSchedule, StepSchedule
 __all__ = [
     "EKFAC", "KFAC", "LBFGS", "MOSO", "REKLS", "SOAP", "AdaMuon", "CosineSchedule", "Dion", "Dion2", "GaussNewton",
     "InverseRootSOAP", "KLShampoo", "LinearSchedule", "Lion", "Muon", "NaturalGradient", "NewtonCG", "NorMuon",
-    "Optimizer", "Residual", "Shampoo", "StepSchedule",
+    "Optimizer", "QKClip", "Residual", "Shampoo", "StepSchedule",
     "adopt", "all_eigenbases_met_criteria", "conjugate", "create", "eigh_with_fallback", "for_model",
     "fp32_matmul_precision", "get_eigenbasis_eigh", "get_eigenbasis_qr", "init_kronecker_factors",
-    "orthogonal_iteration", "precondition", "recipe", "route", "update_eigenbasis_and_exp_avgs",
+    "orthogonal_iteration", "precondition", "qk_clip", "recipe", "route", "update_eigenbasis_and_exp_avgs",
     "update_kronecker_factors", "update_kronecker_factors_kl_shampoo",
 ]  # fmt: skip

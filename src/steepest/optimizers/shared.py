@@ -10,6 +10,7 @@ from typing import Any, TypedDict, TypeVar, cast
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
+from steepest.optimizers.tables import warn_of_tables
 from steepest.rule.words import Nonfinite
 from steepest.rules.aliases import ALIASES, TARGETS
 
@@ -42,6 +43,9 @@ def sets_options(rule: str, **fixed: Any) -> Callable[[Init], Init]:
             for name in ABSENT - given:  # the rule has these defaults, which an alias that is given may contradict
                 arguments.pop(name, None)
             Optimizer.__init__(self, params, rule, **arguments, **fixed, **options)
+            given_groups = params if isinstance(params, list | tuple) else ()
+            meant = [isinstance(group, dict) and "rule" in group for group in given_groups]
+            warn_of_tables(self.param_groups, meant, stacklevel=2)
 
         return cast(Init, construct)
 
@@ -81,7 +85,8 @@ class SharedOptions(GroupOptions, total=False):
             information. 0 (default) cuts nothing. Distributed Shampoo uses the same name.
         split: The row counts of blocks that are matrices of their own, as in a fused query-key-value projection. ()
             (default) takes a weight as one matrix.
-        heads: The number of matrices that the rows of a weight, or of each block of ``split``, form. 1 by default.
+        heads: The number of matrices that the rows of a weight, or of each block of ``split``, form. A tuple has
+            a number for each block: (8, 2, 2) with 8 heads of queries and 2 of keys and values. 1 by default.
         transpose: Whether the weight is stored as ``[inputs, outputs]``. False by default: rows are outputs.
 
     Example:
@@ -98,5 +103,5 @@ class SharedOptions(GroupOptions, total=False):
     stagger: bool
     block_size: int
     split: tuple[int, ...]
-    heads: int
+    heads: int | tuple[int, ...]
     transpose: bool

@@ -28,7 +28,7 @@ from steepest.optimizers import group_options
 from steepest.recipes import unfold_elementwise
 from steepest.routing.captured import captures
 from steepest.routing.classify import Overrides
-from steepest.routing.deciding import Model, route
+from steepest.routing.deciding import Lora, Model, route
 from steepest.routing.survey import joined
 from steepest.routing.table import Routing, Row
 
@@ -43,6 +43,7 @@ def for_model(
     elementwise: Mapping[str, Any] | None = None,
     overrides: Overrides | None = None,
     decay_1d: bool = False,
+    lora: Lora = "both",
     **options: Any,
 ) -> Optimizer:
     """Build one optimizer for a whole model: hidden matrices under a matrix rule, the rest entry by entry.
@@ -56,6 +57,7 @@ def for_model(
             another rule than AdamW. Learning rate and weight decay default to those of hidden matrices.
         overrides: As in `route`.
         decay_1d: Whether vectors, norms and biases decay too (`Routing.groups`).
+        lora: "b" sends only the factor B of LoRA's B A to the matrix rule; see `route`.
         options: Further options of that optimizer, as its class takes them.
 
     Raises:
@@ -67,6 +69,7 @@ def for_model(
         UserWarning: For everything that looks wrong; `route` shows the whole routing.
 
     Example:
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> optimizer = for_model(model, "soap", lr=3e-3, weight_decay=0.1, elementwise={"lr": 1e-3})
         >>> [(group["rule"], group["lr"], group["param_names"]) for group in optimizer.param_groups]
@@ -76,6 +79,8 @@ def for_model(
     if captures(group_options(name, {})["rule"]):
         from steepest.optimizers.kfac import build
 
+        if lora != "both":
+            route(model, name, lora=lora)  # which refuses it
         rates = {} if lr is None else {"lr": lr}
         return build(name, model, elementwise=elementwise, overrides=overrides, decay_1d=decay_1d, **rates, **options)
     settings = group_options(name, options if lr is None else {"lr": lr, **options})
@@ -84,7 +89,7 @@ def for_model(
     rule = settings.pop("rule")
     entrywise = unfold_elementwise(name, elementwise or {})
     entrywise = group_options(entrywise.pop("rule", "adamw"), entrywise)
-    routing = route(model, rule, elementwise=entrywise.pop("rule"), overrides=overrides)
+    routing = route(model, rule, elementwise=entrywise.pop("rule"), overrides=overrides, lora=lora)
     if not routing.rows:
         frozen = sum(1 for _ in model.parameters())
         raise ValueError(

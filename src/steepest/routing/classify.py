@@ -68,12 +68,13 @@ REASONS: tuple[tuple[Callable[[Leaf], bool], str], ...] = (
 UNKNOWN = "bare parameter: nothing says it is a matrix"
 
 
-def classify(leaf: Leaf, rule: str, elementwise: str, heads: Mapping[int, str], override: Mapping[str, Any]) -> Row:
+def classify(leaf: Leaf, rule: str, elementwise: str, others: Mapping[int, str], override: Mapping[str, Any]) -> Row:
     """Return the row of a parameter: by ``rule`` if it is a hidden matrix, else by ``elementwise``, or as overridden.
 
-    ``heads`` are the ids of output heads, with how they were found; ``override`` holds the user's options.
+    ``others`` are the ids of output heads and of what the user has named, with why they are no hidden matrices;
+    ``override`` holds the user's options.
     """
-    layout, why = _hidden_layout(leaf, heads)
+    layout, why = _hidden_layout(leaf, others)
     hidden = layout is not None
     options = resolve({"rule": rule if hidden else elementwise, **override})
     rule = options.pop("rule")
@@ -158,13 +159,13 @@ def state_bytes(rule: str, piece: tuple[int, int, int], longest_basis: int | Non
     return sum(tensor.nbytes for tensor in state.values())
 
 
-def _hidden_layout(leaf: Leaf, heads: Mapping[int, str]) -> tuple[Layout | None, str]:
+def _hidden_layout(leaf: Leaf, others: Mapping[int, str]) -> tuple[Layout | None, str]:
     """Return the layout of a hidden matrix, or None for other parameters, and the reason."""
     for holds, why in REASONS:
         if holds(leaf):
             return None, why
-    if id(leaf.param) in heads:
-        return None, heads[id(leaf.param)]
+    if id(leaf.param) in others:
+        return None, others[id(leaf.param)]
     layout = find_layout(leaf)
     if layout is None:
         return None, _why_no_layout(leaf)

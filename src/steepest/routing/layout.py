@@ -48,6 +48,8 @@ class Layout:
     32×32 + 2 × 8×32 (q, k, v)
     >>> print(Layout(View((8, 128, 512), merge_dims=False, transpose=True), members="experts"))
     8 experts of 512×128 (transposed)
+    >>> print(Layout(View((48, 32), split=(32, 8, 8), heads=(8, 2, 2)), blocks="q, k, v"))
+    8 × 4×32 + 2 × 2 × 4×32 (q, k, v)
     """
 
     view: View
@@ -61,8 +63,10 @@ class Layout:
         view = self.view
         if not view.pieces:
             return "empty"
-        batch = view.pieces[0][0]
-        runs = [(size, len(list(equal))) for size, equal in groupby(_size(view, m, n) for _, m, n in view.pieces)]
+        batches = {b for b, _, _ in view.pieces}
+        batch = batches.pop() if len(batches) == 1 else 0  # 0: of heads, that each block has a number of its own of
+        sizes = [f"{b} × " * (not batch) + _size(view, m, n) for b, m, n in view.pieces]
+        runs = [(size, len(list(equal))) for size, equal in groupby(sizes)]
         text = " + ".join(size if count == 1 else f"{count} × {size}" for size, count in runs)
         if batch > 1:
             text = f"{batch} {self.members} of {text}" if self.members else f"{batch} × {text}"

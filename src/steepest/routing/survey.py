@@ -75,7 +75,13 @@ class Place:
     @property
     def is_lora(self) -> bool:
         """Whether the parameter is a factor of a low-rank adapter."""
-        return re.search(r"(^|[._])lora_(embedding_)?(a|b|down|up)(\.|$)", self.name.lower()) is not None
+        return self.lora_side != ""
+
+    @property
+    def lora_side(self) -> str:
+        """Which factor of a low-rank adapter B A the parameter is: "a" reads the input; "" if it is none."""
+        found = re.search(r"(?:^|[._])lora_(?:embedding_)?(a|b|down|up)(?:\.|$)", self.name.lower())
+        return {"down": "a", "up": "b"}.get(found[1], found[1]) if found else ""
 
     @property
     def is_projection(self) -> bool:

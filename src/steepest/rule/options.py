@@ -59,6 +59,19 @@ def counts(default: tuple[int, ...]) -> Any:
     return option(default, Kind(lambda x: as_tuple(x, as_integer), holds, "a sequence of integers >= 1"))
 
 
+def count_or_counts(default: int) -> Any:
+    """An option that is a positive integer, or a sequence of them."""
+
+    def plain(x: Any) -> Any:
+        x = as_integer(x)
+        return x if integer(x) else as_tuple(x, as_integer)
+
+    def holds(x: Any) -> bool:
+        return x != () and all(integer(count) and count >= 1 for count in (x if isinstance(x, tuple) else (x,)))
+
+    return option(default, Kind(plain, holds, "an integer >= 1, or a sequence of them"))
+
+
 def flag(default: bool | None) -> Any:
     """An option that is True or False; or None, if that is its default."""
     allowed = "a bool" if default is not None else "a bool or None"

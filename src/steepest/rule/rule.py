@@ -64,10 +64,14 @@ class Step:
 
     def found(self, new: Tensor, old: Tensor | float, slots: Slots = slice(None)) -> Tensor:
         """The result of a decomposition for these slots, ``[b, m, n]``; ``old`` where it is NaN, which is counted."""
-        good = succeeded(new)  # [b]
+        return torch.where(self.solved(new, slots).view(-1, 1, 1), new, old)
+
+    def solved(self, new: Tensor, slots: Slots = slice(None)) -> Tensor:
+        """Whether each matrix of a decomposition for these slots succeeded, ``[b]``; those that did not are counted."""
+        good = succeeded(new)
         if self.failures is not None:
             self.failures[slots] += ~good
-        return torch.where(good.view(-1, 1, 1), new, old)
+        return good
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,10 @@ class Rule(Options, ABC):
     def kl_clip(self) -> float:
         """The limit κ of ``Σ ⟨D, G⟩`` over all matrices, to which all directions are scaled down together; 0: none."""
         return 0.0
+
+    def clip_gradient(self, G: Tensor, state: State, t: Tensor) -> Tensor:
+        """The gradients ``[B, m, n]`` in that sum, after an update: those of the step, or an average that led to D."""
+        return G
 
     @abstractmethod
     def init(self, G: Tensor) -> State:
@@ -176,3 +184,7 @@ class Elementwise(Options, ABC):
         decay: float,
     ) -> None:
         """Step and decay the parameters in place. All are of one dtype and device."""
+
+    def latest(self, state: State) -> Tensor | None:
+        """The direction of a parameter's latest step, as its state tells it; None if the state doesn't tell."""
+        return None

@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 
 from steepest.linalg.attempts import at_hand
 from steepest.rule import Elementwise, State, at_least, betas, flag, lays_out
+from steepest.rules.parts.moments import correction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,3 +59,8 @@ class AdamW(Elementwise):
             eps=self.eps,
             maximize=False,
         )
+
+    def latest(self, state: State) -> Tensor:
+        t = state["step"]
+        v = state["max_exp_avg_sq" if self.amsgrad else "exp_avg_sq"] / correction(self.betas[1], t)
+        return state["exp_avg"] / correction(self.betas[0], t) / (v.sqrt() + self.eps)

@@ -6,7 +6,7 @@
     D = B_d⁻¹ M A_d⁻¹
 
 Martens and Grosse, arXiv:1503.05671, with damping relative to the factors' mean eigenvalues; damping_form="absolute" is
-the paper's. The engine scales all directions by one number (`Rule.kl_clip`). Checked in tests/reference/test_kfac.py.
+the paper's. The engine scales all D by one number, min(1, √(κ / Σ ⟨D, M⟩)). Checked in tests/reference/test_kfac.py.
 
   G         [B, m, n]             gradients of [W, b]: the bias is the last column
   ā, δ      n, m entries          a layer's inputs and 1; gradients of one loss term with respect to its outputs
@@ -29,9 +29,9 @@ from torch import Tensor
 
 from steepest.linalg.roots import inverse
 from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, flag, frequency, lays_out, one_of
-from steepest.rule.words import CurvatureForm, DampingForm, Solver, SpectrumDamping
+from steepest.rule.words import ClipWith, CurvatureForm, DampingForm, Solver, SpectrumDamping
 from steepest.rules.parts.factors import into
-from steepest.rules.parts.fisher import SIDES, divided, take_in, update_eigenbases
+from steepest.rules.parts.fisher import SIDES, divided, put, take_in, update_eigenbases
 from steepest.rules.parts.moments import correction
 
 
@@ -49,6 +49,7 @@ class LayerFisher(Refreshing[State], ABC):
     damping: float = at_least(0, 1e-2)
     damping_form: SpectrumDamping = one_of(DampingForm, "relative")
     kl_clip: float = at_least(0, 1e-2, "0: none")
+    clip_with: ClipWith = one_of(ClipWith, "momentum")
     solver: Solver = one_of(Solver, "auto")
     bias: bool = lays_out(flag(False))  # whether the layer's bias is in the matrix: a view's option, set by routing
 
@@ -69,10 +70,7 @@ class LayerFisher(Refreshing[State], ABC):
         return state
 
     def update_factors(self, G: Tensor, state: State, step: Step) -> None:
-        if step.statistics is not None:
-            good = take_in(state, step.statistics, self.factor_beta)
-            if step.failures is not None:
-                step.failures[step.statistics.slots] += ~good
+        take_in(state, step.statistics, self.factor_beta, step.failures)
 
     def update_bases(self, state: State, slots: Slots, step: Step) -> None:
         if self.in_basis:
@@ -82,9 +80,9 @@ class LayerFisher(Refreshing[State], ABC):
         for side, x in K.items():
             other = λ.get({"A": "B", "B": "A"}[side], torch.ones_like(λ[side]))
             shift = self.damping**0.5 * (λ[side] if self.damping_form == "relative" else (λ[side] / other).sqrt())
-            known, P = (λ[side] > 0) & (other > 0), state[f"P_{side}"][slots]  # of zeros nothing is known
-            new = step.found(inverse(x, torch.where(known, shift, 1.0)), P, slots)
-            state[f"P_{side}"][slots] = torch.where(known, new, P)
+            known = (λ[side] > 0) & (other > 0)  # of zeros nothing is known
+            P = inverse(x, torch.where(known, shift, 1.0))
+            put(state[f"P_{side}"], slots, P, known.view(-1) & step.solved(P, slots))
 
     def direction(self, G: Tensor, state: State, step: Step) -> Tensor:
         G = G if step.penalty is None else G + step.penalty
@@ -93,6 +91,9 @@ class LayerFisher(Refreshing[State], ABC):
         if self.in_basis:
             return divided(M, state, self.damping, self.damping_form)
         return into(M, state.get("P_B"), state.get("P_A"))  # both are symmetric
+
+    def clip_gradient(self, G: Tensor, state: State, t: Tensor) -> Tensor:
+        return state["exp_avg"] / correction(self.momentum, t) if self.clip_with == "momentum" else G
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,3 +61,6 @@ class Lion(Elementwise):
         torch._foreach_mul_(D, lr)
         torch._foreach_sub_(W, D)
         torch._foreach_lerp_(m, g, 1 - self.betas[1])
+
+    def latest(self, state: State) -> Tensor:
+        return state["exp_avg"].sign()  # of the same size: 1 wherever there was a gradient

@@ -208,9 +208,9 @@ class Stack:
             return None
         S = [x.S for x in parts if x.S is not None]
         return Statistics(
-            torch.cat([x.A for x in parts]),
-            torch.cat([x.B for x in parts]),
-            torch.cat(S) if len(S) == len(parts) else None,
+            _joined([x.A for x in parts]),
+            _joined([x.B for x in parts]),
+            _joined(S) if len(S) == len(parts) else None,
             where,
         )
 
@@ -358,6 +358,10 @@ def ranges(slots: Sequence[int]) -> list[slice]:
     """
     starts = [k for k, slot in enumerate(slots) if k == 0 or slots[k - 1] != slot - 1]
     return [slice(slots[a], slots[b - 1] + 1) for a, b in pairwise([*starts, len(slots)])]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _relative(due: Sequence[int], start: int, device: torch.device) -> Slots | None:

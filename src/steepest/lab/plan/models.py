@@ -61,7 +61,7 @@ class Model:
         """Return the model with its matrices cut into blocks. Views with heads stay, since heads are small already."""
         weights = tuple(
             weight
-            if weight.view is None or weight.view.heads > 1
+            if weight.view is None or weight.view.has_heads
             else replace(weight, view=replace(weight.view, block_size=block_size))
             for weight in self.weights
         )

@@ -241,7 +241,7 @@ def _refresh_offsets(model: Model) -> dict[tuple[str, int], list[int]]:
 
 def _stays(weight: Weight, on: Mesh) -> bool:
     """Return whether a parameter is a stack of matrices, as experts are, that lies on ranks by whole matrices."""
-    if weight.view is None or weight.view.merge_dims or len(weight.shape) < 3 or weight.view.heads > 1:
+    if weight.view is None or weight.view.merge_dims or len(weight.shape) < 3 or weight.view.has_heads:
         return False
     layout = on.layout(weight.shape)
     parts = {part for part in layout.shards if not part.empty}

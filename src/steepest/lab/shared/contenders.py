@@ -99,7 +99,7 @@ FLAT: Mapping[str, Callable[..., Optimizer]] = {
     "lbfgs": lambda model, **options: LBFGS(model.parameters(), **options),
     "natural-gradient": lambda model, **options: NaturalGradient(model.parameters(), **options),
     "newton-cg": lambda model, **options: NewtonCG(model.parameters(), **options),
-    "torch-lbfgs": lambda model, **options: torch.optim.LBFGS(model.parameters(), **options),
+    "torch.lbfgs": lambda model, **options: torch.optim.LBFGS(model.parameters(), **options),
 }
 """Optimizers of all parameters as one vector, which `steepest.for_model` does not route."""
 

@@ -88,12 +88,14 @@ PRESETS: Mapping[str, Preset] = {
     "lion": _swept("lion", {"lr": 3e-3, "betas": (0.7, 0.8)}, rates=(7.5e-4, 1.5e-3, 3e-3, 6e-3), elementwise=None),
 }
 
+ENDLESS: Mapping[str, Any] = {"tolerance_grad": 0.0, "tolerance_change": 0.0}
+"""A race ends when its steps or its time are used, and not when a loss that is small by nature hardly moves."""
 SAMPLED: Mapping[str, Any] = {"lr": 1.0, "fisher": "sampled"}
 SECOND_ORDER: Mapping[str, Preset] = {
     "kfac": Preset("kfac", SAMPLED, (0.25, 0.5, 1.0, 2.0), "its defaults, with sampled targets", {}, warmup=0.0),
     "ekfac": Preset("ekfac", SAMPLED, (0.25, 0.5, 1.0, 2.0), "its defaults, with sampled targets", {}, warmup=0.0),
     "gauss-newton": Preset("gauss-newton", {}, (), "its defaults; it has no learning rate", None, warmup=0.0),
-    "lbfgs": Preset("lbfgs", {"lr": 1.0}, (1.0,), "its defaults, with a line search", None, warmup=0.0),
+    "lbfgs": Preset("lbfgs", {"lr": 1.0, **ENDLESS}, (1.0,), "its defaults without tolerances", None, warmup=0.0),
     "newton-cg": Preset("newton-cg", {}, (), "its defaults; it has no learning rate", None, warmup=0.0),
     "natural-gradient": Preset(
         "natural-gradient",
@@ -103,12 +105,11 @@ SECOND_ORDER: Mapping[str, Preset] = {
         None,
         warmup=0.0,
     ),
-    "torch-lbfgs": Preset(
-        "torch-lbfgs",
-        {"lr": 1.0, "history_size": 100, "line_search_fn": "strong_wolfe"},
+    "torch.lbfgs": Preset(
+        "torch.lbfgs",
+        {"lr": 1.0, "history_size": 100, "line_search_fn": "strong_wolfe", **ENDLESS},
         (1.0,),
-        "torch's defaults, but for a line search, without which it diverges, and the history, the best of 20, 100 and "
-        "300 on pinn",
+        "the settings of lbfgs; by torch's defaults it has no line search, and diverges",
         None,
         warmup=0.0,
     ),

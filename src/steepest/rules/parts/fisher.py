@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steepest.linalg.attempts import succeeded
+from steepest.linalg.attempts import at_hand, succeeded
 from steepest.linalg.eigenbasis import conjugate, eigenvectors
 from steepest.linalg.solvers import SOLVERS, choose
 from steepest.rule import Slots, State, Statistics, Step
@@ -20,19 +20,29 @@ SIDES = (("B", -2), ("A", -1))
 """Each factor's name in the state, and the dimension of a gradient ``[B, m, n]`` that it belongs to."""
 
 
-def take_in(state: State, new: Statistics, beta: float) -> Tensor:
-    """Take statistics into the averages, in place; return which matrices' were finite, ``[b]``. Others change nothing.
+def take_in(state: State, new: Statistics | None, beta: float, failures: Tensor | None) -> None:
+    """Take statistics, if there are new ones, into the averages, in place. Those that aren't finite count as failures.
 
     ``statistics [B]`` of the state counts what came in, so that averages are unbiased from the first on.
     """
+    if new is None:
+        return
     found = {name: x for name, x in (("A", new.A), ("B", new.B), ("S", new.S)) if x is not None and name in state}
-    good = torch.stack([succeeded(x) for x in (new.A, new.B, *found.values())]).all(dim=0)  # [b]
+    looked_at = {"A": new.A, "B": new.B} | found
+    good = torch.stack([succeeded(x) for x in looked_at.values()]).all(dim=0)  # [b]
     state["statistics"][new.slots] += good
+    if failures is not None:
+        failures[new.slots] += ~good
     weight = 1 - corrected_beta(beta, state["statistics"][new.slots].view(-1, 1, 1))
     for name, x in found.items():
-        old = state[name][new.slots]
-        state[name][new.slots] = torch.where(good.view(-1, 1, 1), old.lerp(x, weight), old)
-    return good
+        put(state[name], new.slots, state[name][new.slots].lerp(x, weight), good)
+
+
+def put(x: Tensor, slots: Slots, new: Tensor, good: Tensor) -> None:
+    """Write ``new [b, ., .]`` to these slots of ``x [B, ., .]``, in place, where ``good [b]``."""
+    if not (at_hand(good) and bool(good.all())):
+        new = torch.where(good.view(-1, 1, 1), new, x[slots])
+    x[slots] = new
 
 
 def update_eigenbases(state: State, slots: Slots, step: Step, solver: str) -> None:

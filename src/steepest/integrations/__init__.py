@@ -1,0 +1,14 @@
+"""Integrations: optimizers of this package in the trainers of others, given as a class and settings.
+
+None of these trainers is imported unless its module here is. A host that takes an optimizer object needs none of this:
+it gets ``steepest.for_model(model, ...)``. See docs/hosts.md.
+
+  TrainerFactory      for ``optimizer_cls_and_kwargs`` of transformers' Trainer
+  ByShape             for hosts that name a class and pass parameters
+  timm                registers names in timm, when it is imported
+"""
+
+from steepest.integrations.by_shape import ByShape
+from steepest.integrations.trainer import TrainerFactory
+
+__all__ = ["ByShape", "TrainerFactory"]
