@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steepest.linalg.roots import matrix_power
+from steepest.linalg.roots import inverse, matrix_power
 
 
 def covariance(*batch, d, rank, seed=0, scale=1.0):
@@ -59,3 +59,16 @@ def test_zero_gives_zero_or_its_damping(exponent, relative):
 def test_rounding_below_zero_is_not_amplified():
     K = torch.diag(torch.tensor([1.0, -1e-9, 1e-9]))
     torch.testing.assert_close(matrix_power(K, -0.5), torch.diag(torch.tensor([1.0, 0.0, 0.0])))
+
+
+@pytest.mark.parametrize("d", [5, 512])
+def test_an_inverse_is_that_of_the_damped_matrix_and_leaves_the_matrix_alone(d):
+    X = torch.randn(2, d, 2 * d, dtype=torch.float64, generator=torch.Generator().manual_seed(d))
+    K, damping = X @ X.mT / (2 * d), torch.tensor([[[0.1]], [[2.0]]], dtype=torch.float64)
+    kept = K.clone()
+    found = inverse(K, damping)
+    assert torch.equal(K, kept)
+    torch.testing.assert_close(found, torch.inverse(K + damping * torch.eye(d, dtype=K.dtype)), rtol=1e-9, atol=1e-11)
+    K[1, 0, 0] = -9.0
+    found = inverse(K, damping)
+    assert found.isnan().flatten(1).all(dim=1).tolist() == [False, True]

@@ -213,7 +213,8 @@ class EKFAC(CapturingOptimizer):
 
     Args:
         model, lr, momentum, weight_decay, kl_clip, clip_with, factor_beta, statistics_frequency,
-            precondition_frequency, settle, sharing, fisher, loss_terms, grad_scaler, weight_decay_method, elementwise, overrides: As for `KFAC`.
+            precondition_frequency, settle, sharing, fisher, loss_terms, grad_scaler, weight_decay_method, elementwise,
+            overrides: As for `KFAC`.
         damping: d, which is added to the second moments S in one of these forms.
         damping_form: "factored", as K-FAC's: ``√d (mean of the row + mean of the column) + d · mean S``. "relative":
             ``d · mean S``; on a deep autoencoder (benchmarks/autoencoder.py) small d made it unsteady where the
