@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steepest.linalg.attempts import at_hand, succeeded
+from steepest.linalg import attempts
 from steepest.linalg.eigenbasis import conjugate, eigenvectors
 from steepest.linalg.solvers import SOLVERS, choose
 from steepest.rule import Slots, State, Statistics, Step
@@ -29,7 +29,7 @@ def take_in(state: State, new: Statistics | None, beta: float, failures: Tensor 
         return
     found = {name: x for name, x in (("A", new.A), ("B", new.B), ("S", new.S)) if x is not None and name in state}
     looked_at = {"A": new.A, "B": new.B} | found
-    good = torch.stack([succeeded(x) for x in looked_at.values()]).all(dim=0)  # [b]
+    good = torch.stack([attempts.succeeded(x) for x in looked_at.values()]).all(dim=0)  # [b]
     state["statistics"][new.slots] += good
     if failures is not None:
         failures[new.slots] += ~good
@@ -40,7 +40,7 @@ def take_in(state: State, new: Statistics | None, beta: float, failures: Tensor 
 
 def put(x: Tensor, slots: Slots, new: Tensor, good: Tensor) -> None:
     """Write ``new [b, ., .]`` to these slots of ``x [B, ., .]``, in place, where ``good [b]``."""
-    if not (at_hand(good) and bool(good.all())):
+    if not (attempts.at_hand(good) and bool(good.all())):
         new = torch.where(good.view(-1, 1, 1), new, x[slots])
     x[slots] = new
 
