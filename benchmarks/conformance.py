@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steepest.optimizers import NAMES
+from steepest.optimizers import BY_CLOSURE, NAMES
 from steepest.testing import CLAUSES
 
 ROOT = Path(__file__).parents[1]
@@ -34,12 +34,18 @@ RESULTS = ROOT / "benchmarks" / "results" / "conformance.json"
 PAGE = ROOT / "docs" / "conformance.md"
 PACKAGES = ("steepest", "torch", "pytorch_optimizer", "heavyball")
 
-OURS = {f"steepest {name}": f"steepest check {name} --lr 1e-2" for name in NAMES}
+WITH_OPTIONS = dict.fromkeys(NAMES, "--lr 1e-2") | {
+    **dict.fromkeys(("kfac", "ekfac"), ""),
+    **dict.fromkeys((*BY_CLOSURE, "gauss-newton"), ""),
+    "natural-gradient": "--option likelihood=normal",
+}
+OURS = {f"steepest {name}": f"steepest check {name} {options}".rstrip() for name, options in WITH_OPTIONS.items()}
 OTHERS = {
     "torch AdamW": "steepest check torch.optim:AdamW --lr 1e-3",
     "torch SGD": "steepest check torch.optim:SGD --lr 1e-3 --option momentum=0.9",
     "torch Adafactor": "steepest check torch.optim:Adafactor --lr 1e-2",
     "torch Muon": "steepest check torch.optim:Muon --lr 1e-3",
+    "torch LBFGS": "steepest check torch.optim:LBFGS --option line_search_fn=strong_wolfe",
     "pytorch_optimizer SOAP": "steepest check pytorch_optimizer:SOAP --lr 1e-3",
     "pytorch_optimizer Muon": "steepest check benchmarks.conformance:muon_of_pytorch_optimizer --lr 1e-3",
     "heavyball SOAP": "TORCHDYNAMO_DISABLE=1 steepest check heavyball:SOAP --lr 1e-3",

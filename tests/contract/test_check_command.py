@@ -33,6 +33,18 @@ def test_a_class_goes_by_its_path_which_is_no_emoji(name: str, monkeypatch: pyte
     assert last == f"steepest:{name}: 1 clauses kept, 0 broken, 0 not applicable"
 
 
+@pytest.mark.parametrize(
+    "spec", ["kfac", "steepest:KFAC", "steepest:EKFAC", "gauss-newton", "lbfgs", "newton-cg", "steepest:LBFGS"]
+)
+def test_what_takes_a_model_or_a_closure_gets_it(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clauses = ["closure", "random_state", "nan_gradient", "closure_error"]
+    monkeypatch.setattr(command, "check_optimizer", partial(check_optimizer, only=clauses))
+    done = check(spec)
+    assert done.exit_code == 0, done.output
+    assert f"{spec}: 4 clauses kept, 0 broken, 0 not applicable" in done.output
+    assert "not given" not in done.output
+
+
 def test_others_break_something() -> None:
     done = check("torch.optim:SGD", "--lr", "1e-3", "--option", "momentum=0.9")
     assert done.exit_code == 1
@@ -65,6 +77,8 @@ def test_a_file_at_hand(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         (["torch.optimal:AdamW"], "No module named 'torch.optimal'"),
         (["torch:float32"], "torch:float32: is no class, but dtype"),
         (["soap", "--lr", "-1"], "lr=-1"),
+        (["kfac", "--lr", "-1"], "lr=-1"),
+        (["natural-gradient"], "no closure suits: with loss after backward, TypeError: the closure returned the loss"),
         (["soap", "--lr", "0.1", "--option", "betas"], 'option "betas": write it as'),
         (["soap", "--lr", "0.1", "--dtype", "float8"], "dtype 'float8': there are float32, bfloat16, float64"),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from steepest.optimizers import NAMES
+from steepest.optimizers import BY_CLOSURE, NAMES
 from steepest.testing import CLAUSES, check_optimizer
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def test_every_clause_has_a_verdict() -> None:
 
 def test_all_of_ours_are_there_and_break_nothing() -> None:
     ours = {name: row for name, row in ROWS.items() if name.startswith("steepest ")}
-    assert ours.keys() == {f"steepest {name}" for name in NAMES}
+    assert ours.keys() == {f"steepest {name}" for name in (*NAMES, *BY_CLOSURE, "gauss-newton")}
     assert not any(row["broken"] for row in ours.values())
 
 
