@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ ITERATIONS = 20
 """Products by which a largest eigenvalue is estimated where there is no basis."""
 
 
-class Diagnosed(torch.optim.Optimizer):
+class Diagnosed(torch.optim.Optimizer, ABC):
     """The part of an optimizer that tells how it is."""
 
     _roster: Roster
@@ -131,8 +132,8 @@ class Diagnosed(torch.optim.Optimizer):
         found |= {"optimizer/skipped": total, "optimizer/failed_decompositions": float(self._failures + failed)}
         return found | watch.times()
 
-    def _step(self) -> None:
-        raise NotImplementedError  # the engine's
+    @abstractmethod
+    def _step(self) -> None: ...
 
     def _watched(self, watch: Watch) -> None:
         """Take one step, and keep what diagnostics need of it."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, Unpack, cast, final
+from typing import Any, Unpack, final
 
 from torch import Tensor
 
 from steepest.curvature.capture import LossTerms
 from steepest.engine.capturing import CapturingOptimizer
 from steepest.optimizers import group_options
-from steepest.optimizers.shared import GroupOptions
+from steepest.optimizers.shared import GroupOptions, Init, passes_on
 from steepest.recipes import unfold_elementwise
 from steepest.routing.classify import Overrides
 from steepest.routing.deciding import Model, decide
@@ -30,8 +29,6 @@ from steepest.rule.words import (
     SpectrumDamping,
 )
 from steepest.rules.aliases import OF_KFAC
-
-Init = TypeVar("Init", bound=Callable[..., None])
 
 CAPTURE = ("fisher", "sharing", "loss_terms", "grad_scaler")
 """The arguments that go to the capture of statistics."""
@@ -71,28 +68,11 @@ class KFACOptions(GroupOptions, total=False):
 
 def routes_model(rule: str) -> Callable[[Init], Init]:
     """Return a decorator that makes ``__init__(self, model, ...)`` lay out groups of a model, and pass options on."""
-
-    def decorate(init: Init) -> Init:
-        signature = inspect.signature(init)
-
-        @functools.wraps(init)
-        def construct(*args: Any, **kwargs: Any) -> None:
-            init(*args, **kwargs)  # for missing arguments, this raises Python's own TypeError, which names the class
-            bound = signature.bind(*args, **kwargs)
-            given = set(bound.arguments)
-            bound.apply_defaults()
-            arguments = bound.arguments
-            self, model, options = (arguments.pop(name) for name in ("self", "model", "options"))
-            for name in set(OF_KFAC.values()) - given:  # the rule has these defaults, which an alias may contradict
-                arguments.pop(name, None)
-            _lay_out(self, rule, model, arguments | options)
-
-        return cast(Init, construct)
-
-    return decorate
+    decorator: Callable[[Init], Init] = passes_on("model", OF_KFAC.values(), functools.partial(_lay_out, rule))
+    return decorator
 
 
-def _lay_out(optimizer: CapturingOptimizer, rule: str, model: Model, arguments: dict[str, Any]) -> None:
+def _lay_out(rule: str, optimizer: CapturingOptimizer, model: Model, arguments: dict[str, Any]) -> None:
     """Route a model's parameters, and initialize the optimizer with their groups."""
     model = joined(model)
     capture = {name: arguments.pop(name) for name in CAPTURE if name in arguments}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypedDict, TypeVar, cast
 
 from torch import Tensor
@@ -29,6 +29,26 @@ def sets_options(rule: str, **fixed: Any) -> Callable[[Init], Init]:
     The ``fixed`` options join the arguments. The body of the decorated ``__init__`` runs first, and may refuse them.
     """
 
+    def construct(self: Optimizer, params: Any, options: dict[str, Any]) -> None:
+        Optimizer.__init__(self, params, rule, **fixed, **options)
+        given_groups = params if isinstance(params, list | tuple) else ()
+        meant = [isinstance(group, dict) and "rule" in group for group in given_groups]
+        warn_of_tables(self.param_groups, meant, stacklevel=3)
+
+    decorator: Callable[[Init], Init] = passes_on("params", ABSENT, construct)
+    return decorator
+
+
+def passes_on(first: str, absent: Collection[str], receive: Callable[[Any, Any, dict[str, Any]], None]) -> Any:
+    """Return a decorator that makes ``__init__`` pass its arguments on, once its own body has run.
+
+    Args:
+        first: the name of the argument after ``self``.
+        absent: arguments that are passed on only if a caller gives them: the rule has their defaults, which an alias
+            that is given may contradict.
+        receive: takes ``self``, the first argument, and all others with the further ``options``.
+    """
+
     def decorate(init: Init) -> Init:
         signature = inspect.signature(init)
 
@@ -39,13 +59,10 @@ def sets_options(rule: str, **fixed: Any) -> Callable[[Init], Init]:
             given = set(bound.arguments)
             bound.apply_defaults()
             arguments = bound.arguments
-            self, params, options = (arguments.pop(name) for name in ("self", "params", "options"))
-            for name in ABSENT - given:  # the rule has these defaults, which an alias that is given may contradict
+            self, taken, options = (arguments.pop(name) for name in ("self", first, "options"))
+            for name in set(absent) - given:
                 arguments.pop(name, None)
-            Optimizer.__init__(self, params, rule, **arguments, **fixed, **options)
-            given_groups = params if isinstance(params, list | tuple) else ()
-            meant = [isinstance(group, dict) and "rule" in group for group in given_groups]
-            warn_of_tables(self.param_groups, meant, stacklevel=2)
+            receive(self, taken, arguments | options)
 
         return cast(Init, construct)
 

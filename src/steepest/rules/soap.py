@@ -67,8 +67,7 @@ class AdamInBasis(Refreshing[F], ABC):
 
     def update_bases(self, factors: F, slots: Slots, step: Step) -> None:
         if step.stage == "first" and self.solver != "qr":
-            factors.start(slots, self.basis_timing == "before", gradients=self.first_refresh + 1)
-            return
+            return factors.start(slots, self.basis_timing == "before", gradients=self.first_refresh + 1)
         if self.use_adaptive_criteria and step.stage != "first":
             slots = factors.outdated(slots, self.adaptive_update_tolerance)
         factors.refresh(slots, self.solver, self.power_iter_steps, self.match_columns)
