@@ -97,6 +97,12 @@ def newton_schulz(m: int, n: int) -> Forms:
     return {"bfloat16": 20 * s * s * l + 10 * s**3}, {}
 
 
+def newton_schulz_float16(m: int, n: int) -> Forms:
+    """With two Gram matrices where one side is three times the other."""
+    s, l = sorted((m, n))
+    return {"bfloat16": 8 * s * s * l + 28 * s**3 if l >= 3 * s else 20 * s * s * l + 10 * s**3}, {}
+
+
 def newton_schulz_float32(m: int, n: int) -> Forms:
     s, l = sorted((m, n))
     return {"highest": 4 * s * s * l + 34 * s**3 if l >= 2 * s else 20 * s * s * l + 10 * s**3}, {}
@@ -109,7 +115,7 @@ def exact(m: int, n: int) -> Forms:
 
 def dion2(m: int, n: int) -> Forms:
     s, l = sorted((m, n))
-    return newton_schulz(s // 4, l)
+    return newton_schulz_float16(s // 4, l)
 
 
 def dion(m: int, n: int) -> Forms:
@@ -154,7 +160,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "kfac, eigen": ("kfac", SETTLED | {"form": "eigen"}, ekfac),
     "ekfac": ("ekfac", SETTLED, ekfac),
     "muon": ("muon", {"ns_dtype": "bfloat16"}, newton_schulz),
-    "muon, auto": ("muon", {}, newton_schulz),
+    "muon, auto": ("muon", {}, newton_schulz_float16),
+    "muon, float16": ("muon", {"ns_dtype": "float16"}, newton_schulz_float16),
     "muon, float32": ("muon", {"ns_dtype": "float32"}, newton_schulz_float32),
     "muon, exact": ("muon", {"ns": "exact"}, exact),
     "normuon": ("normuon", {"ns_dtype": "bfloat16"}, newton_schulz),

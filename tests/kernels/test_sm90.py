@@ -14,7 +14,7 @@ if kernels.INTERPRETED:
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_MEMORY, REGISTERS = 227 * 1024, 65536  # of one multiprocessor
-ELEMENT = {"bfloat16": "*bf16", "tf32": "*fp32", "float32": "*fp32"}
+ELEMENT = {"bfloat16": "*bf16", "float16": "*fp16", "tf32": "*fp32", "float32": "*fp32"}
 NUMBERS = ("alpha", "beta", "beta1", "beta2", "rest1", "rest2", "log_beta1", "log_beta2", "eps", "weight", "tiny")
 COUNTS = ("count", "parts", "blocks")  # need not be multiples of 16; sizes and strides are taken to be
 
@@ -54,6 +54,7 @@ def built(kernel, types, constants, ones, tmp_path, warps, stages=3):
     [
         ("bfloat16", 2048, False),
         ("bfloat16", 2048, True),
+        ("float16", 2048, False),
         ("tf32", 2048, False),
         ("tf32", 512, False),
         ("float32", 2048, False),
@@ -63,7 +64,7 @@ def test_symmetric_products(precision, d, by_columns, tmp_path, monkeypatch):
     from steepest.kernels import symmetric
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tiles = symmetric.tiles(d, precision)
+    tiles = symmetric.tiles(d, "bfloat16" if precision == "float16" else precision)
     constants = {
         "HAS_OLD": True,
         "PER_MATRIX": False,

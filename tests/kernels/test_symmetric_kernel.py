@@ -9,7 +9,8 @@ from steepest.linalg.polar import polar_factor
 from steepest.linalg.symmetric import accumulate_gram, gram, symmetric_product
 
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 5e-5}, torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2}}
-DTYPES = pytest.mark.parametrize("dtype", list(CLOSE), ids=["float32", "bfloat16"])
+CLOSE[torch.float16] = {"rtol": 1e-3, "atol": 2e-3}
+DTYPES = pytest.mark.parametrize("dtype", list(CLOSE), ids=["float32", "bfloat16", "float16"])
 
 
 def symmetric(X):

@@ -134,7 +134,7 @@ def test_precision_is_the_rules():
 def test_the_words_of_a_device():
     assert settled(Soap(), "cuda") == Soap(solver="first_order")
     assert settled(Soap(solver="eigh"), "cuda") == Soap(solver="eigh")
-    assert settled(Muon(), "cuda").ns_dtype == "bfloat16"
+    assert settled(Muon(), "cuda").ns_dtype == "float16"
     assert settled(Muon(ns="cans"), "cuda").ns_dtype == "float32"
     assert settled(Moso(), "cuda") == Moso()
 

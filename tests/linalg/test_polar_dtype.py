@@ -75,6 +75,16 @@ def test_a_processor_without_bfloat16_is_not_kept_busy_with_it(processor):
     assert {side for _, side, _ in timed} == {stopwatch.SMALL}
 
 
+def test_a_device_that_multiplies_float16_iterates_in_it(pays, monkeypatch):
+    pays(True)
+    monkeypatch.setattr(newton_schulz, "multiplies_float16", lambda device: True)
+    word = {ns: steepest.Muon([torch.nn.Parameter(torch.zeros(2, 3))], ns=ns) for ns in ("keller", "cans")}
+    assert {ns: optimizer.param_groups[0]["ns_dtype"] for ns, optimizer in word.items()} == {
+        "keller": "float16",
+        "cans": "float32",
+    }
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("answer", [True, False])
 def test_the_group_holds_a_plain_word(pays, name, answer):
@@ -87,7 +97,7 @@ def test_the_group_holds_a_plain_word(pays, name, answer):
 
 def test_what_is_named_is_not_measured(processor):
     timed = processor(1.0, 0.5)
-    for word in ("float32", "bfloat16"):
+    for word in ("float32", "bfloat16", "float16"):
         optimizer = steepest.Muon([torch.nn.Parameter(torch.zeros(2, 3))], ns_dtype=word)
         assert optimizer.param_groups[0]["ns_dtype"] == word
     for ns in ("exact", "cans"):  # neither can run in bfloat16
@@ -146,18 +156,20 @@ def test_on_a_cpu_bfloat16_is_for_matrices_that_gain_by_it(shape, gains):
         assert iteration_dtype(torch.empty(shape, device="meta"), "bfloat16") == torch.bfloat16
 
 
-@pytest.mark.parametrize("shape", [(130, 150), (150, 130)])
-def test_one_matrix_in_bfloat16_is_as_in_a_batch(shape):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(130, 150), (150, 130), (40, 130)])
+def test_one_matrix_in_16_bits_is_as_in_a_batch(dtype, shape):
     G = gradient(1, 2, *shape)
-    together = polar_factor(G, dtype=torch.bfloat16)
+    together = polar_factor(G, dtype=dtype)
     for one, expected in zip(G, together, strict=True):
-        alone = polar_factor(one, dtype=torch.bfloat16)
+        alone = polar_factor(one, dtype=dtype)
         assert (alone - expected).norm() / expected.norm() < 0.02
         assert (alone - polar_factor(one)).norm() / expected.norm() < 0.03
 
 
 def test_a_table_that_needs_float32_is_named():
-    with pytest.raises(ValueError, match=r"ns_dtype='bfloat16': must be 'float32' or 'auto' with ns='cans'"):
-        steepest.Muon([torch.nn.Parameter(torch.zeros(2, 3))], ns="cans", ns_dtype="bfloat16")
-    with pytest.raises(ValueError, match=r"ns_dtype='fp32': must be one of 'auto', 'float32', 'bfloat16'"):
+    for word in ("bfloat16", "float16"):
+        with pytest.raises(ValueError, match=rf"ns_dtype='{word}': must be 'float32' or 'auto' with ns='cans'"):
+            steepest.Muon([torch.nn.Parameter(torch.zeros(2, 3))], ns="cans", ns_dtype=word)
+    with pytest.raises(ValueError, match=r"ns_dtype='fp32': must be one of 'auto', 'float32', 'bfloat16', 'float16'"):
         steepest.Dion2([torch.nn.Parameter(torch.zeros(2, 3))], ns_dtype="fp32")

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from steepest.linalg.polar import METHODS, TABLES, polar_factor
 IN_GOLDEN = {"polar": "exact", "kj5": "keller"} | {
     name: name for name in ("quintic_you", "polar_express_dion", "cans", "deepseekv4", "cubic5")
 }
+HALF = [name for name, table in TABLES.items() if table.half]
 SHAPES = ("2x3", "3x2", "4x4", "6x9")
 # What each table makes of singular values from 0.01 on, as a fraction of the Frobenius norm.
 BANDS = {
@@ -107,17 +110,61 @@ def test_the_gram_form_agrees_with_the_plain_one(name, spectrum, monkeypatch):
     assert torch.linalg.matrix_norm(gram.double() - plain, 2) < 4e-3
 
 
-@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.bfloat16])
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank_one", [False, True])
-def test_bfloat16_stays_near(name, rank_one):
+@pytest.mark.parametrize("columns", [40, 96])
+def test_16_bits_stay_near(name, dtype, rank_one, columns):
     generator = torch.Generator().manual_seed(0)
     k = 1 if rank_one else 40
-    G = torch.randn(24, k, generator=generator) @ torch.randn(k, 40, generator=generator)
-    coarse, fine = (polar_factor(G, name, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    G = torch.randn(24, k, generator=generator) @ torch.randn(k, columns, generator=generator)
+    coarse, fine = (polar_factor(G, name, dtype=d) for d in (dtype, torch.float32))
     assert coarse.dtype == torch.float32
     assert torch.linalg.matrix_norm(coarse, 2) < 1.36
     if not rank_one:  # beyond the rank, rounding is lifted too
-        assert (coarse - fine).norm() / fine.norm() < 0.03
+        assert (coarse - fine).norm() / fine.norm() < (0.03 if dtype == torch.bfloat16 else 0.006)
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("aspect", [1, 2, 3, 4, 16])
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e6])
+def test_float16_keeps_singular_vectors_and_bands(name, aspect, condition):
+    """Where float64 takes each singular value is known from the table; vectors are those of the matrix."""
+    U, sigma, V = decomposed(48, 48 * aspect, condition)
+    G, steps, safety = (U * sigma) @ V.mT, TABLES[name].steps, TABLES[name].safety
+    O = polar_factor(G.float(), name, eps=0.0, dtype=torch.float16).double()
+    reached = U.mT @ O @ V  # diagonal, were there no rounding
+    exact = sigma / (safety * sigma.norm())
+    for a, b, c in steps:
+        exact = a * exact + b * exact**3 + c * exact**5
+    if len(steps) == 5:  # Jordan's polynomial, eight times, throws neighbouring numbers far apart, within its band
+        assert torch.linalg.matrix_norm(reached - exact.diag(), 2) < 0.08
+    low, high = BANDS[name]
+    large = sigma > 1e-2 * safety * sigma.norm()
+    singular = torch.linalg.svdvals(reached)
+    assert singular.max() < high + 0.05
+    assert torch.linalg.svdvals(reached[large]).min() > low - 0.05
+
+
+@pytest.mark.parametrize("name", ["keller", "quintic_you", "polar_express_5", "polar_express_dion"])
+def test_float16_needs_a_second_gram_matrix_early(name, monkeypatch):
+    U, sigma, V = decomposed(48, 192, 1e6)
+    G = (U * sigma) @ V.mT
+    fine = polar_factor(G, name)
+
+    def error():
+        return torch.linalg.matrix_norm(polar_factor(G.float(), name, dtype=torch.float16) - fine, 2)
+
+    restarted = error()
+    monkeypatch.setattr(polar, "HALF_FIRST", polar.GRAM_STEPS)
+    assert not error() < 4 * restarted  # it may be NaN
+
+
+def decomposed(m, n, condition):
+    """Random singular vectors of a wide matrix and singular values between 1 and their smallest, by logarithm."""
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(d, m, dtype=torch.float64, generator=generator)).Q for d in (m, n))
+    return U, torch.logspace(0, -math.log10(condition), m, dtype=torch.float64), V
 
 
 @pytest.mark.parametrize("shape", SHAPES)

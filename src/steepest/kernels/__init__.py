@@ -40,7 +40,7 @@ class Gates:
     """
 
     bfloat16: int | None = 2048
-    """Rows of a symmetric product in bfloat16."""
+    """Rows of a symmetric product in bfloat16 or float16, which GPUs multiply at one speed."""
     tf32: int | None = 2048
     """Rows of a symmetric product in TF32."""
     float32: int | None = None
@@ -107,7 +107,7 @@ def product_pays(X: Tensor) -> bool:
     Args:
         X: the first factor. float32 is multiplied in TF32 where `torch.set_float32_matmul_precision` allows it.
     """
-    if not _candidate(X) or X.dtype not in (torch.float32, torch.bfloat16):
+    if not _candidate(X) or X.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if X.numel() == 0 or X.shape[-1] * X.shape[-2] >= 2**31 or X.shape[-2] ** 2 >= 2**31:  # 32-bit offsets in a matrix
         return False

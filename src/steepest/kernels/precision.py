@@ -17,9 +17,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 def product_precision(X: Tensor) -> str:
     """Return the precision in which products of X are computed: "bfloat16", "tf32" or "float32", as in `Gates`.
 
+    float16 counts as "bfloat16", since sizes and speeds are the same.
+
     >>> product_precision(torch.zeros(1, dtype=torch.bfloat16))
     'bfloat16'
     """
-    if X.dtype == torch.bfloat16:
+    if X.dtype in (torch.bfloat16, torch.float16):
         return "bfloat16"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"

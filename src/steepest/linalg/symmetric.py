@@ -150,7 +150,7 @@ def _by_kernel(X: Tensor, Y: Tensor, C: Tensor | None, beta: float, alpha: float
 
 def _product(A: Tensor, B: Tensor, C: Tensor | None, beta: float, alpha: float) -> Tensor:
     """``β C + α A B``, symmetric."""
-    if A.dim() == 3 and A.dtype != torch.bfloat16 and _in_blocks(A):
+    if A.dim() == 3 and A.dtype.itemsize > 2 and _in_blocks(A):
         d = A.shape[-2]
         out = A.new_empty(len(A), d, d)
         for start, stop in _blocks(d):

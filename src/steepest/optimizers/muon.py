@@ -34,11 +34,13 @@ class Muon(Optimizer):
         ns: The coefficients of the Newton-Schulz iteration that orthogonalizes: "keller" (the author's), "quintic_you",
             "polar_express_5", "polar_express_dion", "cans", "cubic5" or "deepseekv4" (`steepest.linalg.polar`); or
             "exact", a singular value decomposition, for tests.
-        ns_dtype: The dtype of that iteration: "float32", "bfloat16" or "auto". "auto" is settled when the optimizer is
-            made, and saved as such: bfloat16 on GPUs that have it and on CPUs that multiply it at least 1.5 times as
-            fast as float32, which is measured once per process; otherwise float32. Name the dtype if two runs from
-            scratch must agree bit by bit on different CPUs. On a CPU, matrices that gain nothing by bfloat16 (with a
-            side shorter than 128, or one more than 4 times the other) stay in float32, and float64 ones in float64.
+        ns_dtype: The dtype of that iteration: "float32", "bfloat16", "float16" or "auto". "auto" is settled when the
+            optimizer is made, and saved as such: float16 on GPUs with tensor cores; bfloat16 on CPUs that multiply it
+            at least 1.5 times as fast as float32, which is measured once per process; otherwise float32. float16's
+            errors are an eighth of bfloat16's, and matrices of which one side is at least 3 times the other are
+            iterated on their Gram matrices, with fewer FLOPs. Name the dtype if two runs from scratch must agree bit by
+            bit on different machines. On a CPU, matrices that gain nothing by bfloat16 (with a side shorter than 128,
+            or one more than 4 times the other) stay in float32. float64 stays float64 everywhere.
         eps: The constant added to the norm by which the momentum is divided first; momenta with smaller norms give
             smaller updates.
         weight_decay_method: As for `SOAP`. "l2" adds ``wd·W`` to the gradient before the momentum averages it.

@@ -13,7 +13,7 @@ Graft = Literal["none", "sgd", "adam", "rmsprop"]
 Polar = Literal[
     "keller", "quintic_you", "polar_express_5", "polar_express_dion", "cans", "cubic5", "deepseekv4", "exact"
 ]
-PolarDtype = Literal["auto", "float32", "bfloat16"]
+PolarDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Scale = Literal[
     "none",
     "original",

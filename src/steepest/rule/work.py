@@ -7,7 +7,7 @@ operations count nothing.
 
 A FLOP of a decomposition takes several times as long as one of a product. So FLOPs are counted by `Part`, and the
 speeds of a device (`steepest.lab.plan.devices`) turn them into seconds. Where a rule computes differently on different
-devices, work is that of a CPU, except that ``ns_dtype="auto"`` counts as bfloat16 where that is allowed.
+devices, work is that of a CPU, except that ``ns_dtype="auto"`` counts as float16 where that is allowed.
 
   m, n, k   sides of a matrix
   s, l      its shorter and its longer side
@@ -44,7 +44,8 @@ class Part:
     size: int
     """The geometric mean of a product's three sides, or the shorter side of a decomposed matrix."""
     precision: str = ""
-    """The precision of a product: "bfloat16", or that of float32, "highest", "high" or "medium"; "" otherwise."""
+    """The precision of a product: "bfloat16" (float16 too), or that of float32, "highest", "high" or "medium"; ""
+    otherwise."""
     period: int = 1
     """The number of steps in which this work is done once."""
 
@@ -163,7 +164,8 @@ class _FlopCounter(TorchDispatchMode):
         if operation in FACTORS:
             A, B = (args[i] for i in FACTORS[operation])
             (m, k), n = A.shape[-2:], B.shape[-1]
-            precision = "bfloat16" if A.dtype == torch.bfloat16 else torch.get_float32_matmul_precision()
+            half = A.dtype in (torch.bfloat16, torch.float16)
+            precision = "bfloat16" if half else torch.get_float32_matmul_precision()
             self.flops[Part(PRODUCT, round((m * k * n) ** (1 / 3)), precision)] += 2.0 * A.numel() * n
         elif operation in DECOMPOSITIONS:
             (kind, flops), A = DECOMPOSITIONS[operation], args[0]

@@ -23,7 +23,7 @@ from steepest.linalg.solvers import choose
 from steepest.linalg.stopwatch import bfloat16_pays
 from steepest.rule import THE_END, Elementwise, Rule
 from steepest.rule.work import Work, work
-from steepest.rules.parts.newton_schulz import NewtonSchulz, survives_bfloat16
+from steepest.rules.parts.newton_schulz import NewtonSchulz, survives_half
 from steepest.rules.soap import AdamInBasis
 from steepest.stack.storage import laid_out
 
@@ -111,13 +111,16 @@ def settled(rule: Rule | Elementwise, kind: str) -> Rule | Elementwise:
     >>> from steepest.rules.muon import Muon
     >>> from steepest.rules.soap import Soap
     >>> settled(Soap(), "cuda").solver, settled(Soap(), "cpu").solver, settled(Muon(), "cuda").ns_dtype
-    ('first_order', 'qr', 'bfloat16')
+    ('first_order', 'qr', 'float16')
     """
     if isinstance(rule, AdamInBasis) and rule.solver == "auto":
         return replace(rule, solver=choose(kind))
     if isinstance(rule, NewtonSchulz) and rule.ns_dtype == "auto":
-        pays = survives_bfloat16(rule.ns) and (kind == "cuda" or bfloat16_pays(torch.device(kind)))
-        return replace(rule, ns_dtype="bfloat16" if pays else "float32")
+        if not survives_half(rule.ns):
+            return replace(rule, ns_dtype="float32")
+        if kind == "cuda":
+            return replace(rule, ns_dtype="float16")
+        return replace(rule, ns_dtype="bfloat16" if bfloat16_pays(torch.device(kind)) else "float32")
     return rule
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steepest.linalg.polar import TABLES, iteration_dtype, polar_factor
+from steepest.linalg.polar import TABLES, iteration_dtype, multiplies_float16, polar_factor
 from steepest.linalg.stopwatch import bfloat16_pays
 from steepest.rule import Rule, Step, at_least, check, one_of
 from steepest.rule.words import Polar, PolarDtype
@@ -25,21 +25,23 @@ class NewtonSchulz(Rule, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ns_dtype == "bfloat16":
-            check(survives_bfloat16(self.ns), "ns_dtype", self.ns_dtype, f"'float32' or 'auto' with ns={self.ns!r}")
+        if self.ns_dtype in ("bfloat16", "float16"):
+            check(survives_half(self.ns), "ns_dtype", self.ns_dtype, f"'float32' or 'auto' with ns={self.ns!r}")
 
     @classmethod
     def settled(cls, group: Mapping[str, Any], agreed: Callable[[bool], bool]) -> dict[str, Any]:
         """``ns_dtype="auto"`` as one of the other words: what is measured goes into the group and every checkpoint.
 
         So a run that is resumed, here or elsewhere, computes as it did before, and ranks on unlike machines compute
-        alike: in bfloat16 only if that pays on all.
+        alike: in 16 bits only if that pays on all.
         """
         devices = {p.device for p in group["params"]}
         if group["ns_dtype"] != "auto" or any(device.type == "meta" for device in devices):
             return {}
-        pays = survives_bfloat16(group["ns"]) and all(bfloat16_pays(device) for device in devices)
-        return {"ns_dtype": "bfloat16" if agreed(pays) else "float32"}
+        half = survives_half(group["ns"])
+        if agreed(half and all(map(multiplies_float16, devices))):
+            return {"ns_dtype": "float16"}
+        return {"ns_dtype": "bfloat16" if agreed(half and all(map(bfloat16_pays, devices))) else "float32"}
 
     def polar(self, M: Tensor, step: Step) -> Tensor:
         """The polar factor of ``M [B, m, n]`` by the table that the options name; zero where "exact" finds none."""
@@ -47,10 +49,10 @@ class NewtonSchulz(Rule, ABC):
         return step.found(O, 0.0) if self.ns == "exact" else O
 
 
-def survives_bfloat16(method: str) -> bool:
-    """Whether ``method`` may run in bfloat16.
+def survives_half(method: str) -> bool:
+    """Whether ``method`` may run in bfloat16 and float16.
 
-    >>> survives_bfloat16("keller"), survives_bfloat16("cans"), survives_bfloat16("exact")
+    >>> survives_half("keller"), survives_half("cans"), survives_half("exact")
     (True, False, False)
     """
-    return method in TABLES and TABLES[method].bfloat16
+    return method in TABLES and TABLES[method].half
