@@ -1,9 +1,10 @@
 """Physics-informed networks: Gauss-Newton beside others with equal CPU time; docs/pinns.md is about what this prints.
 
-    python benchmarks/pinn.py                          # Poisson's equation, seeds 0 to 4, 15 seconds each: 6 minutes
+    python benchmarks/pinn.py                          # Poisson's equation, seeds 0 to 4, 15 seconds each: 7 minutes
     python benchmarks/pinn.py --problem burgers --seeds 0,1,2 --seconds 30 --steps 1000
     python benchmarks/pinn.py --tune                   # the learning rates that the others were tried with
     python benchmarks/pinn.py --plot                   # draws docs/pinn.png; needs matplotlib
+    python benchmarks/pinn.py --ratio                  # what a step costs beside Jacobian, product and factorization
 
 Each run has one thread and so many CPU seconds of this process, in float64; those that the error is measured in don't
 count. The rates of AdamW, SOAP and Muon fall to 0 in the second half of their time. They and L-BFGS get the loss of all
@@ -12,6 +13,8 @@ points at once, which is the fastest form. Gauss-Newton stops after ``--steps``.
     steps       made in this time; L-BFGS' are evaluations of the loss
     error       relative L2 error of the network at the end
     to 1e-3     CPU seconds until the error is below that for the first time
+
+``l-bfgs`` is steepest.LBFGS, ``l-bfgs-torch`` torch's with its line search; both have a history of 100.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
 import steepest
 from steepest.lab.workloads.problems import PROBLEMS, Problem
@@ -89,22 +93,23 @@ def gauss_newton(solver: str) -> Train:
     return train
 
 
-def lbfgs(run: Run, _: float) -> Iterator[None]:
-    options: dict[str, Any] = {"history_size": 100, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS(
-        run.model.parameters(), max_iter=10, tolerance_grad=0.0, tolerance_change=0.0, **options
-    )
+def lbfgs(make: Callable[..., Any], **line_search: str) -> Train:
+    def train(run: Run, _: float) -> Iterator[None]:
+        options: dict[str, Any] = {"max_iter": 10, "history_size": 100, "tolerance_grad": 0.0, "tolerance_change": 0.0}
+        optimizer = make(run.model.parameters(), **options, **line_search)
 
-    def closure() -> Tensor:
-        run.steps += 1
-        optimizer.zero_grad()
-        loss = run.problem.loss(run.model)
-        loss.backward()
-        return loss
+        def closure() -> Tensor:
+            run.steps += 1
+            optimizer.zero_grad()
+            loss = run.problem.loss(run.model)
+            loss.backward()
+            return loss
 
-    while True:
-        optimizer.step(closure)
-        yield
+        while True:
+            optimizer.step(closure)
+            yield
+
+    return train
 
 
 def first_order(make: Callable[[nn.Module, float], torch.optim.Optimizer]) -> Train:
@@ -126,7 +131,8 @@ def first_order(make: Callable[[nn.Module, float], torch.optim.Optimizer]) -> Tr
 OPTIMIZERS: dict[str, Train] = {
     "gauss-newton": gauss_newton("dense"),
     "gauss-newton-cg": gauss_newton("cg"),
-    "l-bfgs": lbfgs,
+    "l-bfgs": lbfgs(steepest.LBFGS),
+    "l-bfgs-torch": lbfgs(torch.optim.LBFGS, line_search_fn="strong_wolfe"),
     "soap": first_order(lambda model, rate: steepest.SOAP(model.parameters(), lr=rate, weight_decay=0.0)),
     "muon": first_order(lambda model, rate: steepest.for_model(model, "muon", lr=rate, weight_decay=0.0)),
     "adamw": first_order(lambda model, rate: torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)),
@@ -176,6 +182,41 @@ def table(problem: Problem, args: argparse.Namespace) -> dict[str, list[Run]]:
     return found
 
 
+def ratio(problem: Problem, seed: int, steps: int) -> None:
+    """Print the medians of a step's CPU time and of `needed`'s, which take turns, and their ratio."""
+    torch.manual_seed(seed)
+    model = problem.network()
+    optimizer = steepest.GaussNewton(model, solver="dense")
+    steps_taken: list[float] = []
+    parts_taken: list[float] = []
+    for _ in range(steps):
+        start = time.process_time()
+        optimizer.step(problem.residuals)
+        middle = time.process_time()
+        needed(problem, model)
+        steps_taken.append(middle - start)
+        parts_taken.append(time.process_time() - middle)
+    step, least = 1e3 * median(steps_taken), 1e3 * median(parts_taken)
+    print(f"a step {step:.1f} ms, Jacobian, product and factorization {least:.1f} ms: ratio {step / least:.2f}")
+
+
+def needed(problem: Problem, model: nn.Module) -> None:
+    """Compute with torch alone what no step can do without: J, its product with itself, and a Cholesky factor."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def rows(residual: steepest.Residual) -> Tensor:
+        def value(params: dict[str, Tensor], *point: Tensor) -> Tensor:
+            return residual.function(lambda x: functional_call(model, params, (x,)).squeeze(), *point)
+
+        gradients = vmap(grad(value), in_dims=(None, *[0] * len(residual.data)))(params, *residual.data)
+        return torch.cat([x.flatten(1) for x in gradients.values()], 1) * residual.factor
+
+    J = torch.cat([rows(residual) for residual in problem.residuals])  # [R, P]
+    K = J @ J.mT if len(J) < J.shape[1] else J.mT @ J
+    K.diagonal().mul_(1.01)  # any damping: without, the factorization may end early
+    torch.linalg.cholesky(K)
+
+
 def plot(problem: Problem, found: dict[str, list[Run]]) -> None:
     """Draw a solution, its error, and all errors against time."""
     import matplotlib
@@ -205,11 +246,12 @@ def plot(problem: Problem, found: dict[str, list[Run]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", choices=PROBLEMS, default="poisson")
-    parser.add_argument("--optimizers", default="gauss-newton,l-bfgs,soap,muon,adamw")
+    parser.add_argument("--optimizers", default="gauss-newton,l-bfgs,l-bfgs-torch,soap,muon,adamw")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--seconds", type=float, default=15.0, help="CPU seconds of each run")
     parser.add_argument("--steps", type=int, default=200, help="the largest number of Gauss-Newton's steps")
     parser.add_argument("--tune", action="store_true", help="try learning rates instead")
+    parser.add_argument("--ratio", action="store_true", help="measure 60 steps of Gauss-Newton for each seed instead")
     parser.add_argument("--plot", action="store_true", help="draw docs/pinn.png, too, of Poisson's equation")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -218,6 +260,10 @@ def main() -> None:
     print(f"torch {torch.__version__}, one thread, float64; {args.problem}: {points} residuals, {size} parameters")
     for name in OPTIMIZERS:  # first steps import modules
         train(problem, name, 0, 1e-9, 1)
+    if args.ratio:
+        for seed in map(int, args.seeds.split(",")):
+            ratio(problem, seed, 60)
+        return
     if args.tune:
         tune(problem, args.problem, args.seconds)
         return

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steepest.linalg.roots import inverse, matrix_power
+from steepest.linalg.roots import cholesky, inverse, matrix_power
 
 
 def covariance(*batch, d, rank, seed=0, scale=1.0):
@@ -72,3 +72,32 @@ def test_an_inverse_is_that_of_the_damped_matrix_and_leaves_the_matrix_alone(d):
     K[1, 0, 0] = -9.0
     found = inverse(K, damping)
     assert found.isnan().flatten(1).all(dim=1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (3,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cholesky_is_torchs_to_the_last_bit_in_the_memory_of_its_argument(batch, dtype):
+    K = covariance(*batch, d=20, rank=30).to(dtype)
+    expected, there = torch.linalg.cholesky_ex(K)[0], K.data_ptr()
+    L, info = cholesky(K)
+    assert torch.equal(L, expected)
+    assert L.data_ptr() == there
+    assert info.shape == batch
+    assert not info.any()
+
+
+def test_cholesky_reports_what_is_not_definite():
+    K = torch.eye(4).repeat(2, 1, 1)
+    K[1, 2, 2] = -1
+    assert cholesky(K)[1].tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("d", [3, 130, 512])
+def test_inverses_are_symmetric_to_the_last_bit_by_rows_and_leave_their_matrix(d):
+    K = covariance(2, d=d, rank=d + 5).float() / d
+    before = K.clone()
+    P = inverse(K, damping=1.0)
+    assert torch.equal(P, P.mT)
+    assert P.stride(-1) == 1
+    assert torch.equal(K, before)
+    torch.testing.assert_close(P, torch.linalg.inv(K.double() + torch.eye(d)).float(), rtol=0, atol=1e-5)

@@ -60,7 +60,7 @@ def test_the_length_is_the_best_before_the_loss_rises(losses, length):
     model = network(1, 1)
     optimizer, left = GaussNewton(model), iter(losses)
     before = flat(model)
-    assert optimizer._search(10.0, torch.ones(2).double(), before, lambda: float(next(left))) == length
+    assert optimizer._search(10.0, torch.ones(2).double(), before, lambda _: float(next(left))) == length
     assert list(left) == ([3] if length == 1.0 else [])
     if length:
         torch.testing.assert_close(flat(model), before - length)

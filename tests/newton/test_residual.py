@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, jacrev
 
 from steepest.lab.workloads.problems import PROBLEMS, cole_hopf
 from steepest.newton import residual as module
-from steepest.newton.residual import Residual, Rows, half_square, joined
+from steepest.newton.residual import Residual, Rows, half_square, joined, summed
 
 
 def jacobian(model, params, r):
@@ -180,3 +180,22 @@ def test_the_truth_leaves_no_residual_and_no_error(name):
     nn.init.constant_(halved[1].weight, 0.5)
     nn.init.zeros_(halved[1].bias)
     assert problem.error(halved) == pytest.approx(0.5)
+
+
+def test_a_sum_of_losses_ends_where_it_is_no_longer_below_what_was_asked():
+    model, called = torch.nn.Linear(1, 1).double(), []
+
+    def residual(name, value):
+        def function(u, x):
+            called.append(name)
+            return u(x) * 0 + value
+
+        return Residual(function, torch.ones(3, 1, dtype=torch.float64))
+
+    residuals = [residual("a", 2.0), residual("b", 4.0), residual("c", math.nan), residual("d", 1.0)]
+    for enough, expected, asked in ((100.0, math.nan, "abc"), (10.0, 10.0, "ab"), (2.0, 2.0, "a")):
+        called.clear()
+        assert summed(model, residuals, enough) == pytest.approx(expected, nan_ok=True)
+        assert "".join(called) == asked
+    with torch.no_grad():
+        assert summed(model, residuals[:2], math.inf) == pytest.approx(sum(float(r.loss(model)) for r in residuals[:2]))

@@ -111,7 +111,7 @@ class Layer:
             else:
                 rows, d = x[None].to(dtype), d[None]
                 if self.bias is not None:
-                    rows = nn.functional.pad(rows, (0, 1), value=1.0)
+                    rows = torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], -1)  # faster than pad
             yield rows, d.to(dtype)
 
 

@@ -85,7 +85,7 @@ def _slopes(
     counts = [yes and s.group in clipped for s in stack.segments for yes in moved[s.slots]]
     if not any(counts):
         return None
-    slopes = (D * G).sum(dim=(-2, -1), dtype=torch.float64)
+    slopes = (D * G).sum(dim=-1).sum(dim=-1, dtype=torch.float64)  # at once it would be a whole tensor of float64
     if finite is not None:
         slopes = slopes.where(finite.view(-1), 0.0)
     return slopes if all(counts) else slopes.where(to_device(counts, slopes.device), 0.0)

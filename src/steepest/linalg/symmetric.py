@@ -154,8 +154,11 @@ def _product(A: Tensor, B: Tensor, C: Tensor | None, beta: float, alpha: float) 
         d = A.shape[-2]
         out = A.new_empty(len(A), d, d)
         for start, stop in _blocks(d):
-            old = None if C is None else C[:, start:stop, :stop]
-            out[:, start:stop, :stop] = plus_product(old, A[:, start:stop], B[..., :stop], beta, alpha)
+            if C is None:  # in place: a product of its own would have to be copied
+                out[:, start:stop, :stop].baddbmm_(A[:, start:stop], B[..., :stop], beta=0)
+            else:
+                old = C[:, start:stop, :stop]
+                out[:, start:stop, :stop] = plus_product(old, A[:, start:stop], B[..., :stop], beta, alpha)
             _mirror(out, start, stop)
         return out
     return plus_product(C, A, B, beta, alpha)

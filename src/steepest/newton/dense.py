@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from steepest.linalg.roots import cholesky
 from steepest.linalg.surroundings import without_autocast
 from steepest.linalg.symmetric import gram
 from steepest.newton.residual import half_square
@@ -55,7 +56,7 @@ class Dense:
             return torch.zeros_like(self.J[0], dtype=self.dtype), 0.0
         A = self.K.clone()
         A.diagonal().add_(damping * self.scale)
-        L, info = torch.linalg.cholesky_ex(A)
+        L, info = cholesky(A)
         if int(info):
             return None
         y = torch.linalg.solve_triangular(L, self.right[:, None], upper=False)  # in a sixth of cholesky_solve's time

@@ -23,7 +23,7 @@ from steepest.newton.dense import Dense
 from steepest.newton.flat import FlatOptimizer, falls
 from steepest.newton.iterative import Iterative
 from steepest.newton.products import Jacobian
-from steepest.newton.residual import Residual, Rows, half_square, joined
+from steepest.newton.residual import Residual, Rows, half_square, joined, summed
 
 LENGTHS = [0.5**k for k in range(8)]
 """The step lengths that are tried."""
@@ -33,8 +33,8 @@ SIDE, ENTRIES = 8192, 2**28
 """The largest matrix that "auto" decomposes, and the largest Jacobian that it forms: 0.5 and 2 GiB in float64."""
 
 
-Evaluation = Callable[[], float]
-"""Evaluates the loss at the present weights."""
+Evaluation = Callable[[float], float]
+"""Evaluates the loss at the present weights; where it is not below the number given, a part that isn't will do."""
 
 
 class System(Protocol):
@@ -191,7 +191,7 @@ class GaussNewton(FlatOptimizer):
         found = 0.0
         for length in LENGTHS:
             self._move_to(before - length * d)
-            now = loss()
+            now = loss(best)
             if falls(now, best):
                 best, found = now, length
             elif found:
@@ -207,18 +207,18 @@ class GaussNewton(FlatOptimizer):
         if solver == "dense" and not fits:
             raise ValueError(_too_large(*rows.shape))
         if solver != "cg" and fits:
-            return self._dense(*rows.dense()), lambda: half_square(joined(self.model, residuals))
+            return self._dense(*rows.dense()), lambda enough: summed(self.model, residuals, enough)
 
         def evaluate() -> tuple[Tensor, None]:
             with torch.enable_grad():
                 return joined(self.model, residuals), None
 
-        return self._iterative(evaluate, entries), lambda: half_square(joined(self.model, residuals))
+        return self._iterative(evaluate, entries), lambda enough: summed(self.model, residuals, enough)
 
     def _of_closure(self, closure: Callable[[], Any], entries: dict[str, Any]) -> tuple[System, Evaluation]:
         """Return the system of what a closure returns, and what evaluates its loss."""
 
-        def evaluate() -> float:
+        def evaluate(_: float) -> float:
             outputs, loss = _outputs_and_loss(closure)
             return half_square(outputs) if loss is None else float(loss)
 

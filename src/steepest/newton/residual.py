@@ -123,6 +123,19 @@ def joined(model: nn.Module, residuals: Sequence[Residual]) -> Tensor:
     return torch.cat([residual.factor * residual.values(model).reshape(-1) for residual in residuals])
 
 
+def summed(model: nn.Module, residuals: Sequence[Residual], enough: float) -> float:
+    """Return the sum of the residuals' losses; as soon as a part of it is not below ``enough``, that part.
+
+    Losses are not negative, so whoever asks whether the sum is below that number need not know the rest.
+    """
+    total = 0.0
+    for residual in residuals:
+        total += half_square(residual.factor * residual.values(model))
+        if not total < enough:  # NaN, too
+            break
+    return total
+
+
 def half_square(r: Tensor) -> float:
     """Return ``½ ‖r‖²``, summed in float64.
 

@@ -35,14 +35,20 @@ def take_in(state: State, new: Statistics | None, beta: float, failures: Tensor 
         failures[new.slots] += ~good
     weight = 1 - corrected_beta(beta, state["statistics"][new.slots].view(-1, 1, 1))
     for name, x in found.items():
-        put(state[name], new.slots, state[name][new.slots].lerp(x, weight), good)
+        if isinstance(new.slots, slice) and _all(good):
+            state[name][new.slots].lerp_(x, weight)
+        else:
+            put(state[name], new.slots, state[name][new.slots].lerp(x, weight), good)
 
 
 def put(x: Tensor, slots: Slots, new: Tensor, good: Tensor) -> None:
     """Write ``new [b, ., .]`` to these slots of ``x [B, ., .]``, in place, where ``good [b]``."""
-    if not (attempts.at_hand(good) and bool(good.all())):
-        new = torch.where(good.view(-1, 1, 1), new, x[slots])
-    x[slots] = new
+    x[slots] = new if _all(good) else torch.where(good.view(-1, 1, 1), new, x[slots])
+
+
+def _all(good: Tensor) -> bool:
+    """Whether all are True, as far as the host can tell without waiting for a device."""
+    return attempts.at_hand(good) and bool(good.all())
 
 
 def update_eigenbases(state: State, slots: Slots, step: Step, solver: str) -> None:
@@ -70,5 +76,5 @@ def divided(M: Tensor, state: State, damping: float, form: str) -> Tensor:
     floor = damping if form == "absolute" else damping * S.mean(dim=(-2, -1), keepdim=True)
     if form == "factored":
         floor = floor + damping**0.5 * (S.mean(dim=-1, keepdim=True) + S.mean(dim=-2, keepdim=True))
-    u = into(M, Q_B, Q_A) / (S + floor + torch.finfo(S.dtype).tiny)
+    u = into(M, Q_B, Q_A) / (S + (floor + torch.finfo(S.dtype).tiny))  # the sum in brackets has few entries
     return into(u, None if Q_B is None else Q_B.mT, None if Q_A is None else Q_A.mT)
