@@ -29,7 +29,7 @@ class Docstrings(Extension):
 def markdown(docstring: str) -> str:
     """Return a docstring with its code fenced, its pages linked, and its example under the heading that griffe knows.
 
-    >>> print(markdown("Return 1 (docs/one.md).\\n\\nAs in::\\n\\n    one()\\n\\nExample:\\n    >>> one()\\n    1"))
+    >>> print(markdown("Return 1 (docs/one.md).\\n\\nAs in::\\n\\n    one()\\n\\nExample:\\n    1"))
     Return 1 ([docs/one.md](../one.md)).
     <BLANKLINE>
     As in:
@@ -37,7 +37,6 @@ def markdown(docstring: str) -> str:
         one()
     <BLANKLINE>
     Examples:
-        >>> one()
         1
     """
     text, heading, example = docstring.partition("\nExample:\n")
