@@ -76,7 +76,9 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device).add_(1)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BadInput(f"--device {device}: torch has no such device here; there is cpu, and with a GPU cuda") from error
+        raise BadInput(
+            f"--device {device}: torch has no such device here; there is cpu, and with a GPU cuda"
+        ) from error
 
 
 def find(spec: str, options: Mapping[str, Any]) -> Factory:
@@ -96,7 +98,9 @@ def find(spec: str, options: Mapping[str, Any]) -> Factory:
         if spec.lower() in OF_MODELS:
             return functools.partial(getattr(steepest, OF_MODELS[spec.lower()]), **options)
         if spec.lower() not in known:
-            raise BadInput(f"{spec!r}: no such optimizer{nearest(spec, known)}; others go by module:Class, as in torch.optim:AdamW")
+            raise BadInput(
+                f"{spec!r}: no such optimizer{nearest(spec, known)}; others go by module:Class, as in torch.optim:AdamW"
+            )
         return lambda params, **overrides: steepest.create(spec, params, **{**options, **overrides})
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as with python -m, so that a file at hand can be named
