@@ -10,12 +10,13 @@ BIN     := .venv/bin
 RACE    := $(if $(wildcard .venv/.ready),.venv,.venv-race)
 PYTEST   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help race quick test lint types slow integrations torch-versions $(TORCHES:%=torch-%) clean
+.PHONY: help race quick test docs lint types slow integrations torch-versions $(TORCHES:%=torch-%) clean
 
 help:
 	@echo 'make race    train the contenders of the default race, and write runs/race/report.html'
 	@echo 'make quick   lint, and the tests of the core'
 	@echo 'make test    lint, types, all tests, and all examples in the documentation'
+	@echo 'make docs    the documentation as a site, build/site/index.html'
 	@echo 'make slow    the long tests'
 	@echo 'make integrations   the tests of trainers of others, with those installed'
 	@echo 'make torch-versions   the tests of the optimizers with each of torch $(TORCHES)'
@@ -31,6 +32,11 @@ quick: lint
 
 test: lint types
 	$(PYTEST)
+
+# Strict: a link that leads nowhere, a page without a place, and an address outside the site are errors.
+docs: .venv-docs/.ready
+	.venv-docs/bin/python -m doctest docs/site/hooks/docstrings.py
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
 slow: .venv/.ready
 	$(PYTEST) -m slow
@@ -90,5 +96,13 @@ PIP   = $(@D)/bin/python -m pip install --disable-pip-version-check -c $(PINS)
 	$(PIP) -e '.[$(EXTRAS)]'
 	touch $@
 
+# Neither torch nor steepest is installed: the reference is read from the source.
+DOCS := 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'
+.venv-docs/.ready: pyproject.toml constraints.txt
+	@echo '== A virtual environment in $(@D): 0.03 GB to download, 0.15 GB on disk'
+	$(PYTHON) -m venv $(@D)
+	$(PIP) $$($(PYTHON) -c $(DOCS))
+	touch $@
+
 clean:
-	rm -rf .venv .venv-race .venv-integrations .venv-torch-* build dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-race .venv-docs .venv-integrations .venv-torch-* build dist runs .pytest_cache .mypy_cache .ruff_cache

@@ -73,14 +73,14 @@ def test_a_file_at_hand(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "complaint"),
     [
         (["saop"], "'saop': no such optimizer (did you mean 'soap'?); others go by module:Class"),
-        (["torch.optim:AdamV"], "module 'torch.optim' has no attribute 'AdamV'"),
+        (["torch.optim:AdamV"], "torch.optim has no AdamV (did you mean 'Adam'?)"),
         (["torch.optimal:AdamW"], "No module named 'torch.optimal'"),
         (["torch:float32"], "torch:float32: is no class, but dtype"),
         (["soap", "--lr", "-1"], "lr=-1"),
         (["kfac", "--lr", "-1"], "lr=-1"),
         (["natural-gradient"], "no closure suits: with loss after backward, TypeError: the closure returned the loss"),
         (["soap", "--lr", "0.1", "--option", "betas"], 'option "betas": write it as'),
-        (["soap", "--lr", "0.1", "--dtype", "float8"], "dtype 'float8': there are float32, bfloat16, float64"),
+        (["soap", "--lr", "0.1", "--dtype", "float8"], "--dtype float8: there are float32, bfloat16, float64"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], complaint: str) -> None:

@@ -59,7 +59,7 @@ def test_a_record_is_complete(run) -> None:
     assert len(record.validation) == 12
     assert record.parameters == 44
     assert record.state_bytes > 8 * record.parameters
-    assert record.peak_memory > 50e6
+    assert record.state_bytes < record.peak_memory < 1e5  # the optimizer's, not the process'
     assert Record(**record.as_json()).final == pytest.approx(record.final, rel=1e-5)
 
 

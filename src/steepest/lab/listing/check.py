@@ -41,7 +41,8 @@ def run(
         BadInput: if there is no such optimizer, or it can't be built with these options.
     """
     if dtype not in DTYPES:
-        raise BadInput(f"dtype {dtype!r}: there are {', '.join(DTYPES)}")
+        raise BadInput(f"--dtype {dtype}: there are {', '.join(DTYPES)}")
+    check_device(device)
     factory = find(spec, options)
     try:
         with console.status(Text(f"checking {spec}")):
@@ -64,6 +65,22 @@ def run(
     return report.ok
 
 
+def check_device(device: str) -> None:
+    """Raise `BadInput` unless torch can compute on a device, such as "cpu" or "cuda:1".
+
+    >>> check_device("cpu")
+    >>> check_device("tpu")
+    Traceback (most recent call last):
+    steepest.lab.shared.errors.BadInput: --device tpu: torch has no such device here; there is cpu, and with a GPU cuda
+    """
+    try:
+        torch.empty(1, device=device).add_(1)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInput(
+            f"--device {device}: torch has no such device here; there is cpu, and with a GPU cuda"
+        ) from error
+
+
 def find(spec: str, options: Mapping[str, Any]) -> Factory:
     """Find the factory of an optimizer, by ``module:Class`` or by one of our names.
 
@@ -71,24 +88,32 @@ def find(spec: str, options: Mapping[str, Any]) -> Factory:
     0.1
     >>> find("saop", {})
     Traceback (most recent call last):
-    steepest.lab.shared.errors.BadInput: 'saop': no such optimizer (did you mean 'soap'?); others go by module:Class
+    steepest.lab.shared.errors.BadInput: 'saop': no such optimizer (did you mean 'soap'?); others go by ...
     """
     module, colon, name = spec.partition(":")
+    if colon and not (module and name):
+        raise BadInput(f"{spec!r}: write module:Class, as in torch.optim:AdamW")
     if not colon:
         known = {*NAMES, *BY_CLOSURE, *OF_MODELS}
         if spec.lower() in OF_MODELS:
             return functools.partial(getattr(steepest, OF_MODELS[spec.lower()]), **options)
         if spec.lower() not in known:
-            raise BadInput(f"{spec!r}: no such optimizer{nearest(spec, known)}; others go by module:Class")
+            raise BadInput(
+                f"{spec!r}: no such optimizer{nearest(spec, known)}; others go by module:Class, as in torch.optim:AdamW"
+            )
         return lambda params, **overrides: steepest.create(spec, params, **{**options, **overrides})
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as with python -m, so that a file at hand can be named
     try:
-        found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError) as error:
-        raise BadInput(f"{spec}: {one_line(error)}") from error
+        holder = importlib.import_module(module)
+    except ImportError as error:
+        raise BadInput(f"{spec}: {one_line(error)}; is the package installed, or the file in this folder?") from error
+    try:
+        found = functools.reduce(getattr, name.split("."), holder)
+    except AttributeError as error:
+        raise BadInput(f"{spec}: {module} has no {name}{nearest(name, dir(holder))}") from error
     if not callable(found):
-        raise BadInput(f"{spec}: is no class, but {type(found).__name__}")
+        raise BadInput(f"{spec}: is no class, but {type(found).__name__}; name a class, as in torch.optim:AdamW")
     return functools.partial(found, **options)
 
 

@@ -65,6 +65,8 @@ def run(request: Request, console: Console, as_json: bool = False) -> None:
         console.print()
         console.print(text.times(found).for_console(gap=0))
         console.print("\n" + text.TIMES_NOTE.format(device=device, speeds=speeds, mfu=request.mfu), style="dim")
+    console.print()
+    console.print(text.verdict(found), highlight=False)
 
 
 def outlooks(request: Request) -> Iterator[Outlook]:

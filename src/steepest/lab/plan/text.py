@@ -18,7 +18,7 @@ NOTE = (
 BLOCKS_NOTE = " Blocks change the optimizer: each is preconditioned by itself."
 TIMES_NOTE = (
     "Predicted for {device}: FLOPs by kind, each at {speeds}, then bytes at its bandwidth, one after the other, on the "
-    "rank that has most. ms: of the optimizer's step on the average; at once: of the longest, if all refresh in it; "
+    "rank that has most. step: the optimizer's, on the average; at once: of the longest, if all refresh in it; "
     "in turn: if they are staggered. model: forward and backward on a rank, 6 FLOPs per parameter and token at "
     "{mfu:.0%} of its peak. share: of a training step. held: bytes of weights, gradients and state. Left out: what "
     "travels, and activations."
@@ -28,7 +28,7 @@ GUESSED, MEASURED = "a share of its published peak that is assumed", "the speed 
 
 def shares(found: Sequence[Outlook]) -> Table:
     """Return what ranks hold, send and compute: a line for each model and block size."""
-    head = ["", "blocks", "matrices", "state", "mean", "rest", "in", "out", "FLOPs", "balance", "share"]
+    head = ["", "blocks", "matrices", "state\nB", "mean\nB", "rest\nB", "in\nB", "out\nB", "FLOPs", "balance", "share"]
     lines = []
     for one in found:
         amounts = (one.state_max, one.state_mean, one.elementwise_max, one.sent_in_max, one.sent_out_max, one.flops_max)
@@ -39,7 +39,7 @@ def shares(found: Sequence[Outlook]) -> Table:
 
 def times(found: Sequence[Outlook]) -> Table:
     """Return the predicted times: a line for each model and block size."""
-    head = ["", "blocks", "ms", "at once", "in turn", "model", "share", "held", "of", "fits"]
+    head = ["", "blocks", "step\nms", "at once\nms", "in turn\nms", "model\nms", "share", "held\nB", "of\nB", "fits"]
     lines = []
     for one in found:
         if (seen := one.forecast) is not None:
@@ -47,6 +47,22 @@ def times(found: Sequence[Outlook]) -> Table:
             room = (amount(seen.held), amount(seen.memory), "yes" if seen.fits else "no")
             lines.append([one.model, str(one.block_size or "–"), *steps, f"{seen.share:.1%}", *room])
     return Table(head, lines)
+
+
+def verdict(found: Sequence[Outlook]) -> str:
+    """Say in one sentence whether weights, gradients and state fit into the device's memory."""
+    seen = {f"{one.model}{f' in blocks of {one.block_size}' * bool(one.block_size)}": one.forecast for one in found}
+    rooms = {name: forecast for name, forecast in seen.items() if forecast is not None}
+    if not rooms:
+        return "Whether that fits depends on the device: name it, as in --gpu h100."
+    too_large = {name: forecast.held for name, forecast in rooms.items() if not forecast.fits}
+    memory = f"the {size(next(iter(rooms.values())).memory)} of a device"
+    if not too_large:
+        most = size(max(forecast.held for forecast in rooms.values()))
+        return f"It fits: weights, gradients and state take at most {most} of {memory}, and activations come on top."
+    need = ", ".join(f"{name} needs {size(held)}" for name, held in too_large.items())
+    some = "Not all fits" if len(too_large) < len(rooms) else "It does not fit"
+    return f"{some} into {memory}: {need}; more ranks (--world), or smaller blocks (--block-size), hold less each."
 
 
 def milliseconds(value: float | None) -> str:
@@ -72,3 +88,14 @@ def amount(value: float) -> str:
         value, power = value / 1000, power + 1
     digits = f"{value:.0f}" if value >= 99.5 or power == 0 else f"{value:#.3g}"
     return digits + prefixes[power]
+
+
+def size(count: float) -> str:
+    """Format a number of bytes.
+
+    >>> size(6.25e9), size(96)
+    ('6.25 GB', '96 B')
+    """
+    number = amount(count)
+    digits = number.rstrip("kMGTP")
+    return f"{digits} {number.removeprefix(digits)}B"

@@ -1,7 +1,7 @@
 """The pool of worker processes: trials run side by side, each in a fresh process with one thread.
 
-Each trial has a process of its own, so its peak memory is its own, nothing that it does reaches the next trial, and a
-process that is killed fails one trial only; a `concurrent.futures.ProcessPoolExecutor` would fail all that are left.
+Each trial has a process of its own, so nothing that it does reaches the next trial, and a process that is killed fails
+one trial only; a `concurrent.futures.ProcessPoolExecutor` would fail all that are left.
 The processes have sessions of their own: Ctrl-C reaches only the race, which then stops them.
 """
 

@@ -53,7 +53,7 @@ class Result:
     optimizer_ms_p50: float
     optimizer_ms_p95: float
     state_bytes_per_parameter: float
-    peak_memory_bytes: int
+    optimizer_peak_bytes: int
     own_passes: bool
     """Whether the optimizer works during the model's passes or makes some itself."""
     gradients_poisoned: int
@@ -151,7 +151,7 @@ def find_results(runs: Runs) -> Results:
             optimizer_ms_p50=median(milliseconds),
             optimizer_ms_p95=quantiles(milliseconds, n=20)[-1] if len(milliseconds) > 1 else milliseconds[0],
             state_bytes_per_parameter=max(record.state_bytes / record.parameters for record in records),
-            peak_memory_bytes=max(record.peak_memory for record in records),
+            optimizer_peak_bytes=max(record.peak_memory for record in records),
             own_passes=any(record.own_passes for record in records),
             gradients_poisoned=sum(record.poisoned for record in records),
             updates_skipped=sum(skipped) if len(skipped) == len(records) else None,

@@ -117,7 +117,7 @@ def _cells(result: Result) -> list[str]:
         f"{result.model_ms:.0f}+{result.optimizer_ms:.1f}",
         f"{result.optimizer_ms_p50:.1f}/{result.optimizer_ms_p95:.1f}",
         f"{result.state_bytes_per_parameter:.0f}",
-        f"{result.peak_memory_bytes / 1e6:.0f}" if result.peak_memory_bytes else "–",
+        f"{result.optimizer_peak_bytes / 1e6:.3g}" if result.optimizer_peak_bytes else "–",
     ]
 
 

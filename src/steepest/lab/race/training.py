@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from steepest.lab.race.meters import peak_memory, state_bytes, stopwatch
+from steepest.lab.race.meters import Allocations, state_bytes, stopwatch
 from steepest.lab.race.poison import Poison
 from steepest.lab.race.stepping import stepper
 from steepest.lab.race.trial import Record, Trial
@@ -31,6 +31,7 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
 
     What is done is a number of steps, or of seconds in a race over time. Then the learning rate follows the time, too.
     """
+    peak = peak_memory(workload, trial.contender)
     rehearse(workload, trial.contender)
     torch.manual_seed(trial.seed)
     model = workload.model()
@@ -70,7 +71,8 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
     # A diverged run has samples at its end that are not finite, which JSON does not allow.
     record.train_loss = [loss for loss in record.train_loss if math.isfinite(loss)]
     record.validation = [row for row in record.validation if math.isfinite(row[1])]
-    record.state_bytes, record.peak_memory = state_bytes(optimizer), peak_memory()
+    record.state_bytes = state_bytes(optimizer)
+    record.peak_memory = max(peak, record.state_bytes)
     record.skipped = getattr(optimizer, "skipped", None)
     record.wall_seconds = time.perf_counter() - started
     return record
@@ -118,6 +120,20 @@ def rehearse(workload: Workload, contender: Contender) -> None:
     way = stepper(model, contender.optimizer(model), workload, torch.Generator().manual_seed(0))
     way.prepare()
     way.step()
+
+
+def peak_memory(workload: Workload, contender: Contender) -> int:
+    """Return the bytes that an optimizer's construction and first step hold at once, on a model that is thrown away."""
+    model = workload.model()
+    with Allocations() as construction:
+        optimizer = contender.optimizer(model)
+    held: int = state_bytes(optimizer)
+    way = stepper(model, optimizer, workload, torch.Generator().manual_seed(0))
+    way.prepare()
+    with Allocations() as step:
+        way.step()
+    peak: int = max(construction.peak, held + step.peak)
+    return peak
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ class Record:
     parameters: int = 0
     state_bytes: int = 0
     peak_memory: int = 0
-    """Largest resident memory of the process, in bytes."""
+    """Bytes of the tensors that the optimizer holds at once: in its first step, or as its state at the end."""
     wall_seconds: float = 0.0
     poisoned: int = 0
     """How many gradients were poisoned."""
