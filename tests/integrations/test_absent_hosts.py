@@ -1,0 +1,14 @@
+"""A module for one host says which package it needs, where that isn't installed."""
+
+import importlib
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("host", ["transformers", "lightning"])
+def test_the_package_is_named(host, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"steepest.integrations.{host}", raising=False)
+    monkeypatch.setitem(sys.modules, host, None)
+    with pytest.raises(ImportError, match=f"needs {host}: pip install {host}"):
+        importlib.import_module(f"steepest.integrations.{host}")
