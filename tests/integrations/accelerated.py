@@ -8,16 +8,15 @@ import accelerate
 import hosted
 from models import toy
 
-SETTINGS = {
-    "ddp": {},
-    "fsdp": {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT", "auto_wrap_policy": "no_wrap"},
-}
+FSDP2 = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT", "auto_wrap_policy": "no_wrap"}
 
 
 def prepared(layout, rule, changed=0.0):
     """Return an accelerator, a model, and its optimizer, which was made first."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", LOCAL_RANK=os.environ["RANK"])
-    plugin = accelerate.FullyShardedDataParallelPlugin(**SETTINGS[layout]) if layout == "fsdp" else None
+    plugin = accelerate.FullyShardedDataParallelPlugin(**FSDP2) if layout == "fsdp" else None
+    if plugin:  # Accelerate shards on accelerators alone, so it is told that these processes have some
+        accelerate.PartialState(cpu=True).distributed_type = accelerate.DistributedType.MULTI_GPU
     accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin)
     model = toy()
     for p in model.parameters():

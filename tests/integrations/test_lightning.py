@@ -6,6 +6,8 @@ import pytest
 import torch
 from plain import assert_same, examples, falling, host, model, optimizer_of, told, train
 
+import steepest
+
 lightning = host("lightning.pytorch")
 log_diagnostics = host("steepest.integrations.lightning").LogDiagnostics
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -66,6 +68,15 @@ def test_bfloat16():
     module = Module()
     trainer(precision="bf16-mixed").fit(module, data())
     assert_same(module.net, plainly(dtype=torch.bfloat16))
+
+
+def test_routes_are_those_of_route():
+    module = Module()
+    made = trainer(2)
+    made.fit(module, data())
+    (optimizer,) = made.optimizers
+    rules = {name: group["rule"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert rules == {row.name: row.rule for row in steepest.route(module.net, "soap")}
 
 
 def test_resumed_training_goes_on_bit_for_bit(tmp_path):
