@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steepest
-from steepest.engine.diagnostics import factor_health
+from steepest.engine.diagnostics.factors import factor_health
 from steepest.engine.phases import Timeline, listening
 from steepest.optimizers import NAMES
 

@@ -56,7 +56,7 @@ def batches(data, size=BATCH):
     ]
 
 
-def train(net, optimizer, scheduler=None, *, accumulation=1, clip=None, dtype=None, in_groups=False):
+def train(net, optimizer, scheduler=None, *, accumulation=1, clip=None, dtype=None, in_groups=False, after=None):
     """Train as any plain loop does."""
     data = batches(examples())
     for step in range(STEPS):
@@ -71,7 +71,22 @@ def train(net, optimizer, scheduler=None, *, accumulation=1, clip=None, dtype=No
         if scheduler is not None:
             scheduler.step()
         optimizer.zero_grad()
+        if after is not None:
+            after(step + 1)
     return net
+
+
+def told(every, **how):
+    """Return the diagnostics of a plain loop after every so many steps."""
+    net, found = model(), {}
+    optimizer = optimizer_of(net)
+
+    def ask(step):
+        if step % every == 0:
+            found[step] = optimizer.diagnostics()
+
+    train(net, optimizer, falling(optimizer), after=ask, **how)
+    return found
 
 
 def optimizer_of(net, name="soap", **options):

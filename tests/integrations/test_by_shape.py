@@ -47,6 +47,35 @@ def test_tables_beside_a_vocabulary():
     assert routed(params) == ["adamw", "adamw", "adamw", "adamw", "soap", "soap"]
 
 
+@pytest.mark.filterwarnings("ignore:ByShape")
+def test_biases_and_neighbours_tell_how_weights_are_stored():
+    def layouts(*shapes):
+        return [row.layout for row in ByShape(tensors(*shapes), lr=1e-3).routing if len(row.shape) > 1]
+
+    attention, feed_forward = [(8, 24), (24,), (8, 8), (8,)], [(8, 32), (32,), (32, 8), (8,)]
+    assert layouts(*attention, *feed_forward, *attention, *feed_forward)[:4] == [
+        "3 × 8×8 (q, k, v; transposed)", "8×8 (transposed)", "32×8 (transposed)", "8×32 (transposed)"
+    ]  # fmt: skip
+    assert layouts((32, 8), (8,), (8, 8), (8, 8)) == [
+        "32×8",
+        "8×8",
+        "8×8",
+    ]  # of a norm, after a layer without bias
+    assert layouts((24, 8), (24,), (8, 8), (8,), (8, 8), (8,))[0] == "3 × 8×8 (q, k, v)"
+    assert layouts((24, 8), (24,), (8, 24), (8,), (8, 24), (8,))[0] == "24×8"
+    assert layouts((24, 8, 1), (24,), (8, 8, 1), (8,), (8, 8), (8,))[0] == "3 × 8×8 (q, k, v)"
+    up, norm = (32, 16, 2, 2), [(16,), (16,)]
+    assert layouts(up, (16,), up, (16,), *norm, up, *norm, (16, 16)) == [
+        *["(16·2·2)×32 (transposed)"] * 2, "32×(16·2·2)", "16×16"
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:ByShape")
+def test_first_and_last_convolutions():
+    assert routed(tensors((8, 1, 3, 3), (16, 8, 3, 3), (16, 16, 3, 3), (2, 16, 1, 1))) == ["soap"] * 3 + ["adamw"]
+    assert routed(tensors((8, 3, 3, 3), (8, 1, 3, 3), (16, 8, 3, 3))) == ["soap", "adamw", "soap"]
+
+
 def test_many_long_layers_are_no_tables():
     assert routed(tensors(*[(VOCABULARY, 600)] * 3), max_precond_dim=8) == ["soap"] * 3
 
@@ -239,8 +268,17 @@ def test_an_elementwise_rule_takes_everything():
 def test_a_class_warns_of_a_whole_models_tables():
     params = tensors((VOCABULARY, 8), (8, 8), (8,), (8,))
     for make in (steepest.SOAP, steepest.Muon, steepest.Dion2):
-        with pytest.warns(UserWarning, match=r"parameters of shape \[9000, 8\] look like an embedding.*for_model"):
-            make(params, lr=1e-3)
+        with pytest.warns(
+            UserWarning, match=r"parameters of shape \[9000, 8\] look like an embedding.*for_model"
+        ) as said:
+            optimizer = make(params, lr=1e-3)
+        assert len(said) == 1
+        (group,) = optimizer.param_groups
+        silent = f'into a group that names its rule: {{"params": [...], "rule": {group["rule"]!r}}}'
+        assert silent in str(said[0].message)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make([{"params": params, "rule": group["rule"]}], lr=1e-3)
 
 
 @pytest.mark.parametrize(

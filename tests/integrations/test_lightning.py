@@ -4,9 +4,12 @@ import sys
 
 import pytest
 import torch
-from plain import assert_same, examples, falling, host, model, optimizer_of, train
+from plain import assert_same, examples, falling, host, model, optimizer_of, told, train
+
+import steepest
 
 lightning = host("lightning.pytorch")
+log_diagnostics = host("steepest.integrations.lightning").LogDiagnostics
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -67,6 +70,15 @@ def test_bfloat16():
     assert_same(module.net, plainly(dtype=torch.bfloat16))
 
 
+def test_routes_are_those_of_route():
+    module = Module()
+    made = trainer(2)
+    made.fit(module, data())
+    (optimizer,) = made.optimizers
+    rules = {name: group["rule"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert rules == {row.name: row.rule for row in steepest.route(module.net, "soap")}
+
+
 def test_resumed_training_goes_on_bit_for_bit(tmp_path):
     whole, half, resumed = Module(), Module(), Module(seed=5)
     trainer(6).fit(whole, data(12))  # two epochs, since Lightning doesn't go on amid one
@@ -91,3 +103,31 @@ def test_the_command_line_takes_a_class_by_its_path(monkeypatch, tmp_path):
     routes = {name: rules[p] for name, p in cli.model.net.named_parameters()}
     assert {name for name, rule in routes.items() if rule == "muon"} >= {"layers.0.1.weight", "layers.1.1.weight"}
     assert routes["head.weight"] == routes["layers.0.1.bias"] == "adamw"
+
+
+class Logger(lightning.loggers.logger.DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.logs = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.logs[step] = metrics
+
+
+def test_diagnostics_are_logged_when_it_is_time(readings):
+    logger = Logger()
+    trainer(logger=logger, accumulate_grad_batches=2, callbacks=[log_diagnostics(every=2)]).fit(Module(), data())
+    assert len(readings) == 3
+    expected = told(2, accumulation=2)
+    assert list(expected) == [2, 4, 6]
+    assert {step: metrics for step, metrics in logger.logs.items() if "optimizer/skipped" in metrics} == expected
+
+
+class Adam(Module):
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+def test_there_is_nothing_to_log_of_others():
+    with pytest.raises(TypeError, match="Adam has no diagnostics to log"):
+        trainer(callbacks=[log_diagnostics()]).fit(Adam(), data())

@@ -45,3 +45,17 @@ def test_factors_are_matrices_without_a_basis_of_their_long_sides(by):
         entries.keys().isdisjoint({"Q_R"}) or entries["Q_R"].shape == (2, 2) for entries in optimizer.state.values()
     )
     assert all(torch.equal(p, q) for (_, p), (_, q) in zip(trainable(net), trainable(other), strict=True))
+
+
+def test_routes_are_those_of_route_and_a_resume_goes_on_bit_for_bit():
+    whole, resumed = adapted(), adapted()
+    first, second = (TrainerFactory()(net, name="muon", lr=3e-3) for net in (whole, resumed))
+    rules = {name: group["rule"] for group in first.param_groups for name in group["param_names"]}
+    assert rules == {row.name: row.rule for row in steepest.route(whole, "muon")}
+    assert set(rules) == {name for name, _ in trainable(whole)}
+    step(whole, first)
+    resumed.load_state_dict(whole.state_dict())
+    second.load_state_dict(first.state_dict())
+    step(whole, first)
+    step(resumed, second)
+    assert all(torch.equal(p, q) for (_, p), (_, q) in zip(trainable(whole), trainable(resumed), strict=True))

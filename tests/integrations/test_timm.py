@@ -19,10 +19,15 @@ def vit():
     )
 
 
-def step(net, optimizer, schedule=None, steps=6):
+def step(net, optimizer, schedule=None, steps=6, *, accumulation=1, clip=None, dtype=None):
     torch.manual_seed(1)
     for number in range(steps):
-        net(torch.randn(4, 3, 32, 32)).square().mean().backward()
+        for _ in range(accumulation):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                loss = net(torch.randn(4, 3, 32, 32)).square().mean()
+            (loss / accumulation).backward()
+        if clip is not None:
+            clip(net.parameters(), 0.1)
         optimizer.step()
         optimizer.zero_grad()
         if schedule is not None:
@@ -49,13 +54,31 @@ def test_names_of_timm_stay_its_own():
     assert names.register() == names.REGISTERED  # once more changes nothing
 
 
-def test_weights_are_those_of_a_plain_loop():
+class Falling:
+    """A schedule, written plainly."""
+
+    def __init__(self, optimizer):
+        self.groups = [(group, group["lr"]) for group in optimizer.param_groups]
+        self.step_update(0)
+
+    def step_update(self, number):
+        for group, lr in self.groups:
+            group["lr"] = lr * 0.5 ** (number // 2)
+
+
+@pytest.mark.parametrize("how", [{}, {"accumulation": 2}, {"dtype": torch.bfloat16}, {"clipped": True}])
+def test_weights_are_those_of_a_plain_loop(how):
     net, other = vit(), vit()
-    step(net, optim.create_optimizer_v2(net, opt="soap", lr=3e-3, weight_decay=0.05))
-    whole = {"*.qkv.weight": {"split": ()}, "pos_embed": {"weight_decay": 0.0}}  # what shapes and timm say differently
-    step(other, steepest.for_model(other, "soap", lr=3e-3, weight_decay=0.05, overrides=whole))
+    how, clipped = {key: x for key, x in how.items() if key != "clipped"}, "clipped" in how
+    optimizer = optim.create_optimizer_v2(net, opt="soap", lr=3e-3, weight_decay=0.05)
+    schedule = scheduler.StepLRScheduler(optimizer, decay_t=2, decay_rate=0.5, t_in_epochs=False)
+    step(net, optimizer, schedule, clip=timm.utils.dispatch_clip_grad if clipped else None, **how)
+    table = {"pos_embed": {"weight_decay": 0.0}}  # which timm exempts
+    optimizer = steepest.for_model(other, "soap", lr=3e-3, weight_decay=0.05, overrides=table)
+    step(other, optimizer, Falling(optimizer), clip=torch.nn.utils.clip_grad_norm_ if clipped else None, **how)
     mine, theirs = net.state_dict(), other.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert not torch.equal(net.head.weight, vit().head.weight)
 
 
 def test_routes_are_those_of_route():

@@ -4,10 +4,22 @@ import logging
 
 import pytest
 import torch
-from plain import OPTIONS, assert_same, assert_same_state, examples, falling, host, model, optimizer_of, train
+from plain import (
+    OPTIONS,
+    assert_same,
+    assert_same_state,
+    examples,
+    falling,
+    host,
+    model,
+    optimizer_of,
+    told,
+    train,
+)
 
 import steepest
 from steepest.integrations import TrainerFactory
+from steepest.integrations.transformers import LogDiagnostics
 
 transformers, _ = host("transformers.trainer", "accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -99,3 +111,25 @@ def test_a_class_is_warned_of(tmp_path):
     made = trainer(net, tmp_path, optimizer_cls_and_kwargs=(steepest.Muon, {"lr": 1e-3}))
     with pytest.warns(UserWarning, match=r"\[9000, 8\].* go to muon as matrices.*steepest.for_model"):
         made.create_optimizer()
+
+
+def test_diagnostics_are_logged_when_it_is_time(tmp_path, readings):
+    net = model()
+    optimizer = optimizer_of(net)
+    made = trainer(net, tmp_path, {"gradient_accumulation_steps": 2}, optimizers=(optimizer, falling(optimizer)))
+    made.add_callback(LogDiagnostics(made, every=2))
+    made.train()
+    assert len(readings) == 3
+    logs = {entry["step"]: entry for entry in made.state.log_history if "optimizer/skipped" in entry}
+    expected = told(2, accumulation=2)
+    assert list(logs) == list(expected) == [2, 4, 6]
+    assert "soap/update_rms" in expected[4]
+    for step, entry in expected.items():
+        assert {key: x for key, x in logs[step].items() if "/" in key} == entry
+
+
+def test_there_is_nothing_to_log_of_others(tmp_path):
+    made = trainer(model(), tmp_path)
+    made.add_callback(LogDiagnostics(made))
+    with pytest.raises(TypeError, match="AdamW has no diagnostics to log"):
+        made.train()

@@ -6,6 +6,8 @@ it gets ``steepest.for_model(model, ...)``. See docs/hosts.md.
   TrainerFactory      for ``optimizer_cls_and_kwargs`` of transformers' Trainer
   ByShape             for hosts that name a class and pass parameters
   timm                registers names in timm, when it is imported
+  transformers        a callback that logs diagnostics
+  lightning           likewise
 """
 
 from steepest.integrations.by_shape import ByShape

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from steepest.integrations.neighbours import is_vector, views
 from steepest.optimizers.tables import PAIR, lora_pairs, tables
 from steepest.routing.classify import state_bytes
 from steepest.routing.layout import Layout
@@ -44,6 +45,7 @@ def guess(shapes: Sequence[tuple[int, ...]], entrywise: Collection[int] = ()) ->
     None | output head? the last matrix
     """
     is_table, is_lora, counts = tables(shapes), lora_pairs(shapes), Counter(shapes)
+    entry = next((i for i, shape in enumerate(shapes) if not is_vector(shape)), None)
     guesses = [
         Guess("no matrix, as its group says")
         if i in entrywise
@@ -51,8 +53,8 @@ def guess(shapes: Sequence[tuple[int, ...]], entrywise: Collection[int] = ()) ->
         if is_lora[i]
         else Guess("table of a vocabulary's size")
         if is_table[i]
-        else _by_dimensions(shape)
-        for i, shape in enumerate(shapes)
+        else _by_dimensions(shape, view, is_first=i == entry)
+        for i, (shape, view) in enumerate(zip(shapes, views(shapes), strict=True))
     ]
     for i in range(1, len(shapes)):
         beside = "table" in guesses[i - 1].why and shapes[i - 1][1:] == shapes[i][1:]
@@ -63,11 +65,11 @@ def guess(shapes: Sequence[tuple[int, ...]], entrywise: Collection[int] = ()) ->
         if shapes[i] in experts:
             guesses[i] = Guess("router: a row for each expert", doubtful=True)
     matrices = [i for i, found in enumerate(guesses) if found.layout is not None]
-    lasting = [i for i, shape in enumerate(shapes) if not _is_vector(shape)]
+    lasting = [i for i, shape in enumerate(shapes) if not is_vector(shape)]
     if len(matrices) > 1 and matrices[-1] == lasting[-1] and not is_lora[matrices[-1]]:
         first, last = matrices[0], matrices[-1]
         shape, is_pair = shapes[last], shapes[first] == shapes[last] and len(matrices) > PAIR and not any(is_table)
-        if len(shape) == 2 and counts[shape] == 1:
+        if counts[shape] == 1 and (len(shape) == 2 or _narrows(shape)):
             guesses[last] = Guess("output head? the last matrix", doubtful=True)
         elif len(shape) == 2 and counts[shape] == PAIR and is_pair and shape[0] > shape[1]:
             guesses[first] = Guess("embedding? as the last matrix, and no other", doubtful=True)
@@ -95,31 +97,37 @@ def _lora(shape: tuple[int, ...]) -> Guess:
     return Guess(f"LoRA factor of rank {rank}", Layout(view), rank)
 
 
-def _is_vector(shape: tuple[int, ...]) -> bool:
-    return sum(size != 1 for size in shape) < 2
+def _narrows(shape: tuple[int, ...]) -> bool:
+    """Return whether it is a convolution to few channels, as the last one of a network that makes images is."""
+    return len(shape) > 2 and not _are_experts(shape) and 2 * shape[0] <= shape[1]
 
 
 def _are_experts(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= SHORTEST
 
 
-def _by_dimensions(shape: tuple[int, ...]) -> Guess:
-    if _is_vector(shape):
+def _by_dimensions(shape: tuple[int, ...], view: View, is_first: bool) -> Guess:
+    """Return what the number of dimensions tells; ``view`` is that of a layer of this shape."""
+    if is_vector(shape):
         return Guess("vector", decays=False)
     if 0 in shape:
         return Guess("placeholder without its shape")
     if len(shape) == 2:
-        return Guess("matrix", Layout(View(shape)))
+        return _matrix(view, "matrix")
     if shape[0] == 1:
         return Guess("learnt table: added, not multiplied")
     if _are_experts(shape):
-        view = View(shape, merge_dims=False)
-        return Guess("stacked matrices: experts?", Layout(view, members="experts"), doubtful=True)
+        experts = Layout(View(shape, merge_dims=False), members="experts")
+        return Guess("stacked matrices: experts?", experts, doubtful=True)
     if len(shape) > 5:
         return Guess(f"{len(shape)} dimensions: nothing says it is a matrix", doubtful=True)
-    if shape[1] == 1:
+    if shape[1] == 1 and not is_first:  # the first reads an image of one channel
         return Guess("depthwise convolution: one filter per channel")
-    return Guess("convolution, flattened", Layout(View(shape)))
+    return _matrix(view, f"{'transposed ' * view.transpose}convolution, flattened")
+
+
+def _matrix(view: View, why: str) -> Guess:
+    return Guess("fused: q, k, v?", Layout(view, blocks="q, k, v")) if view.split else Guess(why, Layout(view))
 
 
 def _row(p: Tensor, name: str, found: Guess, rule: str, elementwise: str) -> Row:

@@ -88,8 +88,8 @@ def warn_of_tables(groups: Iterable[Mapping[str, Any]], named: Iterable[bool], s
         warnings.warn(
             f"{_name(group, p)}of shape {list(p.shape)}{more} look like an embedding or a head, and go to "
             f"{group['rule']} as matrices, which is known to do harm there: use steepest.for_model(model, ...), or "
-            'steepest.integrations.ByShape where only parameters are at hand; a group with a "rule" of its own is '
-            "taken as meant",
+            "steepest.integrations.ByShape where only parameters are at hand; what is meant so goes unwarned "
+            f'into a group that names its rule: {{"params": [...], "rule": {group["rule"]!r}}}',
             stacklevel=stacklevel + 1,
         )
 
