@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from steepest.lab.plan import here as plan_here
 from steepest.lab.race.race import Entry, Plan, Runs
 from steepest.lab.race.trial import Record, Run, Trial
 from steepest.lab.shared.contenders import preset
+from steepest.lab.workloads.workload import Workload, load_workload
 
 # Files that tests share and those in benchmarks/ are imported by name.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -40,6 +42,12 @@ class Quick(Workload):
     def validation(self, model):
         return self.loss(model, torch.ones(1, 4)).item()
 """
+
+
+@pytest.fixture(scope="session")
+def loaded() -> Callable[[str], Workload]:
+    """Loads a workload once for all tests, which must not change it."""
+    return functools.cache(load_workload)
 
 
 @pytest.fixture

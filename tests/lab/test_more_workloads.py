@@ -18,13 +18,13 @@ from steepest.lab.workloads.workload import load_workload
 
 
 @pytest.fixture(scope="module")
-def photo():
-    return load_workload("photo")
+def photo(loaded):
+    return loaded("photo")
 
 
 @pytest.fixture(scope="module")
-def convnet():
-    return load_workload("convnet")
+def convnet(loaded):
+    return loaded("convnet")
 
 
 def loss_after(workload, steps: int, contender: str) -> tuple[float, float]:

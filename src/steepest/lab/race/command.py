@@ -28,7 +28,7 @@ from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.files import write
 from steepest.lab.shared.fingerprints import machine, versions
 from steepest.lab.shared.presets import PRESETS, QUICK
-from steepest.lab.workloads.workload import Workload, load_workload
+from steepest.lab.workloads.workload import Workload, canonical, load_workload
 
 SOME_FAILED, INTERRUPTED = 1, 130
 
@@ -94,13 +94,11 @@ def make_plan(request: Request, workload: Workload) -> Plan:
         fit = {name: values for name, values in wanted.items() if name != "lr" or "lr" in contender.options}
         return Entry.of(contender, fit)
 
-    # The processes of the trials may have another working directory, so a file's path is made absolute.
-    name = str(Path(request.workload).resolve()) if request.workload.endswith(".py") else request.workload
     steps = 0 if request.seconds else request.steps or workload.steps
     shorter = races.shorter_distances(steps) if request.full else ()
-    return Plan(
-        name, tuple(map(entry, contenders)), steps, request.seeds, shorter, request.poison, request.seconds or 0.0
-    )
+    # The processes of the trials may have another working directory, so the name has the whole path of a file.
+    name, entries = canonical(request.workload), tuple(map(entry, contenders))
+    return Plan(name, entries, steps, request.seeds, shorter, request.poison, request.seconds or 0.0)
 
 
 def _check(plan: Plan, workload: Workload) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import steepest
+from steepest.lab.shared.calls import parse_call, spell_call
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.presets import ELEMENTWISE, PRESETS, SECOND_ORDER, WARMUP
 from steepest.newton.gauss_newton import GaussNewton
@@ -214,23 +215,17 @@ def split(text: str) -> Iterator[str]:
 
 def _parse(spec: str) -> Contender:
     """Parse one contender: a name, and options in brackets if any."""
-    name, bracket, _ = spec.partition("(")
-    contender = preset(name.strip())
-    if not bracket:
-        return contender
+    name = spec.partition("(")[0].strip()
+    contender = preset(name)
     try:
-        call = ast.parse("options" + spec[len(name) :], mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
-            raise ValueError
-        changes = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
+        _, changes = parse_call(spec)
         if not isinstance(changes.get("elementwise", {}), dict):
             raise ValueError
-    except (ValueError, SyntaxError):
+    except ValueError:
         example = f"{name}(lr=1e-2, betas=(0.9, 0.95))"
         raise BadInput(f"optimizer {spec!r}: options are names and plain values, like {example}") from None
     if not changes:
         return contender
-    label = f"{name.strip()}({', '.join(f'{key}={value!r}' for key, value in changes.items())})"
     provenance = f"options from the command line; otherwise: {contender.provenance}"
     rates = (changes["lr"],) if "lr" in changes else contender.rates  # a rate that was named is the only one to try
-    return replace(contender.varied(**changes), label=label, rates=rates, provenance=provenance)
+    return replace(contender.varied(**changes), label=spell_call(name, changes), rates=rates, provenance=provenance)

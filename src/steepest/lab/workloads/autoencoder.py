@@ -6,6 +6,7 @@ far; Martens (ICML 2010) and K-FAC (arXiv:1503.05671) made them the test of opti
 
 from __future__ import annotations
 
+import hashlib
 from itertools import pairwise
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from steepest.lab.workloads.workload import Supervised, needs, shuffled
+from steepest.lab.workloads.workload import Supervised, needs, scaled, shuffled
 
 
 class Autoencoder(Supervised):
@@ -25,13 +26,15 @@ class Autoencoder(Supervised):
     """
 
     steps = 400
+    suite_steps = 1000
     measure = "excess loss on the training images (nats per image)"
     likelihood = "bernoulli"
     held_out = 180
     batch_size = 512
-    widths = (64, 128, 64, 32, 10, 32, 64, 128, 64)
 
-    def __init__(self) -> None:
+    def __init__(self, *, scale: float = 1.0) -> None:
+        encoder = tuple(scaled(width, scale) for width in (128, 64, 32))
+        self.widths = (64, *encoder, 10, *reversed(encoder), 64)
         with needs("scikit-learn"):
             from sklearn.datasets import load_digits
 
@@ -66,6 +69,7 @@ class Autoencoder(Supervised):
         return {
             "images": f"scikit-learn's digits: {len(self.inputs) - self.held_out:,} to train on, {self.held_out} held "
             "out, which the measure does not look at",
+            "sha256": hashlib.sha256(self.inputs.numpy().tobytes()).hexdigest(),
             "entropy": f"{self.entropy:.3f} nats per image, which the excess is counted from",
         }
 

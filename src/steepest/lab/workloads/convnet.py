@@ -9,30 +9,31 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from steepest.lab.workloads.workload import Supervised, needs, shuffled
+from steepest.lab.workloads.workload import Supervised, needs, scaled, shuffled
 
 
 class ConvNet(Supervised):
     """Three convolutions, each with stride 2, batch norm and ReLU; then a mean over positions and a linear head."""
 
     steps = 200
+    suite_steps = 400
     measure = "validation loss (nats per image)"
     likelihood = "categorical"
     held_out = 1000
     batch_size = 64
 
-    def __init__(self) -> None:
+    def __init__(self, *, scale: float = 1.0) -> None:
+        self.channels = (1, *(scaled(width, scale) for width in (16, 32, 64)))
         pixels, labels = _digits()
         self.inputs, self.targets = shuffled(pixels / 127.5 - 1, labels)  # [5000, 1, 28, 28] from -1 to 1
 
     @override
     def model(self) -> nn.Module:
-        channels = (1, 16, 32, 64)
         layers: list[nn.Module] = []
-        for before, after in pairwise(channels):
+        for before, after in pairwise(self.channels):
             convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 10))
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(self.channels[-1], 10))
 
     @override
     def describe(self) -> dict[str, str]:

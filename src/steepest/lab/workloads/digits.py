@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from itertools import pairwise
 
 import torch
 from torch import nn
 from typing_extensions import override
 
-from steepest.lab.workloads.workload import Supervised, needs, shuffled
+from steepest.lab.workloads.workload import Supervised, needs, scaled, shuffled
 
 
 class Digits(Supervised):
@@ -20,7 +21,8 @@ class Digits(Supervised):
     held_out = 360
     batch_size = 128
 
-    def __init__(self) -> None:
+    def __init__(self, *, scale: float = 1.0) -> None:
+        self.width = scaled(128, scale)
         with needs("scikit-learn"):
             from sklearn.datasets import load_digits
 
@@ -29,6 +31,14 @@ class Digits(Supervised):
 
     @override
     def model(self) -> nn.Module:
-        widths = (64, 128, 128, 128)
+        widths = (64, self.width, self.width, self.width)
         hidden = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
-        return nn.Sequential(*hidden, nn.Linear(128, 10))
+        return nn.Sequential(*hidden, nn.Linear(self.width, 10))
+
+    @override
+    def describe(self) -> dict[str, str]:
+        train = len(self.targets) - self.held_out
+        return {
+            "images": f"scikit-learn's digits: {train:,} to train on, {self.held_out:,} held out",
+            "sha256": hashlib.sha256(self.inputs.numpy().tobytes() + self.targets.numpy().tobytes()).hexdigest(),
+        }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from steepest.lab.workloads.workload import Supervised, needs, shuffled
+from steepest.lab.workloads.workload import Supervised, needs, scaled, shuffled
 
 SHRUNK = 4
 """Side of the squares of the photograph, 427 × 640, whose mean is one pixel."""
@@ -23,11 +23,13 @@ with 5, and weights larger by as much, the network is the same function at first
 class Photo(Supervised):
     """A SIREN, 2-64-64-64-3 with sines between, on 106 × 160 pixels (Sitzmann et al., arXiv:2006.09661)."""
 
+    suite_steps = 1000
     measure = "validation loss (mean squared error of a colour)"
     batch_size = 2048
     likelihood = "normal"
 
-    def __init__(self) -> None:
+    def __init__(self, *, scale: float = 1.0) -> None:
+        self.width = scaled(64, scale)
         picture = _photograph()  # [3, h, w]
         rows, columns = (torch.linspace(-1, 1, size) for size in picture.shape[1:])
         coordinates = torch.cartesian_prod(rows, columns)  # [h·w, 2]
@@ -36,7 +38,7 @@ class Photo(Supervised):
 
     @override
     def model(self) -> nn.Module:
-        return Siren()
+        return Siren(self.width)
 
     @override
     def criterion(self, outputs: Tensor, targets: Tensor) -> Tensor:

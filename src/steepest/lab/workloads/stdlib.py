@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from steepest.lab.shared.errors import BadInput
 from steepest.lab.workloads.gpt import GPT
-from steepest.lab.workloads.workload import Pairs, Workload
+from steepest.lab.workloads.workload import Pairs, Workload, at_least_one, scaled
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 CONTEXT = 64
@@ -51,12 +51,18 @@ urllib/robotparser
 
 
 class StandardLibrary(Workload):
-    """A GPT of 115,008 parameters, 98,304 of them in hidden matrices; batches are 32 windows of 64 characters."""
+    """A GPT of 115,008 parameters, 98,304 of them in hidden matrices; batches are 32 windows of 64 characters.
 
+    Its options are the width of the residual stream, the number of blocks, and the number of heads in each.
+    """
+
+    suite_steps = 120
     measure = "validation loss (nats per character)"
     likelihood = "categorical"
 
-    def __init__(self) -> None:
+    def __init__(self, *, scale: float = 1.0, width: int = 64, depth: int = 2, heads: int = 4) -> None:
+        at_least_one(width=width, depth=depth, heads=heads)
+        self.width, self.depth, self.heads = scaled(width, scale, multiple=heads), depth, heads
         self.text = load_text()
         if not len(self.text.train) or not len(self.text.validation):
             raise BadInput("this Python comes without the source of its standard library: race on another workload")
@@ -66,7 +72,7 @@ class StandardLibrary(Workload):
 
     @override
     def model(self) -> nn.Module:
-        return GPT(len(ALPHABET), CONTEXT)
+        return GPT(len(ALPHABET), CONTEXT, self.width, self.heads, self.depth)
 
     @override
     def batch(self, generator: torch.Generator) -> Pairs:

@@ -13,6 +13,10 @@ Some optimizers ask for more. A workload without it goes to the others:
         likelihood = "categorical"            # kfac and ekfac: the loss is -log p of the model's outputs
         def residuals(self, batch): ...       # gauss-newton: a list of `steepest.Residual`
 
+Options of the constructor, such as ``def __init__(self, *, width: int = 64)``, can be set where the workload is named:
+``steepest race --workload "stdlib(width=128, depth=4)"``. They are part of its name in records. Workloads of the suite
+have the option ``scale``, a factor on the network's widths.
+
 Contenders of one seed get the same initial weights and the same batches. Each run has a process of its own with one
 thread, so data that takes long to prepare should be kept in a file.
 """
@@ -21,6 +25,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from steepest.lab.shared.calls import parse_call, spell_call
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.files import import_file
 from steepest.lab.shared.fingerprints import code_hash, digest
@@ -46,12 +52,14 @@ BUILT_IN = {
     "pinn": "steepest.lab.workloads.pinn:Poisson",
     "burgers": "steepest.lab.workloads.pinn:Burgers",
 }
+SUITE = ("stdlib", "convnet", "autoencoder", "photo", "pinn")
+"""Workloads of the suite, which are of different kinds."""
 Pairs = tuple[Tensor, Tensor]
 """Inputs ``[b, ...]`` and targets ``[b, ...]``."""
 
 
 class Workload(ABC):
-    """A model, training batches, a loss and a validation. A subclass is constructed without arguments."""
+    """A model, training batches, a loss and a validation. Arguments of a subclass's constructor have defaults."""
 
     steps: int = 300
     """Length of a race without ``--steps``."""
@@ -60,6 +68,11 @@ class Workload(ABC):
     likelihood: str | None = None
     """The distribution, "categorical", "bernoulli" or "normal", of which `loss` is -log p, up to a factor, where the
     outputs of the model are its parameters; None if there is none."""
+
+    @property
+    def suite_steps(self) -> int:
+        """Length of a run in the suite: `steps`, unless the class sets a number of its own."""
+        return self.steps
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -132,23 +145,95 @@ def needs(packages: str, extra: str = "lab") -> Iterator[None]:
         raise BadInput(f'this workload needs {packages}: pip install "steepest[{extra}]"') from error
 
 
+def scaled(width: int, scale: float, multiple: int = 1) -> int:
+    """Return a width times ``scale``, as the nearest multiple of a number and at least that.
+
+    Raises:
+        ValueError: if ``scale`` is no positive number.
+
+    >>> scaled(64, 0.5), scaled(64, 1.3, multiple=4), scaled(64, 0.001)
+    (32, 84, 1)
+    """
+    if not (isinstance(scale, int | float) and 0 < scale < math.inf):
+        raise ValueError(f"scale={scale!r}: must be a positive number")
+    return max(round(width * scale / multiple), 1) * multiple
+
+
+def at_least_one(**options: int) -> None:
+    """Raise a ValueError for an option that is no positive integer.
+
+    >>> at_least_one(width=64, depth=0)
+    Traceback (most recent call last):
+    ValueError: depth=0: must be a positive integer
+    """
+    for name, value in options.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: must be a positive integer")
+
+
 def load_workload(spec: str) -> Workload:
     """Return the built-in workload of this name, or the one that the Python file of this name defines.
 
+    Options of the workload's constructor may follow in brackets.
+
+    Raises:
+        BadInput: if there is no such workload, option or value.
+
     >>> type(load_workload("stdlib")).__name__
     'StandardLibrary'
+    >>> sum(p.numel() for p in load_workload("stdlib(width=32, depth=1)").model().parameters())
+    20576
+    >>> load_workload("photo(size=2)")
+    Traceback (most recent call last):
+    steepest.lab.shared.errors.BadInput: workload 'photo(size=2)': no option 'size'; there are scale
     """
-    if spec in BUILT_IN:
-        module, _, name = BUILT_IN[spec].partition(":")
-        found: type[Workload] = getattr(importlib.import_module(module), name)
-        return found()
-    if not spec.endswith(".py"):
-        raise BadInput(f"unknown workload {spec!r}: give one of {', '.join(BUILT_IN)}, or a Python file")
-    return _from_file(Path(spec))
+    name, options = _parse(spec)
+    if name in BUILT_IN:
+        module, _, class_name = BUILT_IN[name].partition(":")
+        found: type[Workload] = getattr(importlib.import_module(module), class_name)
+    elif name.endswith(".py"):
+        found = _from_file(Path(name))
+    else:
+        raise BadInput(f"unknown workload {name!r}: give one of {', '.join(BUILT_IN)}, or a Python file")
+    known = [option for option in inspect.signature(found).parameters if not option.startswith("_")]
+    for option in options:
+        if option not in known:
+            there_are = f"there are {', '.join(known)}" if known else "it has none"
+            raise BadInput(f"workload {spec!r}: no option {option!r}; {there_are}")
+    try:
+        return found(**options)
+    except BadInput:
+        raise
+    except Exception as error:
+        where = f"workload {spec!r}" if name in BUILT_IN else f"workload file {name}: {found.__name__}() failed"
+        raise BadInput(f"{where}: {one_line(error)}") from error
 
 
-def _from_file(path: Path) -> Workload:
-    """Return an instance of the one workload that the file defines."""
+def canonical(spec: str) -> str:
+    """Return the one spelling of a workload and its options by which records know it; the path of a file is absolute.
+
+    Raises:
+        BadInput: if what stands in brackets is no list of options.
+
+    >>> canonical("stdlib( width=128,depth=4 )"), canonical("stdlib")
+    ('stdlib(width=128, depth=4)', 'stdlib')
+    """
+    name, options = _parse(spec)
+    return spell_call(str(Path(name).resolve()) if name.endswith(".py") else name, options)
+
+
+def _parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of a workload and its options."""
+    if spec.endswith(".py"):  # a path may hold brackets
+        return spec, {}
+    try:
+        return parse_call(spec)
+    except ValueError as error:
+        raise BadInput(f"workload {error}, like stdlib(width=128, depth=4)") from None
+
+
+def _from_file(path: Path) -> type[Workload]:
+    """Return the one workload that the file defines."""
     module = import_file(path, "workload file")
     own = [
         value
@@ -158,8 +243,4 @@ def _from_file(path: Path) -> Workload:
     if len(own) != 1:
         count = f"{len(own) or 'no'} class{'' if len(own) < 2 else 'es'}"
         raise BadInput(f"workload file {path}: defines {count} derived from steepest.lab.Workload; one is needed")
-    try:
-        workload: Workload = own[0]()
-    except Exception as error:
-        raise BadInput(f"workload file {path}: {own[0].__name__}() failed: {one_line(error)}") from error
-    return workload
+    return own[0]
