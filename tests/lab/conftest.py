@@ -14,6 +14,7 @@ from steepest.lab.plan import here as plan_here
 from steepest.lab.race.race import Entry, Plan, Runs
 from steepest.lab.race.trial import Record, Run, Trial
 from steepest.lab.shared.contenders import preset
+from steepest.lab.workloads import cache, lora
 from steepest.lab.workloads.workload import Workload, load_workload
 
 # Files that tests share and those in benchmarks/ are imported by name.
@@ -45,9 +46,13 @@ class Quick(Workload):
 
 
 @pytest.fixture(scope="session")
-def loaded() -> Callable[[str], Workload]:
-    """Loads a workload once for all tests, which must not change it."""
-    return functools.cache(load_workload)
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Workload]]:
+    """Loads a workload once for all tests, which must not change it; the base of lora is hardly trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora, "BASE_STEPS", 1)
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(cache, "folder", lambda: folder)
+        yield functools.cache(load_workload)
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
+from short_training import loss_after
 from torch import nn
 from typer.testing import CliRunner
 
 import steepest
 from steepest.cli import app
-from steepest.lab.shared.contenders import hidden_matrices, parse_contenders
+from steepest.lab.shared.contenders import hidden_matrices
 from steepest.lab.shared.errors import BadInput
 from steepest.lab.workloads.photo import FREQUENCY
 from steepest.lab.workloads.workload import load_workload
@@ -25,25 +26,6 @@ def photo(loaded):
 @pytest.fixture(scope="module")
 def convnet(loaded):
     return loaded("convnet")
-
-
-def loss_after(workload, steps: int, contender: str) -> tuple[float, float]:
-    """The validation loss before and after some steps."""
-    torch.manual_seed(0)
-    model = workload.model()
-    optimizer = parse_contenders(contender)[0].optimizer(model)
-    generator = torch.Generator().manual_seed(0)
-    losses = []
-    for step in range(steps + 1):
-        if step in (0, steps):
-            model.eval()
-            with torch.no_grad():
-                losses.append(workload.validation(model))
-            model.train()
-        optimizer.zero_grad()
-        workload.loss(model, workload.batch(generator)).backward()
-        optimizer.step()
-    return losses[0], losses[1]
 
 
 def test_the_photograph_is_a_photograph(photo) -> None:

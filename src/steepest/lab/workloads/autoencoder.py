@@ -6,7 +6,6 @@ far; Martens (ICML 2010) and K-FAC (arXiv:1503.05671) made them the test of opti
 
 from __future__ import annotations
 
-import hashlib
 from itertools import pairwise
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from steepest.lab.workloads.workload import Supervised, needs, scaled, shuffled
+from steepest.lab.workloads.images import data_hash, handwritten
+from steepest.lab.workloads.workload import Supervised, scaled
 
 
 class Autoencoder(Supervised):
@@ -35,12 +35,9 @@ class Autoencoder(Supervised):
     def __init__(self, *, scale: float = 1.0) -> None:
         encoder = tuple(scaled(width, scale) for width in (128, 64, 32))
         self.widths = (64, *encoder, 10, *reversed(encoder), 64)
-        with needs("scikit-learn"):
-            from sklearn.datasets import load_digits
-
-        pixels, labels = load_digits(return_X_y=True)
-        images, _ = shuffled(torch.from_numpy(pixels).float() / 16, torch.from_numpy(labels))
-        self.inputs = self.targets = images.roll(self.held_out, dims=0)  # [1797, 64] from 0 to 1; the last ones first
+        images, _ = handwritten()
+        grey = (images.flatten(1) + 1) / 2
+        self.inputs = self.targets = grey.roll(self.held_out, dims=0)  # [1797, 64] from 0 to 1; the last ones first
         self.entropy = _entropy(self.inputs[self.held_out :].double())
 
     @override
@@ -69,7 +66,7 @@ class Autoencoder(Supervised):
         return {
             "images": f"scikit-learn's digits: {len(self.inputs) - self.held_out:,} to train on, {self.held_out} held "
             "out, which the measure does not look at",
-            "sha256": hashlib.sha256(self.inputs.numpy().tobytes()).hexdigest(),
+            "sha256": data_hash(self.inputs),
             "entropy": f"{self.entropy:.3f} nats per image, which the excess is counted from",
         }
 

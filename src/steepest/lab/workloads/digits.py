@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from itertools import pairwise
 
-import torch
 from torch import nn
 from typing_extensions import override
 
-from steepest.lab.workloads.workload import Supervised, needs, scaled, shuffled
+from steepest.lab.workloads.images import data_hash, handwritten
+from steepest.lab.workloads.workload import Supervised, scaled
 
 
 class Digits(Supervised):
@@ -23,11 +22,8 @@ class Digits(Supervised):
 
     def __init__(self, *, scale: float = 1.0) -> None:
         self.width = scaled(128, scale)
-        with needs("scikit-learn"):
-            from sklearn.datasets import load_digits
-
-        pixels, labels = load_digits(return_X_y=True)
-        self.inputs, self.targets = shuffled(torch.from_numpy(pixels).float() / 8 - 1, torch.from_numpy(labels).long())
+        images, self.targets = handwritten()
+        self.inputs = images.flatten(1)
 
     @override
     def model(self) -> nn.Module:
@@ -40,5 +36,5 @@ class Digits(Supervised):
         train = len(self.targets) - self.held_out
         return {
             "images": f"scikit-learn's digits: {train:,} to train on, {self.held_out:,} held out",
-            "sha256": hashlib.sha256(self.inputs.numpy().tobytes() + self.targets.numpy().tobytes()).hexdigest(),
+            "sha256": data_hash(self.inputs, self.targets),
         }

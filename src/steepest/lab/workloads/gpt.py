@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 
 class Block(nn.Module):
-    """Causal self-attention, then a perceptron four times as wide; both add to the residual stream ``x [b, t, d]``."""
+    """Self-attention, then a perceptron four times as wide; both add to the residual stream ``x [b, t, d]``."""
 
-    def __init__(self, d: int, heads: int) -> None:
+    def __init__(self, d: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm_attention, self.norm_mlp = nn.RMSNorm(d), nn.RMSNorm(d)
         self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
         self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
@@ -26,9 +26,9 @@ class Block(nn.Module):
         return x
 
     def attend(self, x: Tensor) -> Tensor:
-        """Return the attention of each position to itself and to the positions before it."""
+        """Return the attention of each position to itself and those before it; to all if it is not causal."""
         q, k, v = (split(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for split in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [b, heads, t, d / heads]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # [b, heads, t, d / heads]
         attended: Tensor = self.o(y.transpose(1, 2).flatten(2))
         return attended
 

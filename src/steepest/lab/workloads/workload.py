@@ -49,10 +49,15 @@ BUILT_IN = {
     "photo": "steepest.lab.workloads.photo:Photo",
     "convnet": "steepest.lab.workloads.convnet:ConvNet",
     "autoencoder": "steepest.lab.workloads.autoencoder:Autoencoder",
+    "lstm": "steepest.lab.workloads.lstm:Recurrent",
+    "mlp": "steepest.lab.workloads.mlp:Perceptron",
+    "vit": "steepest.lab.workloads.vit:VisionTransformer",
+    "lora": "steepest.lab.workloads.lora:LoRA",
+    "diffusion": "steepest.lab.workloads.diffusion:Diffusion",
     "pinn": "steepest.lab.workloads.pinn:Poisson",
     "burgers": "steepest.lab.workloads.pinn:Burgers",
 }
-SUITE = ("stdlib", "convnet", "autoencoder", "photo", "pinn")
+SUITE = ("stdlib", "lstm", "vit", "convnet", "mlp", "autoencoder", "photo", "pinn", "lora", "diffusion")
 """Workloads of the suite, which are of different kinds."""
 Pairs = tuple[Tensor, Tensor]
 """Inputs ``[b, ...]`` and targets ``[b, ...]``."""
