@@ -65,8 +65,8 @@ def race(
 ) -> None:
     """Train contenders side by side with equal tuning, and write a report.
 
-    Workloads are stdlib, digits, photo, convnet, autoencoder, pinn and burgers; or a Python file defines one. Some have
-    options: 'stdlib(width=128, depth=4)'.
+    Workloads are stdlib, lstm, vit, convnet, mlp, autoencoder, photo, pinn, lora, diffusion, burgers and digits; or a
+    Python file defines one. They have options: 'stdlib(width=128, depth=4)'.
 
     Each trial is recorded when it ends: the same command continues an interrupted race. Ctrl-C leaves a report.
     Delete the folder to run all trials again.

@@ -49,7 +49,7 @@ def test_held_out_images_are_never_trained_on(name) -> None:
 def test_patches_see_each_other(loaded) -> None:
     torch.manual_seed(0)
     model = loaded("vit").model()
-    pixels = torch.randn(1, 16, 48)
+    pixels = torch.randn(1, 16, 32)
     changed = pixels.clone()
     changed[0, 15] += 1
     assert not torch.allclose(model.blocks(pixels)[0, 0], model.blocks(changed)[0, 0])

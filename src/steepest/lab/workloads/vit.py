@@ -16,13 +16,13 @@ HEADS = 4
 
 
 class VisionTransformer(Corrupted):
-    """Two blocks of width 48, four heads, 16 patches; what is measured, and why: `steepest.lab.workloads.images`."""
+    """Two blocks of width 32, four heads, 16 patches; what is measured, and why: `steepest.lab.workloads.images`."""
 
-    suite_steps = 300
-    batch_size = 64
+    suite_steps = 600
+    batch_size = 32
 
     def __init__(self, *, scale: float = 1.0) -> None:
-        self.width = scaled(48, scale, multiple=HEADS)
+        self.width = scaled(32, scale, multiple=HEADS)
         super().__init__()
 
     @override
@@ -36,7 +36,7 @@ class ViT(nn.Module):
     def __init__(self, width: int, depth: int = 2, classes: int = 10) -> None:
         super().__init__()
         self.patches = nn.Linear(PATCH * PATCH, width)
-        self.position = nn.Parameter(0.02 * torch.randn(16, width))
+        self.position = nn.Parameter(0.5 * torch.randn(16, width))  # as large as patches, so that places count at once
         self.blocks = nn.Sequential(*(Block(width, HEADS, causal=False) for _ in range(depth)))
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, classes)

@@ -13,6 +13,14 @@ Some optimizers ask for more. A workload without it goes to the others:
         likelihood = "categorical"            # kfac and ekfac: the loss is -log p of the model's outputs
         def residuals(self, batch): ...       # gauss-newton: a list of `steepest.Residual`
 
+The built-in ones, in files of this folder, are examples to copy:
+
+    stdlib, lora        GPT: source code; fine-tuned to prose        convnet             convolutions, batch norm
+    lstm                LSTM: source code                            diffusion           U-Net that removes noise
+    vit, mlp            corrupted digits                             autoencoder         deep and narrow
+    digits              clean digits: quick, too easy to rank by     photo               sines: a SIREN
+    pinn, burgers       differential equations, in float64
+
 Options of the constructor, such as ``def __init__(self, *, width: int = 64)``, can be set where the workload is named:
 ``steepest race --workload "stdlib(width=128, depth=4)"``. They are part of its name in records. Workloads of the suite
 have the option ``scale``, a factor on the network's widths.
