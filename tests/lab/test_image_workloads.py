@@ -84,6 +84,8 @@ def test_the_denoiser_knows_the_time(loaded) -> None:
     early, late = (model(image, torch.tensor([time])) for time in (0.1, 0.9))
     assert early.shape == image.shape
     assert (early - late).abs().max() > 1e-3
+    early.sum().backward()
+    assert model.time.weight.grad.abs().amax(dim=1).min() > 0  # it moves all channels of both resolutions
     assert "leave.weight" not in hidden_matrices(model)
 
 
