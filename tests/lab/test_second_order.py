@@ -164,10 +164,17 @@ def test_targets_are_sampled_between_forward_and_backward() -> None:
     assert len(optimizer.heard) == 1
 
 
-def test_a_sampled_fisher_needs_a_likelihood(quick) -> None:
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_a_sampled_fisher_needs_a_likelihood(quick, name) -> None:
     model = quick.model()
     with pytest.raises(BadInput, match="`likelihood`"):
-        BySampling(model, Listening(model.parameters()), quick, torch.Generator())
+        stepper(model, preset(name).optimizer(model), quick, torch.Generator())
+
+
+def test_an_empirical_fisher_needs_none(quick) -> None:
+    model = quick.model()
+    optimizer = preset("kfac").varied(fisher="empirical").optimizer(model)
+    assert type(stepper(model, optimizer, quick, torch.Generator())) is BySampling
 
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "kfac(fisher='empirical')"])

@@ -61,6 +61,11 @@ class CapturingOptimizer(Optimizer, ABC):
     # For training loops.
 
     @property
+    def fisher(self) -> str:
+        """Whose gradients the statistics are of: "empirical", those of the loss, or "sampled", of drawn targets."""
+        return str(self._capture.get("fisher", "empirical"))
+
+    @property
     def wants_statistics(self) -> bool:
         """Whether the next forward and backward passes are captured."""
         return self._curvature is not None and bool(self._curvature.listening)
