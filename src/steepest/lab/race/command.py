@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 
 from steepest.lab.race import race as races
+from steepest.lab.race.checks import check_contender, check_workload
 from steepest.lab.race.console import ProgressBars
 from steepest.lab.race.pool import Pool
 from steepest.lab.race.race import Entry, Plan, Runs
 from steepest.lab.race.report import page
 from steepest.lab.race.results import find_results
-from steepest.lab.race.stepping import gradients, stepper
 from steepest.lab.race.store import Store
 from steepest.lab.race.text import as_json, headline, main_table, notes, poisoned
-from steepest.lab.race.training import validate
 from steepest.lab.shared.contenders import Contender, parse_contenders, parse_sweep, preset
-from steepest.lab.shared.errors import BadInput, one_line
+from steepest.lab.shared.errors import BadInput
 from steepest.lab.shared.files import write
 from steepest.lab.shared.fingerprints import machine, versions
 from steepest.lab.shared.presets import PRESETS, QUICK
@@ -103,33 +100,13 @@ def make_plan(request: Request, workload: Workload) -> Plan:
 
 def _check(plan: Plan, workload: Workload) -> None:
     """Check before the race that the workload's first step runs and that all settings are valid."""
-    torch.manual_seed(0)
-    try:
-        model = workload.model()
-        gradients(model, workload, workload.batch(torch.Generator().manual_seed(0)))
-        validate(model, workload)
-    except Exception as error:
-        raise BadInput(f"workload {Path(plan.workload).name}: {one_line(error)}") from error
+    check_workload(Path(plan.workload).name, workload)
     for entry in plan.entries:
         for candidate in entry.candidates:
-            _check_contender(candidate, workload, bool(plan.poison))
-
-
-def _check_contender(contender: Contender, workload: Workload, poisoned: bool) -> None:
-    """Check that the workload has what the contender's optimizer needs."""
-    model = workload.model()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # who can run says so in the trial
-        contender.check(model)
-        optimizer = contender.optimizer(model)
-    try:
-        way = stepper(model, optimizer, workload, torch.Generator())
-    except BadInput as error:
-        raise BadInput(f"optimizer {contender.label}: {error}") from error
-    if poisoned and not way.scheduled:
-        raise BadInput(
-            f"optimizer {contender.label}: it evaluates the loss itself, where --poison can't reach gradients"
-        )
+            if not check_contender(candidate, workload) and plan.poison:
+                raise BadInput(
+                    f"optimizer {candidate.label}: it evaluates the loss itself, where --poison can't reach gradients"
+                )
 
 
 def _announce(plan: Plan, workload: Workload, request: Request, console: Console) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich import progress
 from rich.console import Console
 from rich.markup import escape
@@ -10,9 +12,23 @@ from steepest.lab.race.trial import Record, Trial, loss
 
 
 class ProgressBars:
-    """A bar for the race, one for each trial that runs, and a line for each that has ended; safe to call in threads."""
+    """A bar for the race, one for each trial that runs, and a line for each that has ended; safe to call in threads.
 
-    def __init__(self, console: Console, total: float, unit: str = "steps") -> None:
+    Args:
+        console: Where they are shown.
+        total: The steps, or seconds, of all trials; None if it is not known.
+        unit: What it counts.
+        name: How trials are called.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        total: float | None,
+        unit: str = "steps",
+        name: Callable[[Trial], str] = str,
+    ) -> None:
+        self.name = name
         self.display = progress.Progress(
             progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(bar_width=None),
@@ -34,22 +50,22 @@ class ProgressBars:
 
     def started(self, trial: Trial) -> None:
         """Add a bar."""
-        name = str(trial)
-        self.trials[name] = self.display.add_task(name, total=trial.length, losses="starting")
+        label = self.name(trial)
+        self.trials[label] = self.display.add_task(label, total=trial.length, losses="starting")
 
     def progress(self, trial: Trial, done: float, train: float, validation: float | None) -> None:
         """Advance the trial's bar to what is done, and show its last losses."""
         losses = f"train {loss(train)}" + (f"  val {loss(validation)}" if validation is not None else "")
-        self.display.update(self.trials[str(trial)], completed=done, losses=losses)
+        self.display.update(self.trials[self.name(trial)], completed=done, losses=losses)
 
     def ended(self, trial: Trial, outcome: Record | str) -> None:
         """Replace the bar by a line with the final loss, or with the reason why there is none."""
         self.display.advance(self.race, trial.length)
-        if (bar := self.trials.pop(str(trial), None)) is not None:
+        if (bar := self.trials.pop(self.name(trial), None)) is not None:
             self.display.remove_task(bar)
         if isinstance(outcome, str):
             result = f"[red]failed[/]: {escape(outcome)}"
         else:
             final = loss(outcome.final) if outcome.status == "finished" else "[red]diverged[/]"
             result = f"{final}  [dim]{outcome.wall_seconds:.0f} s[/]"
-        self.display.console.print(f"  {escape(str(trial))}: {result}", highlight=False)
+        self.display.console.print(f"  {escape(self.name(trial))}: {result}", highlight=False)

@@ -74,7 +74,7 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
     record.state_bytes = state_bytes(optimizer)
     record.peak_memory = max(peak, record.state_bytes)
     record.skipped = getattr(optimizer, "skipped", None)
-    record.wall_seconds = time.perf_counter() - started
+    record.wall_seconds, record.cpu_seconds = time.perf_counter() - started, time.process_time()
     return record
 
 

@@ -59,6 +59,8 @@ class Record:
     peak_memory: int = 0
     """Bytes of the tensors that the optimizer holds at once: in its first step, or as its state at the end."""
     wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """CPU time of the whole process, from the start of Python on."""
     poisoned: int = 0
     """How many gradients were poisoned."""
     skipped: int | None = None
