@@ -81,6 +81,30 @@ def race(
         raise typer.Exit(command.run(request, _console()))
 
 
+@app.command(epilog="Example: steepest suite --optimizers 'soap-f5, muon' --workloads 'stdlib, convnet' --budget 2h")
+def suite(
+    optimizers: Annotated[str | None, Option(help="Contenders beside adamw, in order. Default: seventeen.")] = None,
+    workloads: Annotated[str | None, Option(help="What to train: names, or files. Default: the suite's.")] = None,
+    budget: Annotated[str | None, Option(help="CPU time to spend: 30m, 2h. Drops contenders from the end.")] = None,
+    start: Annotated[Path | None, Option("--from", help="Go on from a suite.json, from another machine too.")] = None,
+    workers: Annotated[int | None, Option(min=1, help="Runs at the same time. Default: one per core.")] = None,
+    out: Annotated[Path, Option(help="Folder for the results and the records of all runs.")] = Path("runs/suite"),
+) -> None:
+    """Compare optimizers on ten workloads, with the same number of trials for each, and write a leaderboard.
+
+    Two tables come out: tuned on each workload, and one setting for all. Both have the steps and the time that each
+    optimizer needs to the final loss of AdamW, as a share of AdamW's.
+
+    Each run is recorded when it ends: the same command continues an interrupted suite.
+    """
+    with _errors_in_one_line():
+        from steepest.lab.suite import command
+
+        processes = workers or os.cpu_count() or 1
+        request = command.Request(optimizers, workloads, budget, start, processes, out, _typed())
+        raise typer.Exit(command.run(request, _console()))
+
+
 @app.command(epilog="Example: steepest check torch.optim:AdamW --lr 1e-3 --option 'betas=(0.9, 0.95)'")
 def check(
     optimizer: Annotated[str, typer.Argument(help="module:Class, as in torch.optim:AdamW, or a name, as in soap.")],
