@@ -83,7 +83,7 @@ def race(
 
 @app.command(epilog="Example: steepest suite --optimizers 'soap-f5, muon' --workloads 'stdlib, convnet' --budget 2h")
 def suite(
-    optimizers: Annotated[str | None, Option(help="Contenders beside adamw, in order. Default: seventeen.")] = None,
+    optimizers: Annotated[str | None, Option(help="Contenders beside adamw, in order. Default: 17.")] = None,
     workloads: Annotated[str | None, Option(help="What to train: names, or files. Default: the suite's.")] = None,
     budget: Annotated[str | None, Option(help="CPU time to spend: 30m, 2h. Drops contenders from the end.")] = None,
     start: Annotated[Path | None, Option("--from", help="Go on from a suite.json, from another machine too.")] = None,

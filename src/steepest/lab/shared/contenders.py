@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 import steepest
 from steepest.lab.shared.calls import parse_call, spell_call
 from steepest.lab.shared.errors import BadInput, one_line
-from steepest.lab.shared.presets import ELEMENTWISE, PRESETS, SECOND_ORDER, WARMUP
+from steepest.lab.shared.presets import ELEMENTWISE, PLAIN, PRESETS, SECOND_ORDER, WARMUP
 from steepest.newton.gauss_newton import GaussNewton
 from steepest.newton.lbfgs import LBFGS
 from steepest.newton.natural_gradient import NaturalGradient
@@ -100,9 +100,10 @@ FLAT: Mapping[str, Callable[..., Optimizer]] = {
     "lbfgs": lambda model, **options: LBFGS(model.parameters(), **options),
     "natural-gradient": lambda model, **options: NaturalGradient(model.parameters(), **options),
     "newton-cg": lambda model, **options: NewtonCG(model.parameters(), **options),
+    "sgd": lambda model, **options: torch.optim.SGD(model.parameters(), **options),
     "torch.lbfgs": lambda model, **options: torch.optim.LBFGS(model.parameters(), **options),
 }
-"""Optimizers of all parameters as one vector, which `steepest.for_model` does not route."""
+"""Optimizers of all parameters, which `steepest.for_model` does not route."""
 
 
 def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -167,7 +168,7 @@ def preset(name: str) -> Contender:
     """
     if is_recipe(name):
         return _from_recipe(name)
-    known = {**PRESETS, **SECOND_ORDER}
+    known = {**PRESETS, **PLAIN, **SECOND_ORDER}
     name = spelled(name, [*known, *ALIASES]) or name
     name = ALIASES.get(name, name)
     if name not in known:

@@ -116,6 +116,17 @@ SECOND_ORDER: Mapping[str, Preset] = {
 }
 """Presets of optimizers that use curvature, which race where they are named: not every workload has what they need."""
 
+PLAIN: Mapping[str, Preset] = {
+    "sgd": Preset(
+        "sgd",
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
+        (2.5e-2, 5e-2, 0.1, 0.2),
+        "usual settings; the decay is an L2 penalty",
+        None,
+    ),
+}
+"""Presets of torch.optim's that race where they are named."""
+
 QUICK = ("adamw", "soap", "soap-f5", "kl-soap", "muon")
 """Contenders of a race that names none; they take about two minutes on two free cores."""
 BASELINE = "adamw"

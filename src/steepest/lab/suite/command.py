@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,17 +21,17 @@ from steepest.lab.shared.files import write
 from steepest.lab.shared.fingerprints import machine, versions
 from steepest.lab.shared.presets import BASELINE
 from steepest.lab.suite.log import rows_from_json
+from steepest.lab.suite.report import page
 from steepest.lab.suite.results import as_json, dumps
 from steepest.lab.suite.running import Runner, parse_budget
-from steepest.lab.suite.scores import scores
-from steepest.lab.suite.suite import COLUMNS, Column, Suite, Task
-from steepest.lab.suite.text import TITLES, main_table, notes, ratio
+from steepest.lab.suite.suite import Column, Suite, Task
+from steepest.lab.suite.text import TITLES, by_workload, headline, means, notes, stage
 from steepest.lab.workloads.workload import SUITE, Workload, canonical, load_workload
 
 INTERRUPTED, SOME_FAILED = 130, 1
 CONTENDERS = (
-    *("adamw", "soap-f5", "muon", "kl-soap", "soap", "soap-f10", "kl-soap-f4", "normuon", "shampoo", "kfac"),
-    *("lion", "kl-shampoo", "adamuon", "moso", "dion", "dion2", "ekfac"),
+    *("adamw", "soap-f5", "muon", "kl-soap", "soap", "soap-f10", "kl-soap-f4", "normuon", "shampoo", "lion"),
+    *("sgd", "kl-shampoo", "adamuon", "moso", "dion", "dion2", "kfac", "ekfac"),
 )
 """The contenders of a suite that names none, in the order in which they run; a budget drops the last ones."""
 
@@ -65,8 +66,8 @@ def run(request: Request, console: Console) -> int:
     bars = ProgressBars(console, None, name=lambda trial: f"{names[trial.workload]}: {trial}")
 
     def finished(contender: Contender, column: Column) -> None:
-        console.print(_stage_line(suite, contender, column), highlight=False)
-        _write(runner, request)
+        reached = stage(_write(runner, request), contender.label, column)
+        console.print(f"[bold]{escape(contender.label)}[/], {reached}", highlight=False)
 
     runner = Runner(suite, Pool(request.workers, bars), stores, budget, finished)
     status = 0
@@ -183,29 +184,27 @@ def _announce(suite: Suite, request: Request, reused: int, console: Console) -> 
         console.print(f"  [dim]{escape(f'{name}: {fact}')}[/]", highlight=False)
 
 
-def _stage_line(suite: Suite, contender: Contender, column: Column) -> str:
-    """Return what a contender has reached in a column, in one line."""
-    score = next(score for score in scores(suite, column) if score.label == contender.label)
-    means = f"steps {ratio(score.steps)}, time {ratio(score.time)}, worst {ratio(score.worst)}"
-    return f"[bold]{escape(contender.label)}, {TITLES[column].lower()}[/]: {means}"
-
-
-def _write(runner: Runner, request: Request) -> Path:
-    """Write the results so far."""
-    path = request.out / "suite.json"
-    write(path, dumps(as_json(runner.suite, runner.left_out, request.command)))
-    return path
+def _write(runner: Runner, request: Request) -> dict[str, Any]:
+    """Write the results so far, and the leaderboard, and return the results."""
+    results = as_json(runner.suite, runner.left_out, request.command)
+    write(request.out / "suite.json", dumps(results))
+    write(request.out / "suite.html", page(results))
+    return results
 
 
 def _conclude(runner: Runner, request: Request, console: Console, interrupted: bool) -> None:
     """Print the tables and write the results."""
-    for column in COLUMNS:
-        table = main_table(runner.suite, column)
-        if table.rows:
-            console.print(f"\n[bold]{TITLES[column]}[/]")
-            console.print(table.for_console())
-    for note in notes(runner.suite, runner.left_out):
+    results = _write(runner, request)
+    for column, title in TITLES.items():
+        if results["summary"][column]:
+            console.print(f"\n[bold]{title}[/]")
+            console.print(means(results, column).for_console(gap=2))
+            cells = by_workload(results, column).for_console()
+            if console.measure(cells).minimum <= console.width:  # the leaderboard has them in any case
+                console.print(cells)
+    for note in notes(results):
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
+    console.print(f"\n[bold]{escape(headline(results))}[/]", highlight=False)
     if interrupted:
         console.print("Interrupted: the same command continues.", style="yellow")
-    console.print(f"results: {escape(str(_write(runner, request)))}", highlight=False, soft_wrap=True)
+    console.print(f"leaderboard: {escape(str(request.out / 'suite.html'))}", highlight=False, soft_wrap=True)

@@ -1,70 +1,129 @@
-"""The words of the suite: its table, and what a reader must know to read it correctly."""
+"""The words of the suite, made from its results as its JSON file holds them: tables, marks and notes.
+
+Results hold ratios, of which less is better. People read how many times fewer steps, and how many times less time, an
+optimizer needs than the baseline; there more is better.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from steepest.lab.race.text import plural
 from steepest.lab.shared.table import Table
-from steepest.lab.suite import protocol
-from steepest.lab.suite.running import Stage
-from steepest.lab.suite.scores import Score, scores
-from steepest.lab.suite.suite import COLUMNS, Cell, Column, Suite
 
-TITLES: dict[Column, str] = {"tuned": "Tuned on each workload", "one_setting": "One setting for all workloads"}
-
-
-def main_table(suite: Suite, column: Column) -> Table:
-    """Return a row for each contender: means, and its steps on each workload."""
-    head = ["contender", "steps", "time", "worst", "over", *(task.name.replace("(", "\n(") for task in suite.tasks)]
-    return Table(head, [_row(suite, score) for score in scores(suite, column)])
+Results = Mapping[str, Any]
+TITLES = {"tuned": "Tuned on each workload", "one_setting": "One setting for all workloads"}
+"""The two tables, by the names that results have for them."""
+OTHER_WAY = {"": "", "≤": "≥", "≥": "≤"}
 
 
-def _row(suite: Suite, score: Score) -> list[str]:
-    cells = {cell.task.name: cell for cell in score.cells}
-    over = f"{score.compared}/{len(suite.tasks)}"
-    means = [ratio(score.steps), ratio(score.time), ratio(score.worst), over]
-    return [score.label, *means, *(cell_text(cells.get(task.name)) for task in suite.tasks)]
+def times_fewer(ratio: float | None, bound: str = "") -> str:
+    """Return how many times fewer steps a ratio is, or less time, with two digits after the point.
 
-
-def cell_text(cell: Cell | None) -> str:
-    """Return the steps of a cell, with ``~`` where the final loss is no different, and ``*`` at an edge."""
-    if cell is None or cell.steps is None:
-        return "–"
-    same = "" if cell.significant or cell.is_baseline else "~"
-    return f"{cell.steps.bound}{same}{cell.steps.value:.2f}{'*' if cell.edges else ''}"
-
-
-def ratio(value: float | None) -> str:
-    """Return a ratio with two digits after the point.
-
-    >>> ratio(0.6214), ratio(None)
-    ('0.62', '–')
+    >>> times_fewer(0.5), times_fewer(2.0, "≥"), times_fewer(None)
+    ('2.00', '≤0.50', '–')
     """
-    return "–" if value is None else f"{value:.2f}"
+    return "–" if ratio is None else f"{OTHER_WAY[bound]}{1 / ratio:.2f}"
 
 
-def notes(suite: Suite, left_out: list[Stage]) -> list[str]:
-    """Return what a reader must know."""
-    base = suite.baseline.label
-    lines = [
-        f"Steps and time to {base}'s final loss, divided by {base}'s; less is better. Means are geometric.",
-        f"Everybody had {protocol.TRIALS} trials per workload; final losses are means over "
-        f"{plural(protocol.SEEDS, 'seed')}.",
+def verdict(results: Results, column: str, optimizer: str, workload: str) -> str:
+    """Return whether a final loss is "better" or "worse" than the baseline's by more than luck, or the "same"."""
+    cell = results["cells"][column][optimizer][workload]
+    if not cell["significant"]:
+        return "same"
+    base = results["cells"][column][results["protocol"]["baseline"]][workload]["final"]
+    return "worse" if cell["final"] is None or (base is not None and cell["final"] > base) else "better"
+
+
+def cell_text(results: Results, column: str, optimizer: str, workload: str) -> str:
+    """Return how many times fewer steps a cell takes, with ``~`` where losses are as good as equal, ``*`` at edges."""
+    cell = results["cells"][column][optimizer].get(workload)
+    if cell is None:
+        return "–"
+    same = optimizer != results["protocol"]["baseline"] and not cell["significant"]
+    return f"{'~' if same else ''}{times_fewer(cell['steps'], cell['bound'])}{'*' if 'lr' in cell['edges'] else ''}"
+
+
+def means(results: Results, column: str) -> Table:
+    """Return a row for each contender with its geometric means."""
+    head = ["contender", "times fewer\nsteps", "times less\ntime", "worst\nsteps", "over\nworkloads"]
+    return Table(head, [[label, *_means(results, row)] for label, row in results["summary"][column].items()])
+
+
+def by_workload(results: Results, column: str) -> Table:
+    """Return a row for each contender with its steps on each workload."""
+    names = [workload["name"] for workload in results["workloads"]]
+    rows = [
+        [label, *(cell_text(results, column, label, name) for name in names)] for label in results["summary"][column]
     ]
-    cells = [cell for column in COLUMNS for score in scores(suite, column) for cell in score.cells]
-    if any(not cell.significant and not cell.is_baseline for cell in cells):
-        lines.append("~ the final losses of both after all steps are no further apart than luck puts them.")
-    if any(cell.steps and cell.steps.bound for cell in cells):
-        lines.append("≤ the shortest runs reach it already; ≥ the longest runs, of twice the steps, do not reach it.")
-    if any(cell.edges for cell in cells):
-        lines.append("* the best setting is at the edge of what was tried: a better one may lie beyond.")
-    for (label, task), reason in suite.refused.items():
-        lines.append(f"{label} can't train {task}: {reason}.")
-    if failures := [row for row in suite.log if row.failure]:
-        first = failures[0]
+    return Table(["contender", *names], rows)
+
+
+def _means(results: Results, row: Mapping[str, Any]) -> list[str]:
+    over = f"{row['workloads']} of {len(results['workloads'])}"
+    return [times_fewer(row["steps"]), times_fewer(row["time"]), times_fewer(row["worst"]), over]
+
+
+def stage(results: Results, optimizer: str, column: str) -> str:
+    """Return what a contender has reached in a column, in one line."""
+    steps, time, worst, over = _means(results, results["summary"][column][optimizer])
+    return f"{TITLES[column].lower()}: {steps} times fewer steps, {time} times less time, worst {worst}, over {over}"
+
+
+def headline(results: Results) -> str:
+    """Return the results in one sentence."""
+    base, table = results["protocol"]["baseline"], results["summary"]["tuned"]
+    count = len(results["workloads"])
+    complete = {label: row for label, row in table.items() if row["workloads"] == count and label != base}
+    if not complete:
+        return f"No optimizer beside {base} is complete yet."
+    best = min(complete, key=lambda label: complete[label]["steps"])
+    if complete[best]["steps"] >= 1:
+        return f"No optimizer needs fewer steps than {base}, in the geometric mean over {plural(count, 'workload')}."
+    steps, time = times_fewer(complete[best]["steps"]), times_fewer(complete[best]["time"])
+    return (
+        f"{best} needs {steps} times fewer steps and {time} times less time than {base}, "
+        f"in the geometric mean over {plural(count, 'workload')}."
+    )
+
+
+def notes(results: Results) -> list[str]:
+    """Return what a reader must know."""
+    base, protocol = results["protocol"]["baseline"], results["protocol"]
+    cells = list(_cells(results))
+    lines = [
+        f"Steps and time of model and optimizer that {base} takes to its final loss, divided by what the contender "
+        "takes to it: more is better. Each length is a run of its own, decayed to its end. Means are geometric.",
+        f"Everybody had {plural(protocol['trials'], 'trial')} on each workload. Final losses are means over "
+        f"{plural(protocol['seeds'], 'seed')}.",
+    ]
+    if any(optimizer != base and not cell["significant"] for optimizer, cell in cells):
+        lines.append("~ after the same steps both losses are no further apart than luck may put them.")
+    if any(cell["bound"] for _, cell in cells):
         lines.append(
-            f"{plural(len(failures), 'run')} failed, such as {first.optimizer} on {first.workload}: {first.failure}"
+            "≥ the shortest runs reach the loss already, ≤ not even runs of twice the length do; means count the bound."
         )
-    if left_out:
-        names = ", ".join(f"{contender.label} ({TITLES[column].lower()})" for contender, column in left_out)
-        lines.append(f"The budget left out: {names}.")
+    if any("lr" in cell["edges"] for _, cell in cells):
+        lines.append("* the best learning rate is at the edge of what was tried: a better one may lie beyond.")
+    if others := sum("elementwise" in cell["edges"] for _, cell in cells):
+        lines.append(
+            f"In {plural(others, 'cell')} the best rate of other parameters than hidden matrices, of which three were "
+            "tried, is the lowest or highest."
+        )
+    lines += [f"{row['optimizer']} does not train {row['workload']}: {row['reason']}." for row in results["refused"]]
+    if failures := results["failures"]:
+        first = failures[0]
+        where = f"{first['optimizer']} on {first['workload']}: {first['reason']}"
+        lines.append(f"{plural(len(failures), 'run')} failed and counts as diverged, such as {where}")
+    if left_out := [f"{row['optimizer']} ({TITLES[row['column']].lower()})" for row in results["left_out"]]:
+        lines.append(f"The budget left out: {', '.join(left_out)}.")
     return lines
+
+
+def _cells(results: Results) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the contender and the content of each cell."""
+    for table in results["cells"].values():
+        for optimizer, row in table.items():
+            for cell in row.values():
+                yield optimizer, cell
