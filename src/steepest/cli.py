@@ -176,6 +176,30 @@ def plan(
         command.run(request, _console(), as_json)
 
 
+@app.command(
+    name="coord-check", epilog="Example: steepest coord-check stdlib --optimizer 'muon(lr=2e-2)' --widths 32,64,128"
+)
+def coord_check(
+    model: Annotated[
+        str, typer.Argument(help="A workload with a width: stdlib, my_task.py; or a function: my_model.py:make.")
+    ] = "stdlib",
+    optimizer: Annotated[str, Option(help="A contender, as in steepest race; its rate stays constant.")] = "adamw",
+    widths: Annotated[str, Option(help="At least two widths.")] = "32,64,128,256",
+    steps: Annotated[int, Option(min=1, help="Training steps at each width.")] = 5,
+    seed: Annotated[int, Option(help="Seed of initial weights and data.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Show how updates and activations move with a model's width: where they stay, its learning rate carries over.
+
+    A function takes a width and returns a workload, or a module; then its file also has batch(generator) and
+    loss(model, batch).
+    """
+    with _errors_in_one_line():
+        from steepest.lab.coordcheck import command
+
+        command.run(command.Request(model, optimizer, widths, steps, seed), _console(), as_json)
+
+
 @app.command(epilog="Example: steepest spike --device cpu --seed 1")
 def spike(
     device: Annotated[str, Option(help="auto, cpu or cuda. TF32 is emulated on devices without it.")] = "auto",

@@ -146,7 +146,7 @@ def test_ctrl_c_leaves_a_report_and_no_processes(quick_task, tmp_path) -> None:
 
 def test_help_and_the_version() -> None:
     """Each command has an example, and the page of all commands names each."""
-    commands = [command.callback.__name__ for command in app.registered_commands]
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands]
     for name in commands:
         shown = CliRunner().invoke(app, [name, "--help"])
         assert shown.exit_code == 0

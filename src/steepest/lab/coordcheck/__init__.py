@@ -1,0 +1,1 @@
+"""The command ``steepest coord-check``: how sizes in a network move with its width."""
