@@ -22,13 +22,14 @@ class Muon(Optimizer):
 
     Args:
         params, weight_decay, merge_dims: As for `SOAP`.
-        lr: The learning rate. With the default ``scale`` an entry's step has a root mean square of ``0.2 · lr``, as
-            under AdamW, whose learning rates therefore carry over. With "original" it is the spectral norm of an
+        lr: The learning rate. With the default ``scale`` an entry's step has a root mean square of ``0.2 · lr``, about
+            that of AdamW with noisy gradients. Small language models train best at several times AdamW's rate, so
+            start with four times as much (docs/coming-from-adamw.md). With "original" it is the spectral norm of an
             update, and 0.02 is usual.
         momentum: The decay rate of the momentum.
         nesterov: Whether the momentum looks one step ahead; its author found that always better.
         scale: The factor on the polar factor of an m × n matrix. "match_rms_adamw" ``0.2 sqrt(max(m, n))``: entries
-            have a root mean square of 0.2, as AdamW's, so that both share learning rate and decay (arXiv:2502.16982).
+            have a root mean square of 0.2, about AdamW's, whose rate its authors keep (arXiv:2502.16982).
             "original" ``sqrt(max(1, m/n))``; "mup" ``sqrt(m/n)``; "none" 1. Other libraries' names mean the same here:
             "shape_scaling" (original), "rms_norm" (match_rms_adamw), "spectral_norm" and "unit_rms_norm" (mup).
         ns: The coefficients of the Newton-Schulz iteration that orthogonalizes: "keller" (the author's), "quintic_you",

@@ -18,7 +18,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "none": lambda m, n: 1.0,
     # K. Jordan's: tall matrices step further.
     "original": lambda m, n: max(1.0, m / n) ** 0.5,
-    # Root mean square 0.2, about AdamW's: its learning rate and weight decay carry over. Liu et al., arXiv:2502.16982.
+    # Root mean square 0.2, AdamW's where gradients are noisy, so that rates are alike. Liu et al., arXiv:2502.16982.
     "match_rms_adamw": lambda m, n: 0.2 * max(m, n) ** 0.5,
     # Outputs move by as much as inputs are large, at any width. Yang et al., arXiv:2310.17813; Dion's paper.
     "mup": lambda m, n: (m / n) ** 0.5,
