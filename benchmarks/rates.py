@@ -272,7 +272,7 @@ def swept() -> list[Row]:
 
 
 SWEEPS = (
-    ("the same, 300 steps, other options", "sweeps.json", {name: name for name in OPTIMIZERS}),
+    ("language model, width 64, depth 2, 300 steps, other options", "sweeps.json", {name: name for name in OPTIMIZERS}),
     ("`convnet`, 200 steps", "sweeps_convnet.json", {"adamw": "adamw", "soap-f5": "soap", "muon": "muon"}),
     ("`photo`, 300 steps", "sweeps_photo.json", {"adamw": "adamw", "soap-f5": "soap", "muon": "muon"}),
 )
