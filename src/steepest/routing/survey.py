@@ -216,6 +216,8 @@ def _places(module: nn.Module, prefix: str, above: tuple[nn.Module, ...]) -> Ite
 def _is_list_of_layers(row: nn.Module, layer: nn.Module) -> bool:
     if isinstance(row, nn.ModuleList):
         return True
+    if isinstance(row, nn.ModuleDict):  # a list by its numbers, of which a stage of a pipeline keeps some
+        return all(key.isdecimal() for key in row)
     if not isinstance(row, nn.Sequential) or isinstance(layer, nn.Sequential):
         return False
     return sum(type(sibling) is type(layer) for sibling in row) > 1
