@@ -1,7 +1,8 @@
 """The plugin for Axolotl: beside Axolotl where it is installed, or beside a stand-in by its documentation.
 
-The stand-in trainer does what the trainers of Axolotl 0.18 to 0.21 do: it asks ``optimizer_cls_and_kwargs``, which plugins
-may set in ``post_trainer_create``, for a factory, and calls it with the model, the training arguments and the settings.
+The stand-in trainer does what those of Axolotl 0.18 to 0.21 do: it takes a factory from
+``optimizer_cls_and_kwargs``, which plugins may set in ``post_trainer_create``, and calls it with the model, the
+training arguments and the settings.
 """
 
 import pytest
@@ -104,8 +105,10 @@ def test_an_optimizer_of_axolotl_is_no_silent_loser(plugin):
 
 @pytest.mark.filterwarnings("ignore")
 def test_trainers_of_axolotl(tmp_path):
-    """Axolotl's own trainer, with the plugin in its list, against a plain loop; half of the steps come after a resume."""
-    mixins, base, dicts = host("axolotl.core.trainers.mixins.optimizer", "axolotl.integrations.base", "axolotl.utils.dict")
+    """Axolotl's own trainer, with the plugin in its list, against a plain loop, whole and resumed halfway."""
+    mixins, base, dicts = host(
+        "axolotl.core.trainers.mixins.optimizer", "axolotl.integrations.base", "axolotl.utils.dict"
+    )
     transformers = host("transformers")
 
     class InOrder(mixins.OptimizerMixin, transformers.Trainer):

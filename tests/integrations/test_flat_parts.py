@@ -19,7 +19,9 @@ def test_marked_parts_are_refused_by_shape_and_by_name(mark, named, shape):
     part, bias = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(3))
     setattr(part, mark, True)
     params = [("layers.0.weight", part), ("layers.0.bias", bias)] if named else [part, bias]
-    with pytest.raises(ValueError, match=("layers.0.weight" if named else "parameter 0") + ".*" + REFUSED.format(MARKS[mark])):
+    with pytest.raises(
+        ValueError, match=("layers.0.weight" if named else "parameter 0") + ".*" + REFUSED.format(MARKS[mark])
+    ):
         ByShape(params, lr=1e-3, name="muon")
     ByShape(params, lr=1e-3, name="lion")  # an elementwise rule may step parts
 
@@ -39,7 +41,9 @@ def test_marked_parts_are_refused_in_a_model(make, mark):
 def test_parts_that_take_the_places_of_parameters_are_refused_at_the_next_step(by_shape):
     """As under ZeRO, which takes an optimizer of whole parameters and puts one flat part into each group."""
     net = model()
-    optimizer = ByShape(net.parameters(), lr=1e-3, name="muon") if by_shape else steepest.for_model(net, "muon", lr=1e-3)
+    optimizer = (
+        ByShape(net.parameters(), lr=1e-3, name="muon") if by_shape else steepest.for_model(net, "muon", lr=1e-3)
+    )
     for group in optimizer.param_groups:
         part = nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))
         part.grad = torch.ones_like(part)

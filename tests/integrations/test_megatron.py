@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from plain import assert_same, batches, beside, examples, model
+from plain import batches, beside, examples, model
 from torch import nn
 
 import steepest
@@ -93,7 +93,9 @@ def assert_trained(net, other):
     """Assert that matrices, which alone are trained here, are the same."""
     mine, theirs = net.state_dict(), other.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert not torch.equal(mine["layers.0.1.weight"], model().state_dict()["layers.0.1.weight"].to(mine["embed.weight"]))
+    assert not torch.equal(
+        mine["layers.0.1.weight"], model().state_dict()["layers.0.1.weight"].to(mine["embed.weight"])
+    )
 
 
 def test_it_trains_as_a_plain_loop_with_a_schedule_and_clipping(names):

@@ -1,7 +1,7 @@
 """torchtitan's container of optimizers, installed, or a stand-in by its documentation.
 
-The stand-in has what torchtitan's documentation says of `OptimizersContainer` of version 0.3: a nested ``Config`` with a
-``build``, and the calls of one optimizer for several.
+The stand-in has what torchtitan's documentation says of `OptimizersContainer` of version 0.3: a nested ``Config`` with
+a ``build``, and the calls of one optimizer for several.
 """
 
 import copy
@@ -47,7 +47,7 @@ def container():
 
 
 def parts_of(net):
-    """Return two stages of a pipeline: torchtitan keeps numbered layers in a dict, and leaves None for what isn't there."""
+    """Return two stages of a pipeline, in which torchtitan leaves None for what others have."""
     stages = []
     for numbers, absent in (("0", ("head",)), ("1", ("embed",))):
         stage = copy.copy(net)

@@ -5,8 +5,8 @@
     learning_rate: 3.0e-3
     optim_args: {name: soap, elementwise: {lr: 1.0e-3}}
 
-Axolotl documents a hook ``create_optimizer(cfg, trainer)``, which its releases up to 0.21 don't call. They call
-``post_trainer_create``, so this is where the trainer gets its factory.
+Axolotl documents a hook ``create_optimizer(cfg, trainer)``, which its releases don't call (0.18, 0.19 and 0.21 don't).
+They call ``post_trainer_create``, so this is where the trainer gets its factory.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def settings_of(cfg: Any) -> dict[str, Any]:
         raise TypeError(f"optim_args={given!r}: must be a mapping, such as {{name: soap}}")
     for key in RATES:
         if cfg[key] is not None:
-            raise ValueError(f"{key}={cfg[key]!r}: not supported; give rates in optim_args, by elementwise or overrides")
+            raise ValueError(
+                f"{key}={cfg[key]!r}: not supported; give rates in optim_args, by elementwise or overrides"
+            )
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     if betas.count(None) == 1:
         raise ValueError(f"adam_beta1={betas[0]}, adam_beta2={betas[1]}: give both, or neither")

@@ -1,4 +1,4 @@
-"""Names for Megatron-LM and NeMo: importing this module registers matrix optimizers in ``emerging_optimizers.registry``.
+"""Names for Megatron-LM and NeMo: importing this module registers optimizers in ``emerging_optimizers.registry``.
 
     import steepest.integrations.megatron  # before megatron.core, which reads the registry as it is imported
 

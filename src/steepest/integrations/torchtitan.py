@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torchtitan.components.optimizer import OptimizersContainer
 
 from steepest.integrations.building import build
+from steepest.routing.classify import Overrides
 from steepest.routing.survey import survey
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -85,12 +86,16 @@ def _is_of_stages(key: str) -> bool:
 
 
 def _build(part: nn.Module, config: SteepestOptimizers.Config) -> torch.optim.Optimizer:
-    overrides = config.overrides
+    stage = None in part._modules.values()  # of a pipeline, which does without what other stages have
+    names = [place.name for leaf in survey(part) for place in leaf.places]
+    overrides: Overrides = {
+        key: value
+        for key, value in config.overrides.items()
+        if not stage or any(fnmatchcase(name, key) for name in names)
+    }
     with warnings.catch_warnings():
-        if None in part._modules.values():  # a stage of a pipeline, which does without what other stages have
+        if stage:
             warnings.filterwarnings("ignore", message="no output head was recognised")
-            names = [place.name for leaf in survey(part) for place in leaf.places]
-            overrides = {key: value for key, value in overrides.items() if any(fnmatchcase(n, key) for n in names)}
         return build(
             "torchtitan",
             part,
