@@ -41,6 +41,7 @@ def beside(integration, hook, **members):
             made = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
             sys.modules.update({name: ModuleType(name) for name in made})
             vars(sys.modules[hook]).update(members)
+        sys.modules.pop(f"steepest.integrations.{integration}", None)  # a doctest collector may have left half
         imported = importlib.import_module(f"steepest.integrations.{integration}")
     yield imported
     for name in [*made, imported.__name__] if made else []:
