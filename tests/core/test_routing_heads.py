@@ -235,3 +235,19 @@ def test_gates_and_inputs_in_one_product_are_two_matrices() -> None:
     squeezed = Net(up=nn.Linear(16, 48), middle=nn.Linear(48, 24), down=nn.Linear(24, 16))
     layouts = [route(Net(ff=ff, head=nn.Linear(16, 3)))["ff.up.weight"].layout for ff in (gated, plain, squeezed)]
     assert layouts == ["2 × 24×16", "48×16", "48×16"]
+
+
+@pytest.mark.parametrize("numbers", ["0", "01"])
+def test_numbered_layers_in_a_dict_are_a_list_of_them(numbers):
+    """A stage of a pipeline keeps some of a model's layers under their numbers; none of their matrices is a head."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1, self.w2, self.w3 = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 16)
+
+        def forward(self, x):
+            return x + self.w2(self.w1(x) * self.w3(x))
+
+    rows = route(nn.ModuleDict({"layers": nn.ModuleDict({number: Layer() for number in numbers})}), "soap").rows
+    assert {row.rule for row in rows if row.name.endswith("weight")} == {"soap"}

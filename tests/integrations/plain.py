@@ -1,6 +1,10 @@
 """A model, its data, and the loop that a host's training is compared with, to the last bit."""
 
+import importlib
+import sys
 import warnings
+from contextlib import contextmanager
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,6 +23,29 @@ def host(*names):
         warnings.simplefilter("ignore")
         found = [pytest.importorskip(name) for name in names]
     return found[0] if len(found) == 1 else found
+
+
+@contextmanager
+def beside(integration, hook, **members):
+    """Import an integration beside its host's module ``hook``, or, where that isn't installed, beside a stand-in.
+
+    The stand-in has ``members`` only, and is gone afterwards.
+    """
+    made = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            importlib.import_module(hook)
+        except ImportError:
+            parts = hook.split(".")
+            made = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+            sys.modules.update({name: ModuleType(name) for name in made})
+            vars(sys.modules[hook]).update(members)
+        sys.modules.pop(f"steepest.integrations.{integration}", None)  # a doctest collector may have left half
+        imported = importlib.import_module(f"steepest.integrations.{integration}")
+    yield imported
+    for name in [*made, imported.__name__] if made else []:
+        del sys.modules[name]
 
 
 class Model(nn.Module):

@@ -276,8 +276,8 @@ class Optimizer(Diagnosed):
     def _lay_out_anew(self) -> None:
         """Lay all state out anew, since parameters or options that lay it out are others now, and fill it in."""
         groups, old = self.param_groups, self._roster
+        check_parameters(groups, self._seen.dims(groups))  # before names: flat parts have fewer than names
         names = renamed(groups, self._seen)
-        check_parameters(groups, self._seen.dims(groups))
         values = taken_over(groups, parameter_names(groups), self.state, old.laid)
         gone = stale(self.state, groups, old.laid)
         for number, of_group in names.items():

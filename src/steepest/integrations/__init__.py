@@ -8,6 +8,10 @@ it gets ``steepest.for_model(model, ...)``. See docs/hosts.md.
   timm                registers names in timm, when it is imported
   transformers        a callback that logs diagnostics
   lightning           likewise
+  megatron            registers names for Megatron-LM, when it is imported
+  llamafactory        registers names in LLaMA-Factory, when it is imported
+  axolotl             a plugin for Axolotl
+  torchtitan          a container of optimizers for torchtitan
 """
 
 from steepest.integrations.by_shape import ByShape

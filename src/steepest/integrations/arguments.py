@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from steepest.engine.group import UNSUPPORTED, option_defaults, plain_options
-from steepest.optimizers import group_options
+from steepest.optimizers import NAMES, group_options
 from steepest.recipes import unfold_elementwise
 from steepest.routing.classify import is_matrix_rule
 from steepest.rule import nearest
@@ -48,7 +48,8 @@ def sort(
         options: What the host passes.
 
     Raises:
-        ValueError: For an option that neither has, and that hosts don't pass to everybody.
+        ValueError: For a name that nobody has, and for an option that neither has and that hosts don't pass to
+            everybody.
 
     >>> matrices, rest, notes = sort("muon", {}, {"betas": (0.9, 0.95), "momentum": 0.9, "foreach": None})
     >>> matrices, rest
@@ -56,7 +57,7 @@ def sort(
     >>> notes
     ['betas=(0.9, 0.95) goes to adamw: muon has no betas']
     """
-    rule = group_options(name, {})["rule"]
+    rule = rule_of(name)
     entrywise = unfold_elementwise(name, literals(elementwise))
     entrywise = group_options(entrywise.pop("rule", "adamw"), entrywise)
     known, others = option_defaults(rule), option_defaults(entrywise["rule"])
@@ -83,6 +84,23 @@ def sort(
         defaults = option_defaults(settings["rule"])
         plain_options(defaults | {"lr": 0.0} | {key: settings[key] for key in settings.keys() & defaults.keys()})
     return matrices, rest, notes
+
+
+def rule_of(name: object) -> str:
+    """Return the rule of an optimizer or a recipe; where there is none, say which optimizers there are.
+
+    >>> rule_of("KL_SOAP")
+    'kl_soap'
+    >>> rule_of("adafactor")
+    Traceback (most recent call last):
+    ValueError: name='adafactor': no such rule; there are soap, kl-soap, rekls, ..., lion and adamw, and recipes
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r}: must be the name of an optimizer, such as 'soap'")
+    try:
+        return str(group_options(name, {})["rule"])
+    except ValueError as error:
+        raise ValueError(f"{error}; there are {', '.join(NAMES)} and adamw, and recipes") from None
 
 
 def takes(rule: str, key: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steepest.engine.group import listed, option_defaults
+from steepest.exchange.foreign import refuse_flat
 from steepest.integrations.arguments import literals, takes
 from steepest.integrations.names import skeleton
 from steepest.integrations.shapes import rows as rows_by_shape
@@ -70,13 +71,17 @@ def cut(
         overrides: As in `steepest.route`, for parameters with names.
 
     Raises:
-        ValueError: If there are overrides, and parameters without names.
+        ValueError: If there are overrides, and parameters without names; or if there is to be a matrix rule, and
+            FSDP1 or DeepSpeed's ZeRO have cut a parameter into flat parts.
     """
     rule = matrices["rule"]
     elementwise = rest["rule"] if is_matrix_rule(rule) else rule
     members = [
         member for number, group in enumerate(groups) if "rule" not in group for member in _members(number, group)
     ]
+    for place, member in enumerate(members):
+        if is_matrix_rule(rule) and not _is_fallback(groups[member.group]):
+            refuse_flat(member.param, member.name or f"parameter {place}", rule)
     named = bool(members) and all(member.name is not None for member in members)
     if named:
         rows, warnings = _rows_by_name(members, groups, rule, elementwise, overrides or {})
@@ -153,8 +158,13 @@ def _rows_by_shape(
     exempt = {i for i, decay in enumerate(decays) if decay == 0 and any(decays)}
     entrywise = {i for i, m in enumerate(members) if m.group in exempt or _is_fallback(groups[m.group])}
     rows, doubtful = rows_by_shape([m.param for m in members], names, rule, elementwise, entrywise)
+    lost = [
+        f"no parameter goes to {rule}: there are vectors only; if they are flat parts of matrices, shard with FSDP2 "
+        "(torch.distributed.fsdp.fully_shard), which keeps those"
+    ]
+    only_vectors = is_matrix_rule(rule) and bool(members) and all(m.param.dim() < 2 for m in members)
     if not doubtful:
-        return rows, []
+        return rows, lost if only_vectors else []
     by_name = {row.name: row for row in rows}
     guesses = ", ".join(f"{name} ({by_name[name].layout}) to {by_name[name].rule}" for name in doubtful[:3])
     more = f" and {len(doubtful) - 3} more" if len(doubtful) > 3 else ""

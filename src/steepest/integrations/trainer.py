@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
-from steepest.integrations.arguments import sort
-from steepest.integrations.telling import tell
-from steepest.routing import for_model, route
+from steepest.integrations.building import build
 from steepest.routing.classify import Overrides
 from steepest.routing.deciding import Model
 
@@ -37,6 +34,8 @@ class TrainerFactory:
     def __call__(
         self,
         model: Model,
+        arguments: object = None,
+        /,
         *,
         name: str = "soap",
         lr: float | Tensor | str | None = None,
@@ -49,6 +48,7 @@ class TrainerFactory:
 
         Args:
             model: The model, or several, as `steepest.for_model` takes them.
+            arguments: The trainer's own arguments, which Axolotl's trainers pass; they are not read.
             name: The optimizer of hidden matrices, or a recipe.
             lr: Their learning rate.
             elementwise: Options of all other parameters.
@@ -62,11 +62,13 @@ class TrainerFactory:
             TypeError: If there is no learning rate.
             ValueError: If an option is unknown or out of range.
         """
-        matrices, rest, notes = sort(name, elementwise or {}, options if lr is None else {"lr": lr, **options})
-        rule = matrices.pop("rule")
-        optimizer = for_model(
-            model, rule, elementwise=rest, overrides=overrides, decay_1d=decay_1d in (True, "True", "true"), **matrices
+        return build(
+            type(self).__name__,
+            model,
+            name,
+            lr,
+            elementwise=elementwise,
+            overrides=overrides,
+            decay_1d=decay_1d,
+            **options,
         )
-        routing = route(model, rule, elementwise=rest["rule"], overrides=overrides)
-        tell(f"{type(self).__name__}: {name}", replace(routing, warnings=()), notes, stacklevel=2)
-        return optimizer

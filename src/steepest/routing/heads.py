@@ -17,7 +17,7 @@ from functools import cached_property
 from torch import nn
 
 from steepest.routing.layout import ATTENTION
-from steepest.routing.survey import Leaf, is_in_layers
+from steepest.routing.survey import Leaf, is_in_layers, is_numbered
 from steepest.routing.widths import Weight, may_be_joined, weights
 
 HEAD = re.compile(r"(?:^|_)(heads?|out|outputs?|logits?|classifier)\d*$", re.IGNORECASE)
@@ -322,7 +322,11 @@ def _declared_heads(model: nn.Module) -> dict[int, str]:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers (DDP, torch.compile, PEFT), which hold nothing but one module with weights."""
-    while not model._parameters and len(children := _with_parameters(model)) == 1 and list(children[0].children()):
+    while (
+        not (model._parameters or is_numbered(model))
+        and len(children := _with_parameters(model)) == 1
+        and list(children[0].children())
+    ):
         model = children[0]
     return model
 

@@ -148,6 +148,11 @@ def is_in_layers(path: Sequence[nn.Module]) -> bool:
     return any(_is_list_of_layers(row, layer) for row, layer in pairwise(path[:-1]))
 
 
+def is_numbered(module: nn.Module) -> bool:
+    """Return whether a module is a dict of numbered layers: a list, of which a stage of a pipeline keeps some."""
+    return isinstance(module, nn.ModuleDict) and all(key.isdecimal() for key in module)
+
+
 def count_experts(block: nn.Module, gate: str = "") -> int | None:
     """Return the number of experts directly in a block: modules in a list, or the leading dimension of 3-D weights.
 
@@ -215,6 +220,8 @@ def _places(module: nn.Module, prefix: str, above: tuple[nn.Module, ...]) -> Ite
 
 def _is_list_of_layers(row: nn.Module, layer: nn.Module) -> bool:
     if isinstance(row, nn.ModuleList):
+        return True
+    if is_numbered(row):
         return True
     if not isinstance(row, nn.Sequential) or isinstance(layer, nn.Sequential):
         return False
