@@ -164,3 +164,21 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "steepest.integrations.megatron", raising=False)
     with pytest.raises(ImportError, match="install the package emerging-optimizers"):
         import steepest.integrations.megatron  # noqa: F401
+
+
+@pytest.mark.parametrize(("ranks", "initialized"), [(2, True), (1, True), (2, False)])
+def test_parts_of_matrices_are_refused_where_there_are_several(names, monkeypatch, ranks, initialized):
+    """Megatron marks its parallel layers' weights on one rank, too; they are whole there."""
+    state = SimpleNamespace(
+        model_parallel_is_initialized=lambda: initialized, get_tensor_model_parallel_world_size=lambda: ranks
+    )
+    monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)
+    groups = matrices_of(model())
+    groups[0]["params"][0].tensor_model_parallel = True
+    if ranks == 2 and initialized:
+        with pytest.raises(
+            ValueError, match=r"1 parameters, the first of shape \(.*\), are this rank's parts of matrices"
+        ):
+            create(names, groups)
+    else:
+        create(names, groups)

@@ -11,7 +11,8 @@ attributes for, with the name in front ("steepest_soap_shampoo_beta") or without
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from inspect import Parameter, Signature
 from typing import Any
 
@@ -42,6 +43,8 @@ def registrable(ours: str) -> Callable[..., Optimizer]:
         given = {key: value for key, value in options.items() if value is not None}  # Megatron's None is "not set"
         if not takes(rule, "betas"):
             given.pop("betas", None)  # Adam's, which Megatron passes to everybody
+        params = list(params)
+        refuse_parts(params)
         Optimizer.__init__(self, params, **group_options(ours, literals(given)))
 
     def init_group(self: Optimizer, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
@@ -56,6 +59,21 @@ def registrable(ours: str) -> Callable[..., Optimizer]:
     construct.__signature__ = Signature([*first, *named])  # type: ignore[attr-defined]
     body = {"__module__": __name__, "__doc__": f"{ours}: {NAMES[ours].paper}.", "__init__": construct}
     return type(name_of(ours), (Optimizer,), {**body, "_init_group": init_group})
+
+
+def refuse_parts(params: Iterable[Any]) -> None:
+    """Raise a ValueError for parts of matrices: Megatron's tensor parallelism holds them as plain tensors."""
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is None or not state.model_parallel_is_initialized() or state.get_tensor_model_parallel_world_size() == 1:
+        return
+    tensors = [p for group in params for p in (group["params"] if isinstance(group, dict) else [group])]
+    parts = [tuple(p.shape) for p in tensors if getattr(p, "tensor_model_parallel", False)]
+    if parts:
+        raise ValueError(
+            f"{len(parts)} parameters, the first of shape {parts[0]}, are this rank's parts of matrices, split by tensor "
+            f"parallelism over {state.get_tensor_model_parallel_world_size()} ranks: a part is no matrix of its own. Train "
+            "with --tensor-model-parallel-size 1, or with DTensors, as torchtitan does"
+        )
 
 
 def name_of(ours: str) -> str:
