@@ -66,8 +66,8 @@ def test_training_and_validation_are_other_topics() -> None:
 
 
 def test_the_base_is_trained_once(loaded, tmp_path, monkeypatch) -> None:
+    source = loaded("lora").source  # whose base is in another folder
     monkeypatch.setattr(cache, "folder", lambda: tmp_path / "cache")
-    source = loaded("lora").source
     torch.manual_seed(1)  # no state that training could leave behind
     state = torch.get_rng_state()
     first = lora.cached_base(source)
@@ -80,9 +80,9 @@ def test_the_base_is_trained_once(loaded, tmp_path, monkeypatch) -> None:
 
 
 def test_another_base_has_another_file(loaded, monkeypatch, tmp_path) -> None:
+    source = loaded("lora").source
     monkeypatch.setattr(cache, "folder", lambda: tmp_path)
     monkeypatch.setattr(lora, "pretrained", lambda source: {"width": torch.tensor(source.width)})
-    source = loaded("lora").source
     bases = [lora.cached_base(source)["width"].item()]
     bases.append(lora.cached_base(load_workload("stdlib(scale=0.5)"))["width"].item())
     monkeypatch.setattr(lora, "BASE_STEPS", 2)
@@ -94,9 +94,10 @@ def test_another_base_has_another_file(loaded, monkeypatch, tmp_path) -> None:
 def test_a_cache_that_cannot_be_written_to_gets_one_clear_line(loaded, tmp_path, monkeypatch) -> None:
     occupied = tmp_path / "file"
     occupied.touch()
+    source = loaded("lora").source
     monkeypatch.setattr(cache, "folder", lambda: occupied / "steepest")
     with pytest.raises(BadInput, match=r"can't write to .*steepest: .*; set XDG_CACHE_HOME to another folder"):
-        lora.cached_base(loaded("lora").source)
+        lora.cached_base(source)
 
 
 def test_the_cache_is_where_users_say(tmp_path, monkeypatch) -> None:
