@@ -80,10 +80,11 @@ def test_convolutions_are_matrices(convnet) -> None:
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 3
 
 
-@pytest.mark.parametrize("contender", ["adamw", "muon"])
+@pytest.mark.parametrize("contender", ["adamw(lr=2e-3)", "muon(lr=2e-2,elementwise={'lr':2e-3})"])
 def test_digits_are_learned(convnet, contender) -> None:
-    before, after = loss_after(convnet, 25, contender)
-    assert after < before - 0.5  # a number of threads more or less moves it by 0.12
+    """At the presets' rates, and without warm-up, losses leap, and rounding decides when."""
+    before, after = loss_after(convnet, 40, contender)
+    assert after < before - 0.5
 
 
 @pytest.mark.parametrize("name", ["photo", "convnet"])
