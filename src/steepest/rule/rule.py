@@ -61,6 +61,19 @@ class Step:
     """A count for each matrix, ``[B]``, of decompositions that every solver failed at. The rule adds to it in place."""
     statistics: Statistics | None = None
     """What was captured since the last step, for the matrices that got something; see `Rule.captures`."""
+    lost: Tensor | None = None
+    """``[B, 1, 1]``, in t's dtype: 1 for the matrices whose gradient was not finite and counts as zero; 0 for others.
+    None if there are none, or the host has taken them out of the step."""
+
+    def rate(self, rate: float) -> float | Tensor:
+        """The rate at which an average takes a gradient in; 0 for matrices whose gradient was lost."""
+        return rate if self.lost is None else torch.rsub(self.lost, rate, alpha=rate)
+
+    def decay(self, beta: float | Tensor) -> float | Tensor:
+        """The decay of an average; 1 for matrices whose gradient was lost."""
+        if self.lost is None:
+            return beta
+        return torch.where(self.lost == 0, beta, self.lost)
 
     def found(self, new: Tensor, old: Tensor | float, slots: Slots = slice(None)) -> Tensor:
         """The result of a decomposition for these slots, ``[b, m, n]``; ``old`` where it is NaN, which is counted."""
@@ -112,6 +125,14 @@ class Rule(Options, ABC):
     def clip_gradient(self, G: Tensor, state: State, t: Tensor) -> Tensor:
         """The gradients ``[B, m, n]`` in that sum, after an update: those of the step, or an average that led to D."""
         return G
+
+    def keeps(self, name: str, step: Step) -> bool:
+        """Whether `update` leaves this entry of the state as it is for matrices whose gradient was lost.
+
+        It does if it takes `Step.rate` and `Step.decay` into account, or doesn't change the entry at all. The engine
+        saves other entries before the update, and restores them afterwards, at 5 times the traffic.
+        """
+        return False
 
     @abstractmethod
     def init(self, G: Tensor) -> State:

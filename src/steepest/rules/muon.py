@@ -39,9 +39,12 @@ class Orthogonalized(NewtonSchulz, ABC):
 
     def update(self, G: Tensor, state: State, step: Step) -> Tensor:
         G = G if step.penalty is None else G + step.penalty
-        M = state["momentum_buffer"].lerp_(G, 1 - self.momentum)
+        M = state["momentum_buffer"].lerp_(G, step.rate(1 - self.momentum))
         D = self.orthogonalize(G.lerp(M, self.momentum) if self.nesterov else M, state, step)
         return D.mul_(SCALES[self.scale](*G.shape[1:]))
+
+    def keeps(self, name: str, step: Step) -> bool:
+        return name == "momentum_buffer"
 
     @abstractmethod
     def orthogonalize(self, M: Tensor, state: State, step: Step) -> Tensor:

@@ -15,7 +15,7 @@ Vyas et al., arXiv:2409.11321, Algorithm 3. Checked against the authors' numbers
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -33,6 +33,8 @@ F = TypeVar("F", bound=Factors)
 @dataclass(frozen=True, kw_only=True)
 class AdamInBasis(Refreshing[F], ABC):
     """Adam in the eigenbases of two covariances; a subclass says of which covariances."""
+
+    averages: ClassVar[Collection[str]] = ("exp_avg", "exp_avg_sq")
 
     precondition_frequency: int | Callable[[int], int] = frequency(5)
     precondition_1d: bool = lays_out(flag(False))
@@ -82,6 +84,7 @@ class AdamInBasis(Refreshing[F], ABC):
             nesterov=self.nesterov,
             momentum_floor=self.momentum_floor and rotates,
             noise_floor=self.noise_floor if rotates else 0.0,
+            lost=step.lost,
         )
         return clip_rms(factors.unproject(u) if rotates else u, self.max_update_rms)
 
@@ -92,9 +95,10 @@ class Soap(AdamInBasis[Factors]):
 
     name: ClassVar[str] = "soap"
     paper: ClassVar[str] = "Vyas et al., arXiv:2409.11321"
+    averages: ClassVar[Collection[str]] = ("exp_avg", "exp_avg_sq", "L", "R")
 
     def factors(self, state: State, step: Step) -> Factors:
         return Factors(state, step.failures)
 
     def update_factors(self, G: Tensor, factors: Factors, step: Step) -> None:
-        factors.accumulate(G, self.factor_beta(step.t))
+        factors.accumulate(G, step.decay(self.factor_beta(step.t)))
