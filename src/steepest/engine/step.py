@@ -51,20 +51,17 @@ def step_stack(
     if not any(live):
         return None
     G = stack.fill(grads)  # [B, m, n]
-    finite = _drop_nonfinite(stack, G, live)
-    lost = None if finite is None else ~finite
-    if lost is not None:  # the host may not know which
-        G.masked_fill_(lost, 0)
-        stack.undone = AsyncCopy(lost if all(live) else lost & to_device(live, G.device).view(-1, 1, 1))
+    bad = _drop_nonfinite(stack, G, live)
+    lost = None if bad is None else bad.to(G.dtype)
     W = stack.fill(weights) if weights else None
-    if W is not None and lost is not None:
-        W.masked_fill_(lost, 0)  # whose decay would be a gradient
+    if W is not None and bad is not None:
+        W.masked_fill_(bad, 0)  # whose decay would be a gradient
     moved = [False] * stack.size
     made: list[tuple[slice, Tensor | LowRank]] = []
     led: list[tuple[slice, Tensor]] = []  # the gradients that clipping measures directions by
     for run in stack.runs(ways, live, offsets):
         penalty = None if W is None or not run.way.penalty else W[run.slots] * run.way.penalty
-        inputs = Inputs(G[run.slots], penalty, None if finite is None else finite[run.slots])
+        inputs = Inputs(G[run.slots], penalty, None if lost is None else lost[run.slots])
         d = _update(stack, run, inputs, stack.fed(run, statistics) if statistics else None)  # [b, m, n]
         if d is not None:
             moved[run.slots] = [True] * (run.slots.stop - run.slots.start)
@@ -79,24 +76,24 @@ def step_stack(
         right = _joined([(slots, d.right) for slots, d in made if isinstance(d, LowRank)], stack.size)
         low_rank = LowRank(left, right)
         D = low_rank.product()
-        return Directions(stack, D if lost is None else D.masked_fill_(lost, 0), moved, low_rank, lost)
+        return Directions(stack, D if bad is None else D.masked_fill_(bad, 0), moved, low_rank, lost)
     D = _joined([(slots, d) for slots, d in made if isinstance(d, Tensor)], stack.size)
-    if lost is not None:
-        D.masked_fill_(lost, 0)
-    slopes = _slopes(stack, D, _joined(led, stack.size), moved, lost, clipped) if clipped else None
+    if bad is not None:
+        D.masked_fill_(bad, 0)
+    slopes = _slopes(stack, D, _joined(led, stack.size), moved, bad, clipped) if clipped else None
     return Directions(stack, D, moved, None, lost, slopes)
 
 
 def _slopes(
-    stack: Stack, D: Tensor, G: Tensor, moved: list[bool], lost: Tensor | None, clipped: Collection[int]
+    stack: Stack, D: Tensor, G: Tensor, moved: list[bool], bad: Tensor | None, clipped: Collection[int]
 ) -> Tensor | None:
     """Return ``⟨D, G⟩`` of the matrices of clipped groups that move, ``[B]``, and 0 for others; None without any."""
     counts = [yes and s.group in clipped for s in stack.segments for yes in moved[s.slots]]
     if not any(counts):
         return None
     slopes = (D * G).sum(dim=-1).sum(dim=-1, dtype=torch.float64)  # at once it would be a whole tensor of float64
-    if lost is not None:
-        slopes.masked_fill_(lost.view(-1), 0.0)
+    if bad is not None:
+        slopes.masked_fill_(bad.view(-1), 0.0)
     return slopes if all(counts) else slopes.where(to_device(counts, slopes.device), 0.0)
 
 
@@ -146,8 +143,8 @@ def _joined(parts: Sequence[tuple[slice, Tensor]], size: int) -> Tensor:
 def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
     """Take matrices whose gradient is not finite out of this step.
 
-    On a CPU the answer is at hand, and they leave ``live``. On other devices, asking would wait, and a mask
-    ``[B, 1, 1]`` is returned, which is False for them.
+    On a CPU the answer is at hand, and they leave ``live``. On other devices, asking would wait. There their gradient
+    becomes zero, and a mask ``[B, 1, 1]`` is returned, by which the step leaves no trace of them.
     """
     norms = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
     finite: Tensor = norms < safe_norm(G.dtype)  # False for NaN
@@ -157,12 +154,15 @@ def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
                 live[slot] = False
                 stack.skipped += 1
         return None
-    return finite
+    bad = ~finite
+    G.masked_fill_(bad, 0)
+    stack.undone = AsyncCopy(bad if all(live) else bad & to_device(live, G.device).view(-1, 1, 1))
+    return bad
 
 
 def _update(stack: Stack, run: Run, inputs: Inputs, statistics: Statistics | None) -> Tensor | LowRank | None:
-    """Advance the clocks of a run, and return its directions; where ``inputs.finite`` is False nothing changes."""
-    slots, rule, finite = run.slots, run.way.rule, inputs.finite
+    """Advance the clocks of a run, and return its directions; where gradients are lost, nothing changes."""
+    slots, rule = run.slots, run.way.rule
     whole = slots == slice(0, stack.size)
     t, failures, state = stack.t, stack.failures, dict(stack.state)
     if not whole:
@@ -173,20 +173,23 @@ def _update(stack: Stack, run: Run, inputs: Inputs, statistics: Statistics | Non
     update = compiled(rule, inputs.G) if compiles else rule.update
 
     def work(inputs: Inputs) -> Tensor | LowRank | None:
-        lost = undo = None
-        if inputs.finite is not None:
-            lost = torch.logical_not(inputs.finite, out=torch.empty_like(t))
+        lost, changed = inputs.lost, []
+        if lost is not None:
             coded = stack.storage is not None  # and rounded anew at every step
-            undo = undoing(inputs.finite, [t, failures, *(x for k, x in state.items() if coded or not rule.keeps(k, step))])
+            named = {"failures": failures, **state}
+            changed = [x for name, x in named.items() if coded or not rule.keeps(name, step)]
+        undo = undoing(lost == 0, changed) if lost is not None and changed else None
         t.add_(1)
         restored = state if stack.storage is None else stack.storage.restored(state)
-        now = step if inputs.penalty is step.penalty else replace(step, penalty=inputs.penalty)
-        now = now if lost is None else replace(now, lost=lost)
+        same = inputs.penalty is step.penalty and lost is None
+        now = step if same else replace(step, penalty=inputs.penalty, lost=lost)
         D = update(inputs.G, restored, now)
         if stack.storage is not None:
             stack.storage.store(restored, state, t)
         if undo is not None:
             undo()
+        if lost is not None:
+            t.sub_(lost)
         return D
 
     stack.clock[slots] += 1
@@ -197,7 +200,8 @@ def _update(stack: Stack, run: Run, inputs: Inputs, statistics: Statistics | Non
     if rule.defers(step):
         for due in ranges(run.due):
             part = Step(stack.t[due], run.stage, slice(0, due.stop - due.start), failures=stack.failures[due])
-            undone = None if finite is None else finite[due.start - slots.start : due.stop - slots.start]
+            here = slice(due.start - slots.start, due.stop - slots.start)
+            undone = None if inputs.lost is None else inputs.lost[here] == 0
             stack.deferred.append(Deferred(due, rule, part, undone))
     return D
 

@@ -36,17 +36,16 @@ class Directions:
     low_rank: LowRank | None
     """The same directions as factors, if the rule has returned factors."""
     lost: Tensor | None
-    """``[B, 1, 1]`` on the device, True where the step must leave no trace; None if it is False everywhere."""
+    """``[B, 1, 1]`` in D's dtype, 1 where the step must leave no trace and 0 elsewhere; None if there is no such one."""
     slopes: Tensor | None = None
     """``⟨D, G⟩`` of each matrix, ``[B]``, in float64, and 0 for those that stay; where a rule clips directions."""
 
     def stays(self) -> Tensor | None:
         """Return ``[B, 1, 1]`` in D's dtype, 1 for the matrices that stay where they are; None if there can be none."""
-        stays = None if self.lost is None else self.lost.to(self.D.dtype)
         if all(self.moved):
-            return stays
+            return self.lost
         idle = to_device([0 if moves else 1 for moves in self.moved], self.D.device).to(self.D.dtype).view(-1, 1, 1)
-        return idle if stays is None else torch.maximum(stays, idle)
+        return idle if self.lost is None else torch.maximum(self.lost, idle)
 
     def of(self, segment: Segment) -> Tensor:
         """Return the directions of a segment ``[b, m, n]``; matrices that stay are marked by NaN, which travels."""
@@ -60,7 +59,7 @@ class Directions:
     def _marked(self, x: Tensor, segment: Segment) -> Tensor:
         x = x[segment.slots]
         if self.lost is not None:
-            x = x.masked_fill(self.lost[segment.slots], torch.nan)
+            x = x.masked_fill(self.lost[segment.slots] != 0, torch.nan)
         moved = self.moved[segment.slots]
         if not all(moved):
             x = x.masked_fill(~to_device(moved, x.device).view(-1, 1, 1), torch.nan)
@@ -85,10 +84,10 @@ class Staying:
                 [[1.0000, 1.0000]]])
         """
         if self._factors is None or self._factors[0] is not factor:
-            if isinstance(factor, float) and factor >= 0:
-                found = torch.clamp(self.whole, min=factor)  # the same for less
-            else:
+            if isinstance(factor, Tensor):
                 found = self.lost.masked_fill(self.lost == 0, factor).expand(self.whole.shape).contiguous()
+            else:
+                found = torch.threshold(self.whole, 0.5, factor)  # what is 1 stays 1
             self._factors = factor, found
         return self._factors[1]
 

@@ -73,7 +73,7 @@ class Step:
         """The decay of an average; 1 for matrices whose gradient was lost."""
         if self.lost is None:
             return beta
-        return torch.where(self.lost == 0, beta, self.lost)
+        return torch.maximum(self.lost, beta) if isinstance(beta, Tensor) else torch.clamp(self.lost, min=beta)
 
     def found(self, new: Tensor, old: Tensor | float, slots: Slots = slice(None)) -> Tensor:
         """The result of a decomposition for these slots, ``[b, m, n]``; ``old`` where it is NaN, which is counted."""
@@ -127,7 +127,7 @@ class Rule(Options, ABC):
         return G
 
     def keeps(self, name: str, step: Step) -> bool:
-        """Whether `update` leaves this entry of the state as it is for matrices whose gradient was lost.
+        """Whether `update` leaves an entry of the state, or "failures", as it is for matrices whose gradient was lost.
 
         It does if it takes `Step.rate` and `Step.decay` into account, or doesn't change the entry at all. The engine
         saves other entries before the update, and restores them afterwards, at 5 times the traffic.

@@ -44,7 +44,7 @@ class Orthogonalized(NewtonSchulz, ABC):
         return D.mul_(SCALES[self.scale](*G.shape[1:]))
 
     def keeps(self, name: str, step: Step) -> bool:
-        return name == "momentum_buffer"
+        return name == "momentum_buffer" or (name == "failures" and self.ns != "exact")
 
     @abstractmethod
     def orthogonalize(self, M: Tensor, state: State, step: Step) -> Tensor:

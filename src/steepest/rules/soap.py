@@ -34,7 +34,7 @@ F = TypeVar("F", bound=Factors)
 class AdamInBasis(Refreshing[F], ABC):
     """Adam in the eigenbases of two covariances; a subclass says of which covariances."""
 
-    averages: ClassVar[Collection[str]] = ("exp_avg", "exp_avg_sq")
+    averages: ClassVar[Collection[str]] = ("exp_avg", "exp_avg_sq", "failures")
 
     precondition_frequency: int | Callable[[int], int] = frequency(5)
     precondition_1d: bool = lays_out(flag(False))
@@ -95,7 +95,7 @@ class Soap(AdamInBasis[Factors]):
 
     name: ClassVar[str] = "soap"
     paper: ClassVar[str] = "Vyas et al., arXiv:2409.11321"
-    averages: ClassVar[Collection[str]] = ("exp_avg", "exp_avg_sq", "L", "R")
+    averages: ClassVar[Collection[str]] = (*AdamInBasis.averages, "L", "R")
 
     def factors(self, state: State, step: Step) -> Factors:
         return Factors(state, step.failures)

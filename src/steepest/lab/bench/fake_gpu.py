@@ -224,8 +224,9 @@ class _Devices(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         name = func.overloadpacket.__name__
+        non_blocking = kwargs.get("non_blocking") or (name == "copy_" and True in args[2:])
         if func is ATEN.copy_.default and not isinstance(args[0], FakeTensor):
-            if not (kwargs.get("non_blocking") and self._is_pinned(args[0])):
+            if not (non_blocking and self._is_pinned(args[0])):
                 self._waits(name)
             self._note(func, args, kwargs, taken)
             with unset_fake_temporarily():
@@ -240,7 +241,7 @@ class _Devices(TorchDispatchMode):
             return self.gpu.answer or 1
         from_host = [x for x in taken if not isinstance(x, FakeTensor) and x.dim() > 0]
         if from_host and (name == "copy_" or to == "cuda"):
-            if not (all(map(self._is_pinned, from_host)) and (kwargs.get("non_blocking") or True in args[2:])):
+            if not (all(map(self._is_pinned, from_host)) and non_blocking):
                 self._waits(name)
         elif from_host:
             self.gpu.counted.strays.append(f"{name} {_line()}")

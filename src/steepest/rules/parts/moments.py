@@ -77,13 +77,15 @@ def adam(
     elif nesterov:
         m = m.lerp(g, 1 - beta1)
     if momentum_floor:
-        v = torch.maximum(v, m.square())
+        square = m.square()
+        v = torch.maximum(v, square, out=square)
     d = v.sqrt()
     if noise_floor == 0:
         return m / d.add_(eps)
     floor = noise_floor**2 / (t * t * t) * v.mean(dim=(-2, -1), keepdim=True)  # [B, 1, 1]
-    denominator = torch.addcmul(floor + torch.finfo(g.dtype).tiny, d, d + eps)  # d (d + eps) + τ_t² mean(v̂); 0/0 is 0
-    return d.mul_(m).div_(denominator)
+    ahead = d + eps
+    torch.addcmul(floor + torch.finfo(g.dtype).tiny, d, ahead, out=ahead)  # d (d + eps) + τ_t² mean(v̂); 0/0 is 0
+    return d.mul_(m).div_(ahead)
 
 
 def correction(beta: float, t: Tensor) -> Tensor:
