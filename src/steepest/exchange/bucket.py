@@ -36,7 +36,7 @@ class Directions:
     low_rank: LowRank | None
     """The same directions as factors, if the rule has returned factors."""
     lost: Tensor | None
-    """``[B, 1, 1]`` in D's dtype, 1 where the step must leave no trace and 0 elsewhere; None if there is no such one."""
+    """``[B, 1, 1]`` in D's dtype, 1 where the step must leave no trace, 0 elsewhere; None if it is 0 everywhere."""
     slopes: Tensor | None = None
     """``⟨D, G⟩`` of each matrix, ``[B]``, in float64, and 0 for those that stay; where a rule clips directions."""
 

@@ -13,9 +13,9 @@ direction first.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar, final
+from typing import Generic, TypeVar, final
 
 from torch import Tensor
 
@@ -72,9 +72,6 @@ class Refreshing(Rule, ABC, Generic[Factors]):
     @abstractmethod
     def direction(self, G: Tensor, factors: Factors, step: Step) -> Tensor:
         """The direction ``[B, m, n]``, in the bases that there are."""
-
-    averages: ClassVar[Collection[str]] = ()
-    """The entries of the state that change at every step, by `Step.rate` and `Step.decay` alone."""
 
     @final
     def keeps(self, name: str, step: Step) -> bool:

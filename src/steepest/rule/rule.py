@@ -83,7 +83,7 @@ class Step:
         """Whether each matrix of a decomposition for these slots succeeded, ``[b]``; those that did not are counted."""
         good = succeeded(new)
         if self.failures is not None:
-            self.failures[slots] += ~good
+            self.failures[slots] += ~good if self.lost is None else ~good & (self.lost.view(-1)[slots] == 0)
         return good
 
 
@@ -126,13 +126,16 @@ class Rule(Options, ABC):
         """The gradients ``[B, m, n]`` in that sum, after an update: those of the step, or an average that led to D."""
         return G
 
-    def keeps(self, name: str, step: Step) -> bool:
-        """Whether `update` leaves an entry of the state, or "failures", as it is for matrices whose gradient was lost.
+    averages: ClassVar[tuple[str, ...]] = ()
+    """The entries of the state that `update` changes by `Step.rate` and `Step.decay` alone, so that a gradient that was
+    lost leaves no trace in them; "failures", if only `Step.solved` counts there."""
 
-        It does if it takes `Step.rate` and `Step.decay` into account, or doesn't change the entry at all. The engine
-        saves other entries before the update, and restores them afterwards, at 5 times the traffic.
+    def keeps(self, name: str, step: Step) -> bool:
+        """Whether `update` leaves an entry of the state as it is for matrices whose gradient was lost.
+
+        The engine saves other entries before the update, and restores them afterwards, which moves their bytes 5 times.
         """
-        return False
+        return name in self.averages
 
     @abstractmethod
     def init(self, G: Tensor) -> State:

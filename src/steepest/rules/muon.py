@@ -30,6 +30,7 @@ from steepest.rules.parts.scales import SCALES
 class Orthogonalized(NewtonSchulz, ABC):
     """Momentum in, a matrix with singular values near one out; what is in between, the subclass says."""
 
+    averages: ClassVar[tuple[str, ...]] = ("momentum_buffer", "failures")
     momentum: float = beta(0.95)
     nesterov: bool = flag(True)
     scale: Scale = one_of(Scale, "match_rms_adamw")
@@ -42,9 +43,6 @@ class Orthogonalized(NewtonSchulz, ABC):
         M = state["momentum_buffer"].lerp_(G, step.rate(1 - self.momentum))
         D = self.orthogonalize(G.lerp(M, self.momentum) if self.nesterov else M, state, step)
         return D.mul_(SCALES[self.scale](*G.shape[1:]))
-
-    def keeps(self, name: str, step: Step) -> bool:
-        return name == "momentum_buffer" or (name == "failures" and self.ns != "exact")
 
     @abstractmethod
     def orthogonalize(self, M: Tensor, state: State, step: Step) -> Tensor:

@@ -15,7 +15,7 @@ Vyas et al., arXiv:2409.11321, Algorithm 3. Checked against the authors' numbers
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -34,8 +34,7 @@ F = TypeVar("F", bound=Factors)
 class AdamInBasis(Refreshing[F], ABC):
     """Adam in the eigenbases of two covariances; a subclass says of which covariances."""
 
-    averages: ClassVar[Collection[str]] = ("exp_avg", "exp_avg_sq", "failures")
-
+    averages: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "L", "R", "failures")
     precondition_frequency: int | Callable[[int], int] = frequency(5)
     precondition_1d: bool = lays_out(flag(False))
     betas: tuple[float, float] = betas((0.9, 0.95))
@@ -63,9 +62,9 @@ class AdamInBasis(Refreshing[F], ABC):
         moments = {"exp_avg": torch.zeros_like(G), "exp_avg_sq": torch.zeros_like(G)}  # [B, m, n]
         return moments | Factors.init(G, self.max_precond_dim, self.precondition_1d)
 
-    def factor_beta(self, t: Tensor) -> float | Tensor:
+    def factor_beta(self, step: Step) -> float | Tensor:
         corrects = self.correct_bias if self.correct_shampoo_beta_bias is None else self.correct_shampoo_beta_bias
-        return corrected_beta(self.shampoo_beta, t) if corrects else self.shampoo_beta
+        return step.decay(corrected_beta(self.shampoo_beta, step.t) if corrects else self.shampoo_beta)
 
     def update_bases(self, factors: F, slots: Slots, step: Step) -> None:
         if step.stage == "first" and self.solver != "qr":
@@ -95,10 +94,9 @@ class Soap(AdamInBasis[Factors]):
 
     name: ClassVar[str] = "soap"
     paper: ClassVar[str] = "Vyas et al., arXiv:2409.11321"
-    averages: ClassVar[Collection[str]] = (*AdamInBasis.averages, "L", "R")
 
     def factors(self, state: State, step: Step) -> Factors:
         return Factors(state, step.failures)
 
     def update_factors(self, G: Tensor, factors: Factors, step: Step) -> None:
-        factors.accumulate(G, step.decay(self.factor_beta(step.t)))
+        factors.accumulate(G, self.factor_beta(step))

@@ -80,8 +80,9 @@ def _undoing_together(pairs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], ob
     old, mask = torch.cat([x.reshape(-1) for x in xs]), torch.cat([good.expand(x.numel()) for good, x in pairs])
 
     def undo() -> None:
-        chosen = torch.where(mask, torch.cat([x.reshape(-1) for x in xs]), old).split([x.numel() for x in xs])
-        torch._foreach_copy_(xs, [part.view(x.shape) for part, x in zip(chosen, xs, strict=True)])
+        chosen = torch.where(mask, torch.cat([x.reshape(-1) for x in xs]), old)
+        parts = torch.split(chosen, [x.numel() for x in xs])
+        torch._foreach_copy_(xs, [part.view(x.shape) for part, x in zip(parts, xs, strict=True)])
 
     return undo
 

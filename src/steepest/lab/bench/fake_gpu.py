@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -35,6 +36,8 @@ NO_LAUNCH = ALLOCATIONS | {"_unsafe_view", "_reshape_alias", "lift_fresh", "devi
 """Operations that launch nothing, beside those that torch knows to be views."""
 REPORT_ERRORS = {"_linalg_eigh", "_linalg_svd", "_linalg_check_errors"}
 """Decompositions that report to the host whether they have converged."""
+UNSEEN = ("bench/fake_gpu.py", "engine/phases.py", "linalg/surroundings.py", "rule/work.py")
+"""The modules that stand around calls, whose lines tell nothing."""
 TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -179,7 +182,8 @@ def _basic(x: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
 def _indexed(x: Tensor, index: Any) -> Tensor:
     """``x[index]``."""
     view, tensors = _basic(x, index)
-    return view if all(i is None for i in tensors) else ATEN.index(view, tensors)
+    chosen: Tensor = view if all(i is None for i in tensors) else ATEN.index(view, tensors)
+    return chosen
 
 
 def _assign(x: Tensor, index: Any, value: Any) -> None:
@@ -196,7 +200,8 @@ def _assign(x: Tensor, index: Any, value: Any) -> None:
 def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """``x.copy_(source)``, past what autograd does for it."""
     with torch._C._AutoDispatchBelowAutograd():
-        return ATEN.copy_(x, source, non_blocking)
+        copied: Tensor = ATEN.copy_(x, source, non_blocking)
+    return copied
 
 
 GUARDED: dict[Any, Callable[..., Any]] = {
@@ -263,11 +268,14 @@ class _Devices(TorchDispatchMode):
         if self.gpu.timeline is None or func.is_view or name in NO_LAUNCH:
             return
         part = flops_of(func, args)
-        sizes = {(x.untyped_storage()._cdata, x.storage_offset(), _entries(x)): _entries(x) * x.itemsize for x in tensors}
-        operation = Operation(
-            name, _line(), self.gpu.timeline.phase, _launches(name, args), sum(sizes.values()), part[1] if part else 0.0
-        )
-        self.gpu.counted.operations.append(operation)
+        phase, launches, flops = self.gpu.timeline.phase, _launches(name, args), part[1] if part else 0.0
+        self.gpu.counted.operations.append(Operation(name, _line(), phase, launches, _bytes(tensors), flops))
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    """The bytes of tensors; one that is there twice, perhaps transposed, counts once."""
+    places = {(x.untyped_storage()._cdata, x.storage_offset(), _entries(x)): x.itemsize for x in tensors}
+    return sum(entries * size for (*_, entries), size in places.items())
 
 
 def _entries(x: Tensor) -> int:
@@ -301,10 +309,40 @@ def _is_dense(x: Tensor) -> bool:
 
 def _line() -> str:
     """The innermost line of this library that runs, without this module and the marks of phases."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename.replace("\\", "/")
-        if "/steepest/" in file and not file.endswith(("bench/fake_gpu.py", "engine/phases.py", "linalg/surroundings.py", "rule/work.py")):
+        if "/steepest/" in file and not file.endswith(UNSEEN):
             return f"{file.rpartition('/steepest/')[2]}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return "?"
+
+
+# Optimizers on it.
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The first step of an optimizer, and of one period after it the steps with the most and the least bytes."""
+
+    first: Counted
+    most: Counted
+    least: Counted
+
+
+def count_steps(
+    make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], shapes: Sequence[Sequence[int]], period: int
+) -> Steps:
+    """Let an optimizer of parameters of these shapes, in float32, take a step and then ``period`` more."""
+    with fake_gpu() as gpu:
+        params = [torch.nn.Parameter(torch.empty(*shape, device=GPU)) for shape in shapes]
+        optimizer = make(params)
+        counted = []
+        for _ in range(1 + period):
+            for p in params:
+                p.grad = torch.empty_like(p)
+            with gpu.counting() as step:
+                optimizer.step()
+            counted.append(step)
+    first, *others = counted
+    return Steps(first, max(others, key=lambda step: step.bytes), min(others, key=lambda step: step.bytes))
