@@ -62,8 +62,9 @@ class LocalBucket(Bucket):
         yield from ()
         moves = []
         for made in directions:
-            stays, ranges = made.stays(), iter(made.stack.groups)
-            everything_moves, start, stop, staying = all(made.moved), 0, 0, None
+            everything_moves, ranges = all(made.moved), iter(made.stack.groups)
+            stays = None if everything_moves and made.lost is None else made.stays()
+            start, stop, staying = 0, 0, None
             for segment in made.stack.segments:
                 if segment.start >= stop:
                     _, start, stop = next(ranges)

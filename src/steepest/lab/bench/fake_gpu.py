@@ -8,11 +8,10 @@ run. Nothing is timed.
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -31,6 +30,7 @@ GPU = torch.device("cuda", 0)
 CAPABILITY = (9, 0)
 """The compute capability of the GPU, an H100's or H200's: it multiplies in bfloat16."""
 
+GENERATOR = torch.Generator
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 NO_LAUNCH = ALLOCATIONS | {"_unsafe_view", "_reshape_alias", "lift_fresh", "device"}
 """Operations that launch nothing, beside those that torch knows to be views."""
@@ -124,20 +124,47 @@ def fake_gpu() -> Iterator[FakeGPU]:
         >>> y.shape, counted.launches, counted.bytes, counted.flops
         (torch.Size([2, 2]), 2, 64, 24.0)
     """
-    gpu, stream = FakeGPU(), mock.Mock(spec=["record_event", "wait_event", "wait_stream"])
+    gpu = FakeGPU()
     with ExitStack() as stack:
         for name, stand_in in {
             "get_device_capability": lambda device=None: CAPABILITY,
-            "current_stream": lambda device=None: stream,
-            "Stream": lambda device=None: stream,
+            "current_stream": _Stream,
+            "Stream": _Stream,
             "stream": lambda of: nullcontext(),
         }.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         stack.enter_context(kernels.use("never"))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(gpu.host)
         stack.enter_context(_Devices(gpu))
         yield gpu
+
+
+class _Generator(GENERATOR):
+    """A generator on the host, whatever device it is asked for."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        return super().__new__(cls, "cpu")
+
+
+class _Stream:
+    """A stream, and an event, with nothing to wait for."""
+
+    def __init__(self, device: Any = None) -> None:
+        pass
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def wait_event(self, event: _Stream) -> None:
+        pass
+
+    def wait_stream(self, stream: _Stream) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 class _Host(TorchFunctionMode):
@@ -152,6 +179,8 @@ class _Host(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in GUARDED and isinstance(args[0], FakeTensor):
             return GUARDED[func](*args, **kwargs)
+        if isinstance(kwargs.get("generator"), GENERATOR) and torch.device(kwargs.get("device", "cpu")).type == "cuda":
+            del kwargs["generator"]  # which is on the host
         pins = kwargs.pop("pin_memory", False)
         out = func(*args, **kwargs)
         if pins:
@@ -209,6 +238,7 @@ GUARDED: dict[Any, Callable[..., Any]] = {
     Tensor.__setitem__: _assign,
     Tensor.__invert__: torch.bitwise_not,
     Tensor.copy_: _copy,
+    Tensor.contiguous: lambda x: x if x.is_contiguous() else ATEN.clone(x, memory_format=torch.contiguous_format),
 }
 """The methods that want a device even for a tensor without values, and what does the same without."""
 
@@ -309,7 +339,7 @@ def _is_dense(x: Tensor) -> bool:
 
 def _line() -> str:
     """The innermost line of this library that runs, without this module and the marks of phases."""
-    frame: FrameType | None = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None:
         file = frame.f_code.co_filename.replace("\\", "/")
         if "/steepest/" in file and not file.endswith(UNSEEN):

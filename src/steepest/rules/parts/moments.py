@@ -65,9 +65,10 @@ def adam(
         if undo is not None:
             undo()
         return D
-    (beta1, beta2), step = betas, Step(t, lost=lost)
-    m = state["exp_avg"].lerp_(g, step.rate(1 - beta1))
-    v = state["exp_avg_sq"].mul_(step.decay(beta2)).addcmul_(g, g, value=1 - beta2)
+    beta1, beta2 = betas
+    rate, decay = (1 - beta1, beta2) if lost is None else (Step(t, lost=lost).rate(1 - beta1), lost.clamp(min=beta2))
+    m = state["exp_avg"].lerp_(g, rate)
+    v = state["exp_avg_sq"].mul_(decay).addcmul_(g, g, value=1 - beta2)
     if correct_bias:
         v = v / correction(beta2, t)
         if nesterov:
