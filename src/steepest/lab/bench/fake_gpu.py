@@ -145,7 +145,7 @@ class _Generator(GENERATOR):
     """A generator on the host, whatever device it is asked for."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
-        return super().__new__(cls, "cpu")
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
 
 class _Stream:
@@ -238,6 +238,10 @@ GUARDED: dict[Any, Callable[..., Any]] = {
     Tensor.__setitem__: _assign,
     Tensor.__invert__: torch.bitwise_not,
     Tensor.copy_: _copy,
+    Tensor.item: ATEN._local_scalar_dense,
+    Tensor.__bool__: lambda x: bool(ATEN._local_scalar_dense(x)),
+    Tensor.__int__: lambda x: int(ATEN._local_scalar_dense(x)),
+    Tensor.__float__: lambda x: float(ATEN._local_scalar_dense(x)),
     Tensor.contiguous: lambda x: x if x.is_contiguous() else ATEN.clone(x, memory_format=torch.contiguous_format),
 }
 """The methods that want a device even for a tensor without values, and what does the same without."""
