@@ -148,6 +148,8 @@ class Rule(Options, ABC):
     def update(self, G: Tensor, state: State, step: Step) -> Tensor | LowRank | None:
         """Take one step: change ``state`` in place, and return the directions ``[B, m, n]``, or None to stay.
 
+        Directions are in memory of their own, which the engine may change.
+
         ``G [B, m, n]`` must not be changed. An update never waits for the device, asks for a tensor's value on an
         accelerator or on the meta device (where `steepest.rule.work` counts its FLOPs), or draws random numbers.
         """
