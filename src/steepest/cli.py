@@ -223,6 +223,8 @@ def bench(
     warmup: Annotated[int | None, Option(help="Steps before. Default: one more than the longest period.")] = None,
     depth: Annotated[int | None, Option(help="Number of layers, instead of all that the model has.")] = None,
     device: Annotated[str, Option(help="cpu (one thread) or cuda.")] = "cpu",
+    count: Annotated[bool, Option("--count", help="Count launches, bytes, FLOPs on a GPU that needn't exist.")] = False,
+    lines: Annotated[bool, Option("--lines", help="Count by line of source; with --count.")] = False,
     out: Out = Path("runs/bench"),
 ) -> None:
     """Time optimizers' steps on a model's shapes, by phase, against other libraries and against a lower bound."""
@@ -230,7 +232,7 @@ def bench(
         from steepest.lab.bench import command
 
         request = command.Request(
-            shapes, optimizers, peers, compiled, steps, warmup, depth, device, out, command=_typed()
+            shapes, optimizers, peers, compiled, steps, warmup, depth, device, out, _typed(), count, lines
         )
         command.run(request, _console())
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.compile_fx
+import torch._subclasses
 import torch.distributed.tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -51,6 +52,12 @@ OWNERS: dict[str, Any] = {
     # Operations whose public forms are other operations by the time that FLOPs are counted.
     "_linalg_eigh": torch.ops.aten,
     "_linalg_svd": torch.ops.aten,
+    # Tensors without values that say they are on a GPU, what tells their memories apart, and a copy past autograd,
+    # which would look for the GPU: with them `steepest bench --count` counts what a step does to one.
+    "_subclasses": torch,
+    "_pytree": torch.utils,
+    "_cdata": torch.zeros(1).untyped_storage(),
+    "_AutoDispatchBelowAutograd": torch._C,
 }
 """Where torch has each name. Operations on lists (``torch._foreach_add_``) are documented, and are not listed."""
 

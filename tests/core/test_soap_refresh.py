@@ -65,7 +65,7 @@ class Literal(AdamInBasis[Factors]):
                 Q, λ = factors.state[f"Q_{side}"], conjugate(factors.state[side], factors.state[f"Q_{side}"], diag=True)
                 λ = λ.clamp(min=self.eps) if self.kl_floor == 0 else torch.maximum(λ, self.kl_floor * λ.amax(-1, True))
                 whitened[side] = Q @ torch.diag_embed(1 / λ) @ Q.mT
-        beta = self.factor_beta(step.t)
+        beta = self.factor_beta(step)
         for side, other, X in (("L", "R", G), ("R", "L", G.mT)):
             if side in factors.state:
                 Y = X @ whitened[other] if other in whitened else X

@@ -155,3 +155,18 @@ def test_three_steps_of_an_optimizer(launched, normal, name):
     assert not launched
     assert (weights("always", torch.float32) - exact).norm() < 4 * allowed
     assert launched
+
+
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_moments_of_lost_gradients_stay(launched, normal, mode):
+    g, state, t = normal(3, 8, 9), start(normal, 3, 8, 9), torch.full((3, 1, 1), 2.0, device=normal(1).device)
+    lost = torch.tensor([0.0, 1.0, 0.0], device=t.device).view(3, 1, 1)
+    g[1] = 0
+    before = {name: x.clone() for name, x in state.items()}
+    with use(mode):
+        adam(g, state, t, (0.9, 0.99), 1e-8, lost=lost)
+    assert ("adam" in launched) == (mode == "always")
+    for name, x in state.items():
+        assert torch.equal(x[1], before[name][1])
+        assert not torch.equal(x[0], before[name][0])
+        assert not torch.equal(x[2], before[name][2])

@@ -16,7 +16,7 @@ from steepest.exchange.bucket import Tensors
 from steepest.exchange.shards import is_dtensor, local, meta_shard
 from steepest.linalg import attempts
 from steepest.rule import Elementwise, Rule, State
-from steepest.stack.undo import undoing
+from steepest.stack.undo import undoing_each
 
 LANES = 16
 """The numbers in the widest vector registers, which are AVX-512's, in float32."""
@@ -109,10 +109,9 @@ def _apply(
 ) -> None:
     """Step parameters of one dtype and device with the options of one group; undo it where not ``finite``."""
     assert isinstance(rule, Elementwise)
-    undos = []
+    undo = None
     if finite is not None:
-        changed = [[x[None] for x in (entry.stepped, *entry.state.values())] for entry in entries]
-        undos = [undoing(good, xs) for good, xs in zip(finite, changed, strict=True)]
+        undo = undoing_each(finite, [[entry.stepped, *entry.state.values()] for entry in entries])
     padded = [_in_whole_lanes(entry.stepped, entry.grad, entry.state) for entry in entries]
     rule.apply(
         [W for W, _, _ in padded],
@@ -125,7 +124,7 @@ def _apply(
         if W is not entry.stepped:
             for x, target in [(W, entry.stepped), *((state[name], entry.state[name]) for name in state)]:
                 target.copy_(x[: target.numel()].view(target.shape) if x.dim() else x)
-    for undo in undos:
+    if undo is not None:
         undo()
 
 

@@ -80,6 +80,11 @@ class Timeline(Generic[Mark]):
         self.marks: list[tuple[str, Mark]] = []
         self._open = [REST]
 
+    @property
+    def phase(self) -> str:
+        """The innermost phase that is open."""
+        return self._open[-1]
+
     def enter(self, name: str) -> None:
         """Begin a phase."""
         self._open.append(name)
@@ -92,7 +97,7 @@ class Timeline(Generic[Mark]):
 
     def note(self) -> None:
         """Mark the time from which the innermost phase runs."""
-        self.marks.append((self._open[-1], self.mark()))
+        self.marks.append((self.phase, self.mark()))
 
     def spent(self, between: Callable[[Mark, Mark], float]) -> dict[str, float]:
         """Return the time of each phase, given a function for the time between two marks."""

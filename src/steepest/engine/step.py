@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steepest.exchange.bucket import Bucket, Directions, Move
+from steepest.exchange.bucket import Bucket, Directions, Move, Stay
 from steepest.exchange.peers import Peers
 from steepest.linalg import attempts
 from steepest.linalg.rounding import positions, round_stochastically, rounding_key
@@ -51,14 +51,17 @@ def step_stack(
     if not any(live):
         return None
     G = stack.fill(grads)  # [B, m, n]
-    finite = _drop_nonfinite(stack, G, live)
+    bad = _drop_nonfinite(stack, G, live)
+    lost = None if bad is None else bad.to(G.dtype)
     W = stack.fill(weights) if weights else None
+    if W is not None and bad is not None:
+        W.masked_fill_(bad, 0)  # whose decay would be a gradient
     moved = [False] * stack.size
     made: list[tuple[slice, Tensor | LowRank]] = []
     led: list[tuple[slice, Tensor]] = []  # the gradients that clipping measures directions by
     for run in stack.runs(ways, live, offsets):
         penalty = None if W is None or not run.way.penalty else W[run.slots] * run.way.penalty
-        inputs = Inputs(G[run.slots], penalty, None if finite is None else finite[run.slots])
+        inputs = Inputs(G[run.slots], penalty, None if lost is None else lost[run.slots])
         d = _update(stack, run, inputs, stack.fed(run, statistics) if statistics else None)  # [b, m, n]
         if d is not None:
             moved[run.slots] = [True] * (run.slots.stop - run.slots.start)
@@ -72,22 +75,25 @@ def step_stack(
         left = _joined([(slots, d.left) for slots, d in made if isinstance(d, LowRank)], stack.size)
         right = _joined([(slots, d.right) for slots, d in made if isinstance(d, LowRank)], stack.size)
         low_rank = LowRank(left, right)
-        return Directions(stack, low_rank.product(), moved, low_rank, finite)
+        D = low_rank.product()
+        return Directions(stack, D if bad is None else D.masked_fill_(bad, 0), moved, low_rank, lost)
     D = _joined([(slots, d) for slots, d in made if isinstance(d, Tensor)], stack.size)
-    slopes = _slopes(stack, D, _joined(led, stack.size), moved, finite, clipped) if clipped else None
-    return Directions(stack, D, moved, None, finite, slopes)
+    if bad is not None:
+        D.masked_fill_(bad, 0)
+    slopes = _slopes(stack, D, _joined(led, stack.size), moved, bad, clipped) if clipped else None
+    return Directions(stack, D, moved, None, lost, slopes)
 
 
 def _slopes(
-    stack: Stack, D: Tensor, G: Tensor, moved: list[bool], finite: Tensor | None, clipped: Collection[int]
+    stack: Stack, D: Tensor, G: Tensor, moved: list[bool], bad: Tensor | None, clipped: Collection[int]
 ) -> Tensor | None:
     """Return ``⟨D, G⟩`` of the matrices of clipped groups that move, ``[B]``, and 0 for others; None without any."""
     counts = [yes and s.group in clipped for s in stack.segments for yes in moved[s.slots]]
     if not any(counts):
         return None
     slopes = (D * G).sum(dim=-1).sum(dim=-1, dtype=torch.float64)  # at once it would be a whole tensor of float64
-    if finite is not None:
-        slopes = slopes.where(finite.view(-1), 0.0)
+    if bad is not None:
+        slopes.masked_fill_(bad.view(-1), 0.0)
     return slopes if all(counts) else slopes.where(to_device(counts, slopes.device), 0.0)
 
 
@@ -138,7 +144,7 @@ def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
     """Take matrices whose gradient is not finite out of this step.
 
     On a CPU the answer is at hand, and they leave ``live``. On other devices, asking would wait. There their gradient
-    becomes zero, and the mask ``[B, 1, 1]`` that is returned undoes what the step does to them.
+    becomes zero, and a mask ``[B, 1, 1]`` is returned, by which the step leaves no trace of them.
     """
     norms = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
     finite: Tensor = norms < safe_norm(G.dtype)  # False for NaN
@@ -148,15 +154,15 @@ def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
                 live[slot] = False
                 stack.skipped += 1
         return None
-    undone = to_device(live, G.device) & ~finite.view(-1)
-    G.masked_fill_(~finite, 0)
-    stack.undone = AsyncCopy(undone.long())
-    return finite
+    bad = ~finite
+    G.masked_fill_(bad, 0)
+    stack.undone = AsyncCopy(bad if all(live) else bad & to_device(live, G.device).view(-1, 1, 1))
+    return bad
 
 
 def _update(stack: Stack, run: Run, inputs: Inputs, statistics: Statistics | None) -> Tensor | LowRank | None:
-    """Advance the clocks of a run, and return its directions; where ``inputs.finite`` is False nothing changes."""
-    slots, rule, finite = run.slots, run.way.rule, inputs.finite
+    """Advance the clocks of a run, and return its directions; where gradients are lost, nothing changes."""
+    slots, rule = run.slots, run.way.rule
     whole = slots == slice(0, stack.size)
     t, failures, state = stack.t, stack.failures, dict(stack.state)
     if not whole:
@@ -167,15 +173,23 @@ def _update(stack: Stack, run: Run, inputs: Inputs, statistics: Statistics | Non
     update = compiled(rule, inputs.G) if compiles else rule.update
 
     def work(inputs: Inputs) -> Tensor | LowRank | None:
-        undo = None if inputs.finite is None else undoing(inputs.finite, [t, failures, *state.values()])
+        lost, changed = inputs.lost, []
+        if lost is not None:
+            coded = stack.storage is not None  # and rounded anew at every step
+            named = {"failures": failures, **state}
+            changed = [x for name, x in named.items() if coded or not rule.keeps(name, step)]
+        undo = undoing(lost == 0, changed) if lost is not None and changed else None
         t.add_(1)
         restored = state if stack.storage is None else stack.storage.restored(state)
-        now = step if inputs.penalty is step.penalty else replace(step, penalty=inputs.penalty)
+        same = inputs.penalty is step.penalty and lost is None
+        now = step if same else replace(step, penalty=inputs.penalty, lost=lost)
         D = update(inputs.G, restored, now)
         if stack.storage is not None:
             stack.storage.store(restored, state, t)
         if undo is not None:
             undo()
+        if lost is not None:
+            t.sub_(lost)
         return D
 
     stack.clock[slots] += 1
@@ -186,7 +200,8 @@ def _update(stack: Stack, run: Run, inputs: Inputs, statistics: Statistics | Non
     if rule.defers(step):
         for due in ranges(run.due):
             part = Step(stack.t[due], run.stage, slice(0, due.stop - due.start), failures=stack.failures[due])
-            undone = None if finite is None else finite[due.start - slots.start : due.stop - slots.start]
+            here = slice(due.start - slots.start, due.stop - slots.start)
+            undone = None if inputs.lost is None else inputs.lost[here] == 0
             stack.deferred.append(Deferred(due, rule, part, undone))
     return D
 
@@ -228,20 +243,21 @@ def apply(rule: Rule | Elementwise, group: Mapping[str, Any], names: Sequence[st
     """
     assert isinstance(rule, Rule)
     decay_follows = rule.decay_follows
-    weights, steps = [], []
+    weights, steps, stays = [], [], []
     for move in moves:
         if not move.may_stay and move.W.dtype == move.D.dtype:
             weights.append(move.W)
             steps.append(move.D)
+            stays.append(move.stay)
             continue
         W = move.W.to(move.D.dtype)
         new = W.clone()
-        _descend(group, [new], [move.D], decay_follows)
+        _descend(group, [new], [move.D], [move.stay], decay_follows)
         if move.may_stay:
             new = torch.where(move.D.isnan(), W, new)
         write(group, names[move.index], move.W, new, move.in_whole, move.t)
     if weights:
-        _descend(group, weights, steps, decay_follows)
+        _descend(group, weights, steps, stays, decay_follows)
 
 
 def decay_factor(group: Mapping[str, Any], W: Tensor, D: Tensor) -> float | Tensor:
@@ -299,8 +315,14 @@ def write(
     out.copy_(new)
 
 
-def _descend(group: Mapping[str, Any], weights: list[Tensor], steps: list[Tensor], decay_follows: bool) -> None:
-    """Move tensors of one dtype in place: ``W ← factor · W - lr · D``."""
+def _descend(
+    group: Mapping[str, Any],
+    weights: list[Tensor],
+    steps: list[Tensor],
+    stays: Sequence[Stay | None],
+    decay_follows: bool,
+) -> None:
+    """Move tensors of one dtype in place: ``W ← factor · W - lr · D``, where the factor is 1 for matrices that stay."""
     lr = learning_rate(group, weights[0])
     factors: Any
     if group["weight_decay_method"] == "cautious":
@@ -308,10 +330,13 @@ def _descend(group: Mapping[str, Any], weights: list[Tensor], steps: list[Tensor
     else:
         factors = decay_factor(group, weights[0], steps[0])
     decays = not (isinstance(factors, float) and factors == 1.0)
+    if decays and any(stays):
+        each = factors if isinstance(factors, list) else [factors] * len(weights)
+        factors = [f if stay is None else stay.factor(f) for f, stay in zip(each, stays, strict=True)]
     if decays and not decay_follows:
         torch._foreach_mul_(weights, factors)
     if isinstance(lr, Tensor):
-        torch._foreach_sub_(weights, [lr * D for D in steps])
+        torch._foreach_sub_(weights, torch._foreach_mul(steps, lr))
     else:
         torch._foreach_add_(weights, steps, alpha=-lr)
     if decays and decay_follows:

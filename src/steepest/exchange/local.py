@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from steepest.exchange.bucket import Bucket, Directions, Move, Tensors
+from steepest.exchange.bucket import Bucket, Directions, Move, Stay, Staying, Tensors
 from steepest.exchange.peers import Peers
 from steepest.exchange.shards import PLAIN, local, meta_shard, shard_like
 from steepest.rule import Statistics
@@ -62,25 +62,29 @@ class LocalBucket(Bucket):
         yield from ()
         moves = []
         for made in directions:
-            everything_moves = made.finite is None and all(made.moved)
+            everything_moves, ranges = all(made.moved), iter(made.stack.groups)
+            stays = None if everything_moves and made.lost is None else made.stays()
+            start, stop, staying = 0, 0, None
             for segment in made.stack.segments:
-                if everything_moves:
-                    D, may_stay = made.D[segment.slots], False
-                elif any(made.moved[segment.slots]):
-                    D, may_stay = made.of(segment), made.may_stay(segment)
-                else:
+                if segment.start >= stop:
+                    _, start, stop = next(ranges)
+                    staying = None if stays is None else Staying(stays[start:stop], made.D[start:stop])
+                if not everything_moves and not any(made.moved[segment.slots]):
                     continue
+                D = made.D[segment.slots]
                 p, view, piece = self.params[segment.index], segment.view, segment.piece
                 t = made.stack.t[segment.start]
                 if segment.bias is not None:
                     rows, b = view.blocks[piece][0], local(self.params[segment.bias])
                     if self._takes_part[segment.bias]:
-                        column = D[..., -1].reshape(-1)
-                        moves.append(Move(segment.bias, b[rows], column, may_stay, t, partial(_rows_in_whole, b, rows)))
+                        column, whole = D[..., -1].reshape(-1), partial(_rows_in_whole, b, rows)
+                        stay = None if staying is None else Stay(staying, partial(_column, segment, start))
+                        moves.append(Move(segment.bias, b[rows], column, False, t, whole, stay))
                     D = D[..., :-1]
                 if self._takes_part[segment.index]:
                     W, D = view.cut(p if type(p) in PLAIN else local(p), piece), view.unbatch(D, piece)
-                    moves.append(Move(segment.index, W, D, may_stay, t, partial(_in_whole, p, segment)))
+                    stay = None if staying is None else Stay(staying, partial(_weights, segment, start))
+                    moves.append(Move(segment.index, W, D, False, t, partial(_in_whole, p, segment), stay))
         return moves
 
     def _pieces(self, tensors: Tensors) -> Pieces:
@@ -97,6 +101,17 @@ class LocalBucket(Bucket):
             bias = torch.zeros_like(local(self.params[segment.bias])) if bias is None else bias
             pieces[segment.key] = view.joined(view.matrices(x, piece), bias, piece)
         return pieces
+
+
+def _weights(segment: Segment, start: int, x: Tensor) -> Tensor:
+    """Cut what belongs to a segment's weights out of ``x``, which begins at the slot ``start``, in their shape."""
+    x = x[segment.start - start : segment.stop - start]
+    return segment.view.unbatch(x if segment.bias is None else x[..., :-1], segment.piece)
+
+
+def _column(segment: Segment, start: int, x: Tensor) -> Tensor:
+    """Do so for the segment's part of the bias."""
+    return x[segment.start - start : segment.stop - start, :, -1].reshape(-1)
 
 
 def _rows_in_whole(bias: Tensor, rows: slice) -> Tensor:

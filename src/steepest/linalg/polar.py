@@ -156,9 +156,11 @@ def polar_factor(G: Tensor, method: str = "keller", *, eps: float = 1e-7, dtype:
     table = TABLES[method]
     X = G.reshape(-1, *G.shape[-2:])  # [N, m, n]
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)  # [N, 1, 1]
-    X = X / torch.where(norm > negligible_norm(X.dtype), table.safety * norm + eps, torch.inf)
+    norm = torch.threshold(norm, negligible_norm(X.dtype), torch.inf)
+    norm = (norm if table.safety == 1 else table.safety * norm) + eps
+    X = torch.div(X, norm, out=torch.empty_like(X, dtype=dtype or working_dtype(G, table)))
     with fp32_matmul_precision("highest"):
-        X = _iterate(X.to(dtype or working_dtype(G, table)), table.steps)
+        X = _iterate(X, table.steps)
     return X.to(G.dtype).reshape(G.shape)
 
 

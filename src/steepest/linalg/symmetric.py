@@ -19,7 +19,12 @@ ENTRIES = 2**16
 
 
 def accumulate_gram(
-    K: Tensor, X: Tensor, beta: float | Tensor, scale: float = 1.0, weights: Tensor | None = None
+    K: Tensor,
+    X: Tensor,
+    beta: float | Tensor,
+    scale: float = 1.0,
+    weights: Tensor | None = None,
+    scaled: Tensor | None = None,
 ) -> None:
     """Compute ``K ← β K + (1-β) · scale · X diag(weights) Xᵀ`` in place.
 
@@ -32,6 +37,7 @@ def accumulate_gram(
         beta: a number, or one per matrix ``[..., 1, 1]``.
         scale: a factor of the product.
         weights: nonnegative weights of X's columns, ``[..., n]``; by default 1.
+        scaled: ``(1-β) · X``, where it is at hand, for a ``beta`` per matrix without scale and weights.
 
     Example:
         >>> import torch
@@ -54,8 +60,10 @@ def accumulate_gram(
         return
     if isinstance(beta, Tensor):
         K.mul_(beta)
-        factor = (1 - beta) * scale
-        Y, old, new = X * (factor if weights is None else factor * weights), 1.0, 1.0
+        if scaled is None:
+            factor = 1 - beta if scale == 1 else (1 - beta) * scale
+            scaled = X * (factor if weights is None else factor * weights)
+        Y, old, new = scaled, 1.0, 1.0
     else:
         Y, old, new = X if weights is None else X * weights, beta, (1 - beta) * scale
     if not _in_blocks(X):

@@ -28,10 +28,14 @@ from steepest.rule.words import BasisTiming, Precision
 Factors = TypeVar("Factors")
 
 
+BASES = ("Q_", "P_")
+"""How the names of bases and of roots begin."""
+
+
 def revive(state: State) -> None:
     """Make bases and roots that are zero the identity again, in place, as somebody may have zeroed all of the state."""
     for name, Q in state.items():
-        if name.startswith(("Q_", "P_")):
+        if name.startswith(BASES):
             dead = Q.abs().amax(dim=(-2, -1)) == 0  # [B]
             Q.diagonal(dim1=-2, dim2=-1).add_(dead.unsqueeze(-1))
 
@@ -68,6 +72,12 @@ class Refreshing(Rule, ABC, Generic[Factors]):
     @abstractmethod
     def direction(self, G: Tensor, factors: Factors, step: Step) -> Tensor:
         """The direction ``[B, m, n]``, in the bases that there are."""
+
+    @final
+    def keeps(self, name: str, step: Step) -> bool:
+        """Between refreshes: bases and roots, which only refreshes change, and averages."""
+        between = step.stage == "steady" and step.refresh is None
+        return between and (name.startswith(BASES) or name in self.averages)
 
     # When: a rule that leaves a choice declares an option of the same name.
 

@@ -61,6 +61,19 @@ class Step:
     """A count for each matrix, ``[B]``, of decompositions that every solver failed at. The rule adds to it in place."""
     statistics: Statistics | None = None
     """What was captured since the last step, for the matrices that got something; see `Rule.captures`."""
+    lost: Tensor | None = None
+    """``[B, 1, 1]``, in t's dtype: 1 for the matrices whose gradient was not finite and counts as zero; 0 for others.
+    None if there are none, or the host has taken them out of the step."""
+
+    def rate(self, rate: float) -> float | Tensor:
+        """The rate at which an average takes a gradient in; 0 for matrices whose gradient was lost."""
+        return rate if self.lost is None else torch.rsub(self.lost, rate, alpha=rate)
+
+    def decay(self, beta: float | Tensor) -> float | Tensor:
+        """The decay of an average; 1 for matrices whose gradient was lost."""
+        if self.lost is None:
+            return beta
+        return torch.maximum(self.lost, beta) if isinstance(beta, Tensor) else torch.clamp(self.lost, min=beta)
 
     def found(self, new: Tensor, old: Tensor | float, slots: Slots = slice(None)) -> Tensor:
         """The result of a decomposition for these slots, ``[b, m, n]``; ``old`` where it is NaN, which is counted."""
@@ -70,7 +83,7 @@ class Step:
         """Whether each matrix of a decomposition for these slots succeeded, ``[b]``; those that did not are counted."""
         good = succeeded(new)
         if self.failures is not None:
-            self.failures[slots] += ~good
+            self.failures[slots] += ~good if self.lost is None else ~good & (self.lost.view(-1)[slots] == 0)
         return good
 
 
@@ -113,6 +126,17 @@ class Rule(Options, ABC):
         """The gradients ``[B, m, n]`` in that sum, after an update: those of the step, or an average that led to D."""
         return G
 
+    averages: ClassVar[tuple[str, ...]] = ()
+    """The entries of the state that `update` changes by `Step.rate` and `Step.decay` alone, so that a gradient that was
+    lost leaves no trace in them; "failures", if only `Step.solved` counts there."""
+
+    def keeps(self, name: str, step: Step) -> bool:
+        """Whether `update` leaves an entry of the state as it is for matrices whose gradient was lost.
+
+        The engine saves other entries before the update, and restores them afterwards, which moves their bytes 5 times.
+        """
+        return name in self.averages
+
     @abstractmethod
     def init(self, G: Tensor) -> State:
         """Return fresh state for a stack with the shape, dtype and device of ``G [B, m, n]``; meta is a device, too.
@@ -123,6 +147,8 @@ class Rule(Options, ABC):
     @abstractmethod
     def update(self, G: Tensor, state: State, step: Step) -> Tensor | LowRank | None:
         """Take one step: change ``state`` in place, and return the directions ``[B, m, n]``, or None to stay.
+
+        Directions are in memory of their own, which the engine may change.
 
         ``G [B, m, n]`` must not be changed. An update never waits for the device, asks for a tensor's value on an
         accelerator or on the meta device (where `steepest.rule.work` counts its FLOPs), or draws random numbers.

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -153,33 +153,46 @@ DECOMPOSITIONS: Mapping[Any, tuple[str, Callable[..., float]]] = {
 
 
 class _FlopCounter(TorchDispatchMode):
-    """Counts FLOPs by part, and runs on meta tensors two operations that torch does not: QR, and choice by a mask."""
+    """Counts FLOPs by part."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops: defaultdict[Part, float] = defaultdict(float)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        operation = func.overloadpacket
-        if operation in FACTORS:
-            A, B = (args[i] for i in FACTORS[operation])
-            (m, k), n = A.shape[-2:], B.shape[-1]
-            half = A.dtype in (torch.bfloat16, torch.float16)
-            precision = "bfloat16" if half else torch.get_float32_matmul_precision()
-            self.flops[Part(PRODUCT, round((m * k * n) ** (1 / 3)), precision)] += 2.0 * A.numel() * n
-        elif operation in DECOMPOSITIONS:
-            (kind, flops), A = DECOMPOSITIONS[operation], args[0]
-            (m, n), batch = A.shape[-2:], A.shape[:-2].numel()
-            self.flops[Part(kind, min(m, n))] += batch * flops(m, n, *args[1:])
-            if operation is ATEN.geqrf and A.is_meta:
-                return torch.empty_like(A), A.new_empty(*A.shape[:-2], min(m, n))
-        elif operation is ATEN.index and args[0].is_meta:
-            args = args[0], [_all_chosen(index) for index in args[1]]
-        return func(*args, **(kwargs or {}))
+        if found := flops_of(func, args):
+            self.flops[found[0]] += found[1]
+        valueless = args and isinstance(args[0], Tensor) and args[0].is_meta
+        return without_values(func, args, kwargs or {}) if valueless else func(*args, **(kwargs or {}))
+
+
+def flops_of(func: Any, args: Sequence[Any]) -> tuple[Part, float] | None:
+    """Return the FLOPs of an operation that a dispatch mode sees, and the part that they belong to; None for others."""
+    operation = func.overloadpacket
+    if operation in FACTORS:
+        A, B = (args[i] for i in FACTORS[operation])
+        (m, k), n = A.shape[-2:], B.shape[-1]
+        half = A.dtype in (torch.bfloat16, torch.float16)
+        precision = "bfloat16" if half else torch.get_float32_matmul_precision()
+        return Part(PRODUCT, round((m * k * n) ** (1 / 3)), precision), 2.0 * A.numel() * n
+    if operation in DECOMPOSITIONS:
+        (kind, flops), A = DECOMPOSITIONS[operation], args[0]
+        (m, n), batch = A.shape[-2:], A.shape[:-2].numel()
+        return Part(kind, min(m, n)), batch * flops(m, n, *args[1:])
+    return None
+
+
+def without_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operation on tensors without values, also two that torch doesn't: QR, and choice by a mask."""
+    if func.overloadpacket is ATEN.geqrf:
+        return torch.empty_like(args[0]), args[0].new_empty(*args[0].shape[:-2], min(args[0].shape[-2:]))
+    if func.overloadpacket is ATEN.index:
+        args = args[0], [_all_chosen(index) for index in args[1]]
+    return func(*args, **kwargs)
 
 
 def _all_chosen(index: Tensor | None) -> Tensor | None:
-    """The indices that a mask ``[b]`` stands for if all its entries are true; meta tensors have no values to tell."""
+    """The indices that a mask ``[b]`` stands for if all its entries are true; without values, nothing else is known."""
     if index is None or index.dtype != torch.bool or index.dim() != 1:
         return index
     return index.new_empty(len(index), dtype=torch.long)

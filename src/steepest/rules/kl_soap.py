@@ -37,4 +37,4 @@ class KLSoap(AdamInBasis[KLFactors]):
         return KLFactors(state, step.failures, polish=self.basis_dtype != "float32")
 
     def update_factors(self, G: Tensor, factors: KLFactors, step: Step) -> None:
-        factors.accumulate_whitened(G, self.factor_beta(step.t), self.eps, self.kl_floor)
+        factors.accumulate_whitened(G, self.factor_beta(step), self.eps, self.kl_floor)

@@ -30,6 +30,7 @@ from steepest.rules.parts.scales import SCALES
 class Orthogonalized(NewtonSchulz, ABC):
     """Momentum in, a matrix with singular values near one out; what is in between, the subclass says."""
 
+    averages: ClassVar[tuple[str, ...]] = ("momentum_buffer", "failures")
     momentum: float = beta(0.95)
     nesterov: bool = flag(True)
     scale: Scale = one_of(Scale, "match_rms_adamw")
@@ -39,7 +40,7 @@ class Orthogonalized(NewtonSchulz, ABC):
 
     def update(self, G: Tensor, state: State, step: Step) -> Tensor:
         G = G if step.penalty is None else G + step.penalty
-        M = state["momentum_buffer"].lerp_(G, 1 - self.momentum)
+        M = state["momentum_buffer"].lerp_(G, step.rate(1 - self.momentum))
         D = self.orthogonalize(G.lerp(M, self.momentum) if self.nesterov else M, state, step)
         return D.mul_(SCALES[self.scale](*G.shape[1:]))
 

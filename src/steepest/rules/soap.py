@@ -34,6 +34,7 @@ F = TypeVar("F", bound=Factors)
 class AdamInBasis(Refreshing[F], ABC):
     """Adam in the eigenbases of two covariances; a subclass says of which covariances."""
 
+    averages: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "L", "R", "failures")
     precondition_frequency: int | Callable[[int], int] = frequency(5)
     precondition_1d: bool = lays_out(flag(False))
     betas: tuple[float, float] = betas((0.9, 0.95))
@@ -61,9 +62,10 @@ class AdamInBasis(Refreshing[F], ABC):
         moments = {"exp_avg": torch.zeros_like(G), "exp_avg_sq": torch.zeros_like(G)}  # [B, m, n]
         return moments | Factors.init(G, self.max_precond_dim, self.precondition_1d)
 
-    def factor_beta(self, t: Tensor) -> float | Tensor:
+    def factor_beta(self, step: Step) -> float | Tensor:
         corrects = self.correct_bias if self.correct_shampoo_beta_bias is None else self.correct_shampoo_beta_bias
-        return corrected_beta(self.shampoo_beta, t) if corrects else self.shampoo_beta
+        beta = corrected_beta(self.shampoo_beta, step.t) if corrects else self.shampoo_beta
+        return beta if step.lost is None else step.decay(beta)
 
     def update_bases(self, factors: F, slots: Slots, step: Step) -> None:
         if step.stage == "first" and self.solver != "qr":
@@ -82,6 +84,7 @@ class AdamInBasis(Refreshing[F], ABC):
             nesterov=self.nesterov,
             momentum_floor=self.momentum_floor and rotates,
             noise_floor=self.noise_floor if rotates else 0.0,
+            lost=step.lost,
         )
         return clip_rms(factors.unproject(u) if rotates else u, self.max_update_rms)
 
@@ -97,4 +100,4 @@ class Soap(AdamInBasis[Factors]):
         return Factors(state, step.failures)
 
     def update_factors(self, G: Tensor, factors: Factors, step: Step) -> None:
-        factors.accumulate(G, self.factor_beta(step.t))
+        factors.accumulate(G, self.factor_beta(step))

@@ -106,18 +106,18 @@ class Inputs:
     G: Tensor
     """``[b, m, n]``."""
     penalty: Tensor | None
-    finite: Tensor | None
-    """``[b, 1, 1]``."""
+    lost: Tensor | None
+    """``[b, 1, 1]``; see `steepest.rule.Step`."""
 
     @property
     def tensors(self) -> list[Tensor]:
         """Return the inputs that are not None."""
-        return [x for x in (self.G, self.penalty, self.finite) if x is not None]
+        return [x for x in (self.G, self.penalty, self.lost) if x is not None]
 
     def empty_like(self) -> Inputs:
         """Allocate memory for inputs of the same shapes."""
-        penalty, finite = (None if x is None else torch.empty_like(x) for x in (self.penalty, self.finite))
-        return Inputs(torch.empty_like(self.G), penalty, finite)
+        penalty, lost = (None if x is None else torch.empty_like(x) for x in (self.penalty, self.lost))
+        return Inputs(torch.empty_like(self.G), penalty, lost)
 
 
 Work = Callable[[Inputs], Output]
@@ -152,7 +152,7 @@ class Recorder:
         device = inputs.G.device
         if device.type not in CAPTURES:
             return work(inputs)
-        key = [*key, inputs.penalty is None, inputs.finite is None, *_settings(device)]
+        key = [*key, inputs.penalty is None, inputs.lost is None, *_settings(device)]
         if self.recording is not None and self.recording.key == key:
             self._seen = 0
             return self.recording.replayed(inputs)

@@ -276,7 +276,7 @@ class Stack:
             torch.cuda.current_stream(self.device).wait_event(self._finished[0])
             self._finished = None
         if self.undone is not None:
-            undone = self.undone.wait()
+            undone = self.undone.wait().view(-1).long()
             self.skipped += int(undone.sum())
             self.clock -= undone
             self.undone = None

@@ -184,7 +184,10 @@ def _levels(dtype: torch.dtype, device: torch.device) -> Tensor:
     matrix alone on its rank would differ from the same matrix in a stack.
     """
     exponents = torch.arange(-LEVELS, 1, dtype=torch.float64, device="cpu") * PER_LEVEL
-    return torch.exp2(exponents).to(dtype).to(device)
+    ratios = torch.exp2(exponents).to(dtype).tolist()
+    pins = device.type == "cuda"  # else the copy would wait for the GPU
+    table = torch.tensor(ratios, dtype=dtype, device="cpu", pin_memory=pins)
+    return table.to(device, non_blocking=True)
 
 
 def _blocks(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from steepest.lab.bench import text
+from steepest.lab.bench import counting, text
 from steepest.lab.bench.entrants import DEFAULT, Entrant, parse_entrants
 from steepest.lab.bench.peers import PACKAGES, peers_of
 from steepest.lab.bench.report import page
@@ -42,6 +42,9 @@ class Request:
     device: str = "cpu"
     out: Path = Path("runs/bench")
     command: str = ""
+    count: bool = False
+    """Whether steps are counted on a fake GPU, and nothing is measured."""
+    lines: bool = False
 
 
 def run(request: Request, console: Console) -> None:
@@ -50,6 +53,13 @@ def run(request: Request, console: Console) -> None:
     Raises:
         BadInput: for a request that can't be met, before anything is measured.
     """
+    if request.lines and not request.count:
+        raise BadInput("--lines: says by what --count counts, so it needs --count")
+    if request.count:
+        for name in request.shapes.split(","):
+            shapes = shape_set(name.strip().lower(), request.depth)
+            counting.show(shapes, parse_entrants(request.optimizers or DEFAULT, shapes.longest), request.lines, console)
+        return
     device = pick_device(request.device)
     if request.compiled and not request.peers:
         raise BadInput("--compiled: is about peers that compile themselves, so it needs --peers")

@@ -64,7 +64,7 @@ class LiteralKLSoap(AdamInBasis[Factors]):
         """See `steepest.rule.Refreshing`."""
         L, R, Q_L, Q_R = (factors.state[name] for name in ("L", "R", "Q_L", "Q_R"))
         functional.update_kronecker_factors_kl_shampoo(
-            [L, R], G, self.factor_beta(step.t), [Q_L, Q_R], self.eps, relative_floor=self.kl_floor
+            [L, R], G, self.factor_beta(step), [Q_L, Q_R], self.eps, relative_floor=self.kl_floor
         )
 
 

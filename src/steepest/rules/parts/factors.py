@@ -71,10 +71,12 @@ class Factors:
 
     def accumulate(self, G: Tensor, beta: float | Tensor) -> None:
         """Take a gradient into the covariances: ``L ← β L + (1-β) G Gᵀ``, ``R ← β R + (1-β) Gᵀ G``."""
+        both = isinstance(beta, Tensor) and "L" in self.state and "R" in self.state
+        scaled = G * (1 - beta) if both else None  # once for both sides
         if "L" in self.state:
-            accumulate_gram(self.state["L"], G, beta)
+            accumulate_gram(self.state["L"], G, beta, scaled=scaled)
         if "R" in self.state:
-            accumulate_gram(self.state["R"], G.mT, beta)
+            accumulate_gram(self.state["R"], G.mT, beta, scaled=None if scaled is None else scaled.mT)
 
     def project(self, G: Tensor) -> Tensor:
         """``Q_Lᵀ G Q_R``."""

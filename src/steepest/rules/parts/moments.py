@@ -14,7 +14,8 @@ from torch import Tensor
 
 from steepest import kernels
 from steepest.kernels.precision import INTERPRETED
-from steepest.rule import State
+from steepest.rule import State, Step
+from steepest.stack.undo import undoing
 
 
 def adam(
@@ -28,6 +29,7 @@ def adam(
     nesterov: bool = False,
     momentum_floor: bool = False,
     noise_floor: float = 0.0,
+    lost: Tensor | None = None,
 ) -> Tensor:
     """Take ``g [B, m, n]`` into ``exp_avg`` and ``exp_avg_sq``, in place, and return Adam's direction ``[B, m, n]``.
 
@@ -46,20 +48,27 @@ def adam(
             gradient it changes nothing; right after a basis has turned, v̂ belongs to other directions, and it matters.
         noise_floor: τ. With d = sqrt(v̂) and τ_t = τ / t^(3/2) the denominator becomes ``d + τ_t² mean(v̂)/d``, as in a
             Wiener filter: entries far below τ_t times the root mean square vanish quadratically, the rest is untouched.
+        lost: see `steepest.rule.Step`; the moments of these matrices stay as they are.
     """
     if (INTERPRETED or not g.is_cpu) and kernels.adam_pays(g, state["exp_avg"], state["exp_avg_sq"]):
         from steepest.kernels.adam import adam as fused  # on a GPU: the same in one pass or two
 
-        return fused(
-            *(g, state["exp_avg"], state["exp_avg_sq"], t, betas, eps),
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        undo = None if lost is None else undoing(lost == 0, moments)
+        D = fused(
+            *(g, *moments, t, betas, eps),
             correct_bias=correct_bias,
             nesterov=nesterov,
             momentum_floor=momentum_floor,
             noise_floor=noise_floor,
         )
+        if undo is not None:
+            undo()
+        return D
     beta1, beta2 = betas
-    m = state["exp_avg"].lerp_(g, 1 - beta1)
-    v = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    rate, decay = (1 - beta1, beta2) if lost is None else (Step(t, lost=lost).rate(1 - beta1), lost.clamp(min=beta2))
+    m = state["exp_avg"].lerp_(g, rate)
+    v = state["exp_avg_sq"].mul_(decay).addcmul_(g, g, value=1 - beta2)
     if correct_bias:
         v = v / correction(beta2, t)
         if nesterov:
@@ -69,13 +78,15 @@ def adam(
     elif nesterov:
         m = m.lerp(g, 1 - beta1)
     if momentum_floor:
-        v = torch.maximum(v, m.square())
+        square = m.square()
+        v = torch.maximum(v, square, out=square)
     d = v.sqrt()
     if noise_floor == 0:
         return m / d.add_(eps)
     floor = noise_floor**2 / (t * t * t) * v.mean(dim=(-2, -1), keepdim=True)  # [B, 1, 1]
-    denominator = torch.addcmul(floor + torch.finfo(g.dtype).tiny, d, d + eps)  # d (d + eps) + τ_t² mean(v̂); 0/0 is 0
-    return d.mul_(m).div_(denominator)
+    ahead = d + eps
+    torch.addcmul(floor + torch.finfo(g.dtype).tiny, d, ahead, out=ahead)  # d (d + eps) + τ_t² mean(v̂); 0/0 is 0
+    return d.mul_(m).div_(ahead)
 
 
 def correction(beta: float, t: Tensor) -> Tensor:
