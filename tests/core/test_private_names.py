@@ -57,6 +57,7 @@ OWNERS: dict[str, Any] = {
     "_subclasses": torch,
     "_pytree": torch.utils,
     "_cdata": torch.zeros(1).untyped_storage(),
+    "_local_scalar_dense": torch.ops.aten,
     "_AutoDispatchBelowAutograd": torch._C,
 }
 """Where torch has each name. Operations on lists (``torch._foreach_add_``) are documented, and are not listed."""
