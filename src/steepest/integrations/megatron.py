@@ -43,9 +43,9 @@ def registrable(ours: str) -> Callable[..., Optimizer]:
         given = {key: value for key, value in options.items() if value is not None}  # Megatron's None is "not set"
         if not takes(rule, "betas"):
             given.pop("betas", None)  # Adam's, which Megatron passes to everybody
-        params = list(params)
-        refuse_parts(params)
-        Optimizer.__init__(self, params, **group_options(ours, literals(given)))
+        given_params: list[Any] = list(params)
+        refuse_parts(given_params)
+        Optimizer.__init__(self, given_params, **group_options(ours, literals(given)))
 
     def init_group(self: Optimizer, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Do nothing: state is there from construction on, also of parameters without gradients."""

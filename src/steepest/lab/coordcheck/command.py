@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from rich.console import Console
 
 from steepest.lab.coordcheck import text
 from steepest.lab.coordcheck.families import family
-from steepest.lab.coordcheck.sizes import Growth, Sizes, growth, sizes
+from steepest.lab.coordcheck.sizes import SIZES, Growth, Sizes, growth, sizes
 from steepest.lab.shared.contenders import Contender, parse_contenders
 from steepest.lab.shared.device import one_thread
 from steepest.lab.shared.errors import BadInput, one_line
@@ -95,7 +95,7 @@ def _reason(error: BaseException) -> str:
 def _facts(one: Growth) -> dict[str, object]:
     return {
         "layer": one.layer,
-        "sizes": {str(width): sizes._asdict() for width, sizes in one.sizes.items()},
-        "powers": {what: one.exponent(what) for what in Sizes._fields},
+        "sizes": {str(width): asdict(sizes) for width, sizes in one.sizes.items()},
+        "powers": {what: one.exponent(what) for what in SIZES},
         "flags": sorted(one.flags),
     }

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -34,12 +34,16 @@ STEADY = 0.25
 """The largest exponent of the width, up or down, that counts as none: over a factor of 16 it makes a factor of 2."""
 
 
-class Sizes(NamedTuple):
+@dataclass(frozen=True)
+class Sizes:
     """A layer's sizes after the last step; None where there is nothing to measure."""
 
     update: float | None
     change: float | None
     size: float | None
+
+
+SIZES = tuple(field.name for field in fields(Sizes))
 
 
 @dataclass(frozen=True)

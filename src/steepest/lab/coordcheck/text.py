@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from steepest.lab.coordcheck.sizes import STEADY, Growth, Sizes
+from steepest.lab.coordcheck.sizes import SIZES, STEADY, Growth
 from steepest.lab.shared.table import Table
 
 NOTE = (
@@ -18,11 +18,11 @@ NOTE = (
 def table(found: Sequence[Growth]) -> Table:
     """Return a line for each layer: the first width's value and the exponent of each size."""
     head, rows = [""], []
-    for what in Sizes._fields:
+    for what in SIZES:
         head += [what, "power"]
     for one in found:
         row, first = [one.layer], next(iter(one.sizes.values()))
-        for what in Sizes._fields:
+        for what in SIZES:
             row += [value(getattr(first, what)), power(one.exponent(what), what in one.flags)]
         rows.append(row)
     return Table(head, rows)
