@@ -83,7 +83,7 @@ def race(
 
 @app.command(epilog="Example: steepest suite --optimizers 'soap-f5, muon' --workloads 'stdlib, convnet' --budget 2h")
 def suite(
-    optimizers: Annotated[str | None, Option(help="Contenders beside adamw, in order. Default: 17.")] = None,
+    optimizers: Annotated[str | None, Option(help="Contenders beside adamw, in order. Default: 17, and peers.")] = None,
     workloads: Annotated[str | None, Option(help="What to train: names, or files. Default: the suite's.")] = None,
     budget: Annotated[str | None, Option(help="CPU time to spend: 30m, 2h. Drops contenders from the end.")] = None,
     start: Annotated[Path | None, Option("--from", help="Go on from a suite.json, from another machine too.")] = None,
@@ -93,7 +93,8 @@ def suite(
     """Compare optimizers on ten workloads, with the same number of trials for each, and write a leaderboard.
 
     Two tables come out: tuned on each workload, and one setting for all. Both say how many times fewer steps, and how
-    much less time, an optimizer needs to AdamW's final loss.
+    much less time, an optimizer needs to AdamW's final loss. Peers, such as pytorch_optimizer.soap, are other
+    libraries' optimizers with the settings of ours; they take part where they are installed.
 
     Each run is recorded when it ends: the same command continues an interrupted suite.
     """
