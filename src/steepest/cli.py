@@ -106,6 +106,29 @@ def suite(
         raise typer.Exit(command.run(request, _console()))
 
 
+@app.command(epilog="Example: steepest tune my_task.py --optimizer soap --budget 10m")
+def tune(
+    workload: Annotated[str, typer.Argument(help="What to train, as in steepest race: a file, or a name.")],
+    optimizer: Annotated[str, Option(help="One contender, as in steepest race: the search starts from it.")] = "soap",
+    trials: Annotated[int, Option(min=3, help="Most settings to try; one run each.")] = 8,
+    budget: Annotated[str | None, Option(help="CPU time to spend: 90s, 10m, 2h. Default: what the runs take.")] = None,
+    steps: Annotated[int | None, Option(min=1, help="Training steps. Default: as the workload says.")] = None,
+    out: Annotated[Path, Option(help="Folder for the setting, the picture and the records.")] = Path("runs/tune"),
+) -> None:
+    """Find learning rates and weight decay for one optimizer on a task of yours, and print the code to paste.
+
+    Learning rates walk by factors of 4 until the best has a worse one on both sides; half steps, the rate of the
+    parameters that are no hidden matrices, and weight decay follow. A best value at the edge is marked.
+
+    Each run is recorded when it ends: the same command continues an interrupted search, and more trials go on from it.
+    """
+    with _errors_in_one_line():
+        from steepest.lab.tune import command
+
+        request = command.Request(workload, optimizer, trials, budget, steps, out, _typed())
+        raise typer.Exit(command.run(request, _console()))
+
+
 @app.command(epilog="Example: steepest check torch.optim:AdamW --lr 1e-3 --option 'betas=(0.9, 0.95)'")
 def check(
     optimizer: Annotated[str, typer.Argument(help="module:Class, as in torch.optim:AdamW, or a name, as in soap.")],

@@ -120,7 +120,7 @@ def test_a_peer_steps_what_routing_gives_to_ours_and_ours_steps_the_rest(model) 
         assert moved == pytest.approx(0.1 if name in hidden else 0.05, rel=0.2), name  # AdamW decays, too
     assert set(optimizer.state) == set(model.parameters())
     of_adamw = sum(2 * 4 * p.numel() + 4 for name, p in model.named_parameters() if name not in hidden)
-    assert state_bytes(optimizer) == pytest.approx(of_adamw + len(hidden) * 5 * 4, abs=100)
+    assert state_bytes(optimizer) == of_adamw + len(hidden) * 5 * 4
 
 
 @pytest.mark.usefixtures("stand_in")
