@@ -83,7 +83,7 @@ def race(
 
 @app.command(epilog="Example: steepest suite --optimizers 'soap-f5, muon' --workloads 'stdlib, convnet' --budget 2h")
 def suite(
-    optimizers: Annotated[str | None, Option(help="Contenders beside adamw, in order. Default: 17.")] = None,
+    optimizers: Annotated[str | None, Option(help="Contenders beside adamw, in order. Default: 17, and peers.")] = None,
     workloads: Annotated[str | None, Option(help="What to train: names, or files. Default: the suite's.")] = None,
     budget: Annotated[str | None, Option(help="CPU time to spend: 30m, 2h. Drops contenders from the end.")] = None,
     start: Annotated[Path | None, Option("--from", help="Go on from a suite.json, from another machine too.")] = None,
@@ -93,7 +93,8 @@ def suite(
     """Compare optimizers on ten workloads, with the same number of trials for each, and write a leaderboard.
 
     Two tables come out: tuned on each workload, and one setting for all. Both say how many times fewer steps, and how
-    much less time, an optimizer needs to AdamW's final loss.
+    much less time, an optimizer needs to AdamW's final loss. Peers, such as pytorch_optimizer.soap, are other
+    libraries' optimizers with the settings of ours; they take part where they are installed.
 
     Each run is recorded when it ends: the same command continues an interrupted suite.
     """
@@ -102,6 +103,29 @@ def suite(
 
         processes = workers or os.cpu_count() or 1
         request = command.Request(optimizers, workloads, budget, start, processes, out, _typed())
+        raise typer.Exit(command.run(request, _console()))
+
+
+@app.command(epilog="Example: steepest tune my_task.py --optimizer soap --budget 10m")
+def tune(
+    workload: Annotated[str, typer.Argument(help="What to train, as in steepest race: a file, or a name.")],
+    optimizer: Annotated[str, Option(help="One contender, as in steepest race: the search starts from it.")] = "soap",
+    trials: Annotated[int, Option(min=3, help="Most settings to try; one run each.")] = 8,
+    budget: Annotated[str | None, Option(help="CPU time to spend: 90s, 10m, 2h. Default: what the runs take.")] = None,
+    steps: Annotated[int | None, Option(min=1, help="Training steps. Default: as the workload says.")] = None,
+    out: Annotated[Path, Option(help="Folder for the setting, the picture and the records.")] = Path("runs/tune"),
+) -> None:
+    """Find learning rates and weight decay for one optimizer on a task of yours, and print the code to paste.
+
+    Learning rates walk by factors of 4 until the best has a worse one on both sides; half steps, the rate of the
+    parameters that are no hidden matrices, and weight decay follow. A best value at the edge is marked.
+
+    Each run is recorded when it ends: the same command continues an interrupted search, and more trials go on from it.
+    """
+    with _errors_in_one_line():
+        from steepest.lab.tune import command
+
+        request = command.Request(workload, optimizer, trials, budget, steps, out, _typed())
         raise typer.Exit(command.run(request, _console()))
 
 

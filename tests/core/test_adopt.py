@@ -9,7 +9,7 @@ from other_optimizers import SHAPES, Dion, Soap, SummingMuon, out_of, parameters
 from torch import nn
 
 import steepest
-from steepest.lab.bench.peers import EAGER
+from steepest.lab.shared.peers import EAGER
 
 UNGUARDED = {"guards": False, "match_columns": False}
 

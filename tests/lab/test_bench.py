@@ -19,7 +19,7 @@ from steepest.lab.bench import command as bench_session
 from steepest.lab.bench import peers as bench_peers
 from steepest.lab.bench.entrants import Entrant, Family, parse_entrants
 from steepest.lab.bench.measure import Measured, measure, state_bytes
-from steepest.lab.bench.peers import PEERS, float32_for_bfloat16, peers_of
+from steepest.lab.bench.peers import entrant, peers_of
 from steepest.lab.bench.results import rows
 from steepest.lab.bench.shapes import MODELS, ShapeSet, shape_set
 from steepest.lab.bench.speed import floor, measure_speed
@@ -28,6 +28,7 @@ from steepest.lab.plan import time as plan_time
 from steepest.lab.plan.devices import Device
 from steepest.lab.plan.models import Architecture, gpt2, rule_of
 from steepest.lab.shared.errors import BadInput
+from steepest.lab.shared.peers import EAGER, PACKAGES, PEERS, float32_for_bfloat16
 from steepest.rule.work import work
 
 CPU = torch.device("cpu")
@@ -234,7 +235,7 @@ def test_peers_are_told_to_do_the_same():
     )
     assert ours[0].family == Family("soap", 10, 8)
     settings = {
-        f"{peer.package}.{peer.name}": dict(peer.entrant(one).settings)
+        f"{peer.package}.{peer.name}": dict(entrant(peer, one).settings)
         for one in ours
         for peer in PEERS
         if one.family.kind == peer.kind
@@ -269,7 +270,7 @@ def test_torch_muon_multiplies_in_float32_only_within_its_scope():
     assert x.bfloat16().dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("package", bench_peers.PACKAGES)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_peers_step(package):
     pytest.importorskip(package)
     names = "soap-f2, soap-f1, kl-soap-f2, muon, normuon, adamuon, adamw, lion, shampoo-f2, kl-shampoo-f2"
@@ -285,7 +286,7 @@ def test_peers_step(package):
 def test_heavyball_compiles_only_within_its_scope():
     heavyball = pytest.importorskip("heavyball")
     before = heavyball.utils.compile_mode
-    with bench_peers.EAGER():
+    with EAGER():
         assert heavyball.utils.compile_mode is None
     assert heavyball.utils.compile_mode == before
     found, _ = peers_of(parse_entrants("kl-soap", 12), libraries=True, compiled=True)
@@ -324,12 +325,10 @@ def test_end_to_end(tiny, tmp_path):
 
 def test_a_peer_that_is_not_there_is_named(tiny, tmp_path, monkeypatch):
     find = bench_peers.importlib.util.find_spec
-    monkeypatch.setattr(
-        bench_peers.importlib.util, "find_spec", lambda name: None if name in bench_peers.PACKAGES else find(name)
-    )
+    monkeypatch.setattr(bench_peers.importlib.util, "find_spec", lambda name: None if name in PACKAGES else find(name))
     done = bench("--shapes", "tiny", "--optimizers", "soap", "--peers", "--steps", 2, "--out", tmp_path)
     assert done.exit_code == 0, done.output
-    for package in bench_peers.PACKAGES:
+    for package in PACKAGES:
         assert f"{package} is not installed" in done.output
     assert 'pip install "steepest[peers]"' in " ".join(done.output.split())
     assert json.loads((tmp_path / "results.json").read_text())["missing"] == ["heavyball", "pytorch_optimizer"]

@@ -19,7 +19,7 @@ from gpu.record import Record
 from torch.autograd import DeviceType
 
 from steepest.engine.phases import phase
-from steepest.lab.bench import peers as bench_peers
+from steepest.lab.shared.peers import PACKAGES
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,7 @@ def test_parts_that_do_not_fit_are_named():
 
 
 def test_plans_are_whole_periods_of_distinct_entrants():
-    if not all(importlib.util.find_spec(package) for package in bench_peers.PACKAGES):
+    if not all(importlib.util.find_spec(package) for package in PACKAGES):
         pytest.skip("needs the extra peers")
     labels = set()
     for plan in gpu.steps.PLANS:
@@ -104,7 +104,7 @@ def test_entrants_in_tf32_are_compared_with_each_other():
     assert all((kind == "soap in TF32") == ("TF32" in label) for label, kind in kinds.items() if "." in label)
 
 
-@pytest.mark.parametrize("package", ["", *bench_peers.PACKAGES])
+@pytest.mark.parametrize("package", ["", *PACKAGES])
 def test_first_bases_are_made_up_for_everybody(package):
     """In a first step, ours or a peer's; and real decompositions are back afterwards."""
     if package:

@@ -40,6 +40,26 @@ def test_everybody_tries_the_same_number_of_different_settings_whatever_happens(
     assert sum(trial.contender.lr == preset(name).lr for trial in tried) >= 1
 
 
+@settings(deadline=None)
+@given(st.sampled_from(CONTENDERS), st.integers(3, 16), st.lists(LOSSES, min_size=16, max_size=16))
+def test_fewer_and_more_trials_are_of_different_settings_too(name, trials, losses) -> None:
+    start, tried = preset(name), []
+    while (setting := next_setting(start, losses[: len(tried)], trials)) is not None:
+        tried.append(setting)
+    assert min(trials, protocol.TRIALS) <= len(tried) <= trials
+    assert len({json.dumps(setting.settings()) for setting in tried}) == len(tried)
+    assert tried[:3] == [next_setting(start, losses[:count]) for count in range(3)]
+
+
+@pytest.mark.parametrize("name", ["adamw", "soap-f5", "sgd", "kfac"])
+@pytest.mark.parametrize("factor", [1e5, 1e-5])
+def test_more_trials_let_the_walk_go_further(name, factor) -> None:
+    start, ending, tried = preset(name), bowl(preset(name).lr * factor), []
+    while (setting := next_setting(start, [trial.loss for trial in tried], 14)) is not None:
+        tried.append(Tried(setting, ending(setting)))
+    assert protocol.edges(tried) == ()
+
+
 @pytest.mark.parametrize("name", ["adamw", "soap-f5", "sgd", "kfac"])
 @pytest.mark.parametrize("factor", [1.0, 2.0, 1 / 4, 30.0, 1 / 30])
 def test_the_walk_finds_the_best_rate_within_half_a_step(name, factor) -> None:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from steepest.lab.bench import counting, text
 from steepest.lab.bench.entrants import DEFAULT, Entrant, parse_entrants
-from steepest.lab.bench.peers import PACKAGES, peers_of
+from steepest.lab.bench.peers import peers_of
 from steepest.lab.bench.report import page
 from steepest.lab.bench.results import bench
 from steepest.lab.bench.shapes import ShapeSet, shape_set
@@ -24,6 +24,7 @@ from steepest.lab.shared.device import one_thread, pick_device
 from steepest.lab.shared.errors import BadInput
 from steepest.lab.shared.files import make_folder, write
 from steepest.lab.shared.fingerprints import machine, versions
+from steepest.lab.shared.peers import PACKAGES
 
 
 @dataclass(frozen=True)

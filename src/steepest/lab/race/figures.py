@@ -13,10 +13,8 @@ import plotly.graph_objects as go
 from steepest.lab.race.race import Entry, Runs
 from steepest.lab.race.results import Result, Results
 from steepest.lab.race.trial import Run, loss
-from steepest.lab.shared.charts import COLOURS, GREY, LOGARITHMIC, area, blank, curve
+from steepest.lab.shared.charts import COLOURS, GREY, LOGARITHMIC, Samples, blank, final_losses, mean_and_range
 
-Samples = Sequence[tuple[float, Sequence[float]]]
-"""Positions, and at each the losses of all seeds."""
 DECADES = 100.0
 """From this ratio of the losses on, their axis is logarithmic."""
 DASHED = {"color": GREY, "width": 1, "dash": "dash"}
@@ -111,7 +109,7 @@ def _loss_curves(results: Results, x_title: str, position: Callable[[Run], Seque
         positions = [position(run) for run in runs]
         losses = [[run.record.validation[i][1] for run in runs] for i in range(count)]
         samples = [(fmean(xs[i] for xs in positions), losses[i]) for i in range(count)]
-        _mean_and_range(figure, label, colour, samples)
+        mean_and_range(figure, label, colour, samples)
         bottoms.append(min(map(min, losses)))
         if all(math.isfinite(run.record.final) for run in runs):
             tops.append(fmean(losses[min(count - 1, count // 5)]))
@@ -127,38 +125,11 @@ def _loss_curves(results: Results, x_title: str, position: Callable[[Run], Seque
 
 
 def _final_losses(results: Results, x_title: str, samples: Mapping[str, Samples]) -> go.Figure | None:
-    """Draw final losses by label, with crosses at the top where a run diverged; None if no loss is finite."""
-    finite = [x for found in samples.values() for _, losses in found for x in losses if math.isfinite(x)]
-    if not finite:
-        return None
-    figure, paint = blank(x_title), colours(results)
-    ceiling = max(finite) + 0.08 * (max(finite) - min(finite))
-    for label, found in samples.items():
-        if not found:
-            continue
-        kept = [(x, losses) for x, losses in found if math.isfinite(fmean(losses))]
-        _mean_and_range(figure, label, paint[label], kept, "lines+markers")
-        diverged = [x for x, losses in found if not math.isfinite(fmean(losses))]
-        figure.add_scatter(
-            x=diverged,
-            y=[ceiling] * len(diverged),
-            mode="markers",
-            marker={"symbol": "x", "size": 11, "color": paint[label]},
-            name=label,
-            legendgroup=label,
-            hovertemplate=f"{label} diverged at %{{x:g}}<extra></extra>",
-        )
-    _target_line(figure, results)
-    positions = sorted({x for found in samples.values() for x, _ in found})
-    figure.update_xaxes(type="log", tickvals=positions, ticktext=[f"{x:g}" for x in positions])
+    """Draw final losses by label, and the baseline's; None if no loss is finite."""
+    figure = final_losses(x_title, samples, colours(results))
+    if figure is not None:
+        _target_line(figure, results)
     return figure
-
-
-def _mean_and_range(figure: go.Figure, label: str, colour: str, samples: Samples, mode: str = "lines") -> None:
-    """Draw the mean over seeds as a curve, and the range behind it as a band."""
-    low, high, mean = ([(x, pick(losses)) for x, losses in samples] for pick in (min, max, fmean))
-    area(figure, label, colour, [*high, *reversed(low)])
-    curve(figure, label, colour, mean, mode)
 
 
 def _share_bars(results: Results, share: Callable[[Result], float | None]) -> go.Figure:

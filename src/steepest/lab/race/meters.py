@@ -63,7 +63,7 @@ def _memory(x: Tensor) -> tuple[Any, int]:
 
 
 def _tensors(x: object) -> Iterator[Tensor]:
-    """Yield the tensors with memory in an operation's arguments or results."""
+    """Yield the tensors with memory in an operation's arguments or results, or in an optimizer's state."""
     if isinstance(x, Tensor):
         if x.layout == torch.strided and x.device.type != "meta":
             yield x
@@ -73,6 +73,5 @@ def _tensors(x: object) -> Iterator[Tensor]:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Return the bytes of all tensors in the optimizer's state."""
-    states = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.numel() * value.element_size() for value in states if isinstance(value, Tensor))
+    """Return the bytes of all tensors in the optimizer's state, those in lists included."""
+    return sum(value.numel() * value.element_size() for value in _tensors(list(optimizer.state.values())))

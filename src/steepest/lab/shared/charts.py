@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
 import plotly.graph_objects as go
 
 GREY = "#7d8799"
@@ -16,6 +20,8 @@ FAINT = "rgba(128, 134, 150, 0.22)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 
 Points = list[tuple[float, float]]
+Samples = Sequence[tuple[float, Sequence[float]]]
+"""Positions, and at each the losses of all seeds."""
 
 
 def blank(x_title: str) -> go.Figure:
@@ -66,3 +72,37 @@ def area(figure: go.Figure, label: str, colour: str, outline: Points) -> None:
         legendgroup=label,
         hoverinfo="skip",
     )
+
+
+def mean_and_range(figure: go.Figure, label: str, colour: str, samples: Samples, mode: str = "lines") -> None:
+    """Draw the mean over seeds as a curve, and the range behind it as a band."""
+    low, high, mean = ([(x, pick(losses)) for x, losses in samples] for pick in (min, max, fmean))
+    area(figure, label, colour, [*high, *reversed(low)])
+    curve(figure, label, colour, mean, mode)
+
+
+def final_losses(x_title: str, samples: Mapping[str, Samples], colours: Mapping[str, str]) -> go.Figure | None:
+    """Draw final losses by label, with crosses at the top where a run diverged; None if no loss is finite."""
+    finite = [x for found in samples.values() for _, losses in found for x in losses if math.isfinite(x)]
+    if not finite:
+        return None
+    figure = blank(x_title)
+    ceiling = max(finite) + 0.08 * (max(finite) - min(finite))
+    for label, found in samples.items():
+        if not found:
+            continue
+        kept = [(x, losses) for x, losses in found if math.isfinite(fmean(losses))]
+        mean_and_range(figure, label, colours[label], kept, "lines+markers")
+        diverged = [x for x, losses in found if not math.isfinite(fmean(losses))]
+        figure.add_scatter(
+            x=diverged,
+            y=[ceiling] * len(diverged),
+            mode="markers",
+            marker={"symbol": "x", "size": 11, "color": colours[label]},
+            name=label,
+            legendgroup=label,
+            hovertemplate=f"{label} diverged at %{{x:g}}<extra></extra>",
+        )
+    positions = sorted({x for found in samples.values() for x, _ in found})
+    figure.update_xaxes(type="log", tickvals=positions, ticktext=[f"{x:g}" for x in positions])
+    return figure

@@ -2,9 +2,10 @@
 
     adamw, soap(precondition_frequency=5, lr=1e-2), moso
 
-A name stands for a preset, or for a recipe (``soap/paper``, see `steepest.recipe`); options in brackets replace its
-settings. ``warmup`` is the share of steps in which the learning rate rises, ``elementwise={...}`` are AdamW's options
-for parameters that are not hidden matrices; all other options are the rule's.
+A name stands for a preset, for a recipe (``soap/paper``, see `steepest.recipe`), or for an optimizer of another library
+(``pytorch_optimizer.soap``, see `steepest.lab.shared.peers`); options in brackets replace its settings. ``warmup`` is
+the share of steps in which the learning rate rises, ``elementwise={...}`` are AdamW's options for parameters that are
+not hidden matrices; all other options are the rule's, or those of the other library's constructor.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 import steepest
+from steepest.engine.group import option_defaults
 from steepest.lab.shared.calls import parse_call, spell_call
 from steepest.lab.shared.errors import BadInput, one_line
-from steepest.lab.shared.presets import ELEMENTWISE, PLAIN, PRESETS, SECOND_ORDER, WARMUP
+from steepest.lab.shared.peers import RACING, is_installed, peer_optimizer, version_of
+from steepest.lab.shared.presets import ELEMENTWISE, PLAIN, PRESETS, SECOND_ORDER, WARMUP, Preset
 from steepest.newton.gauss_newton import GaussNewton
 from steepest.newton.lbfgs import LBFGS
 from steepest.newton.natural_gradient import NaturalGradient
@@ -65,7 +68,8 @@ class Contender:
     def settings(self) -> dict[str, Any]:
         """Return all that decides how it trains, without its label."""
         rest = self.options if self.elementwise is None else self.elementwise
-        return {"rule": self.rule, "options": dict(self.options), "elementwise": dict(rest), "warmup": self.warmup}
+        found = {"rule": self.rule, "options": dict(self.options), "elementwise": dict(rest), "warmup": self.warmup}
+        return found | ({"version": version_of(self.rule)} if self.rule in RACING else {})
 
     def value(self, name: str) -> Any:
         """Return the value of a setting: an option of the rule, ``warmup`` or ``elementwise``."""
@@ -83,6 +87,8 @@ class Contender:
         """Return the optimizer for a model."""
         if self.rule in FLAT:
             return FLAT[self.rule](model, **self.options)
+        if self.rule in RACING:
+            return peer_optimizer(self.rule, model, self.options, self.elementwise or {})
         return steepest.for_model(model, self.rule, elementwise=self.elementwise, **self.options)
 
     def check(self, model: nn.Module) -> None:
@@ -168,7 +174,7 @@ def preset(name: str) -> Contender:
     """
     if is_recipe(name):
         return _from_recipe(name)
-    known = {**PRESETS, **PLAIN, **SECOND_ORDER}
+    known = {**PRESETS, **PLAIN, **SECOND_ORDER, **{peer: PRESETS[ours] for peer, (_, ours) in RACING.items()}}
     name = spelled(name, [*known, *ALIASES]) or name
     name = ALIASES.get(name, name)
     if name not in known:
@@ -176,7 +182,23 @@ def preset(name: str) -> Contender:
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
         raise BadInput(f"unknown optimizer {name!r}; {hint}")
     p = known[name]
+    if name in RACING:
+        return _from_peer(name, p)
     return Contender(name, p.rule, p.options, p.elementwise, p.warmup, p.rates, p.provenance)
+
+
+def _from_peer(name: str, ours: Preset) -> Contender:
+    """Return the contender of another library, with the settings of our preset in that library's terms.
+
+    Raises:
+        BadInput: if the library is not installed.
+    """
+    peer, of = RACING[name]
+    if not is_installed(name):
+        raise BadInput(f'optimizer {name}: {peer.package} is not installed; pip install "steepest[peers]"')
+    options = peer.settings(option_defaults(ours.rule) | dict(ours.options))
+    provenance = f"the settings of {of}: {ours.provenance}"
+    return Contender(name, name, options, ours.elementwise, ours.warmup, ours.rates, provenance)
 
 
 def _from_recipe(name: str) -> Contender:

@@ -35,8 +35,9 @@ def library_hash() -> str:
     package = Path(__file__).parents[2]
     lab = package / "lab"
     training = [lab / "race" / name for name in ("training.py", "meters.py", "poison.py")]
+    peers = lab / "shared" / "peers.py"
     optimizers = [path for path in package.rglob("*.py") if not path.is_relative_to(lab) and path.name != "cli.py"]
-    return code_hash(*optimizers, *training, *(lab / "workloads").glob("*.py"))
+    return code_hash(*optimizers, *training, peers, *(lab / "workloads").glob("*.py"))
 
 
 def versions() -> dict[str, str]:

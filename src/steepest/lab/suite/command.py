@@ -19,6 +19,7 @@ from steepest.lab.shared.contenders import Contender, parse_contenders, preset, 
 from steepest.lab.shared.errors import BadInput, one_line
 from steepest.lab.shared.files import write
 from steepest.lab.shared.fingerprints import machine, versions
+from steepest.lab.shared.peers import RACING, is_installed
 from steepest.lab.shared.presets import BASELINE
 from steepest.lab.suite.log import rows_from_json
 from steepest.lab.suite.report import page
@@ -33,7 +34,10 @@ CONTENDERS = (
     *("adamw", "soap-f5", "muon", "kl-soap", "soap", "soap-f10", "kl-soap-f4", "normuon", "shampoo", "lion"),
     *("sgd", "kl-shampoo", "adamuon", "moso", "dion", "dion2", "kfac", "ekfac"),
 )
-"""The contenders of a suite that names none, in the order in which they run; a budget drops the last ones."""
+"""The contenders of a suite that names none, in the order in which they run; a budget drops the last ones.
+
+Last come those of other libraries, a check on our own, where they are installed.
+"""
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ def _refusal(contender: Contender, workload: Workload) -> str:
 
 
 def _contenders(text: str | None) -> list[Contender]:
-    return [preset(name) for name in CONTENDERS] if text is None else parse_contenders(text)
+    names = (*CONTENDERS, *filter(is_installed, RACING))
+    return [preset(name) for name in names] if text is None else parse_contenders(text)
 
 
 def _workloads(text: str | None) -> dict[str, tuple[str, Workload]]:
@@ -174,6 +179,9 @@ def _announce(suite: Suite, request: Request, reused: int, console: Console) -> 
     """Print what will be run, and on what machine."""
     names = ", ".join(contender.label for contender in suite.contenders)
     console.print(f"[bold]steepest suite[/]: {escape(names)}", highlight=False)
+    if request.optimizers is None and (absent := [name for name in RACING if not is_installed(name)]):
+        remedy = 'not installed: pip install "steepest[peers]"'
+        console.print(f"  without {', '.join(absent)}, {escape(remedy)}", highlight=False)
     console.print(f"  on {escape(', '.join(task.name for task in suite.tasks))}", highlight=False)
     console.print(f"  {request.workers} runs at a time with one thread each", highlight=False)
     if request.start is not None:

@@ -85,14 +85,18 @@ def scaled(contender: Contender, factor: float) -> Contender:
     return contender.varied(**changes)
 
 
-def next_setting(start: Contender, losses: Sequence[float]) -> Contender | None:
-    """Return the setting to try after trials that ended at these losses; None after `TRIALS` of them.
+def next_setting(start: Contender, losses: Sequence[float], trials: int = TRIALS) -> Contender | None:
+    """Return the setting to try after trials that ended at these losses; None after ``trials`` of them, or of fewer.
+
+    With more trials than `TRIALS` the walk may be longer; the plan ends earlier when nothing is left to try.
 
     >>> from steepest.lab.shared.contenders import preset
     >>> str(next_setting(preset("adamw"), [])), str(next_setting(preset("adamw"), [2.0]))
     ('adamw lr 0.01', 'adamw lr 0.04')
     """
-    plan = _plan(start)
+    if len(losses) >= trials:
+        return None
+    plan = _plan(start, trials)
     try:
         setting = next(plan)
         for loss in losses:
@@ -127,10 +131,10 @@ def _share(contender: Contender) -> float:
     return float(f"{rate / contender.lr:.6g}")
 
 
-def _plan(start: Contender) -> Generator[Contender, float, None]:
-    """Yield the settings to try; each one's loss is sent back."""
+def _plan(start: Contender, trials: int) -> Generator[Contender, float, None]:
+    """Yield the settings to try, at least ``trials`` if there are so many; each one's loss is sent back."""
     walk: dict[int, float] = {}
-    while len(walk) < WALK and (k := next_exponent(walk)) is not None:
+    while len(walk) < max(WALK, trials - TRIALS + WALK) and (k := next_exponent(walk)) is not None:
         walk[k] = yield scaled(start, RATE_STEP**k)
     tried = [Tried(scaled(start, RATE_STEP**k), loss) for k, loss in walk.items()]
     middle = best_of(tried).contender
@@ -138,7 +142,7 @@ def _plan(start: Contender) -> Generator[Contender, float, None]:
         setting = scaled(middle, factor)
         tried.append(Tried(setting, (yield setting)))
     middle = best_of(tried).contender
-    for changes in _other_settings(start, middle)[: TRIALS - len(tried)]:
+    for changes in _other_settings(start, middle):
         setting = _changed(best_of(tried).contender, changes)
         tried.append(Tried(setting, (yield setting)))
 

@@ -1,0 +1,1 @@
+"""``steepest tune``: learning rates and decay for one optimizer on a task of one's own."""
