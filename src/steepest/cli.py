@@ -127,13 +127,15 @@ def check(
         raise typer.Exit(0 if kept else 1)
 
 
-@app.command(epilog="Example: steepest optimizers")
-def optimizers() -> None:
-    """List all optimizers and recipes, with their state, work per step, purpose and paper."""
+@app.command(epilog="Example: steepest optimizers --papers")
+def optimizers(
+    papers: Annotated[bool, Option("--papers", help="List where they come from, instead of what they cost.")] = False,
+) -> None:
+    """List all optimizers with their state and their work per step, and all recipes."""
     with _errors_in_one_line():
         from steepest.lab.listing import command
 
-        command.print_optimizers(_console())
+        (command.print_papers if papers else command.print_optimizers)(_console())
 
 
 @app.command(epilog="Example: steepest routes my_model.py --rule kl-soap")
