@@ -92,8 +92,8 @@ def suite(
 ) -> None:
     """Compare optimizers on ten workloads, with the same number of trials for each, and write a leaderboard.
 
-    Two tables come out: tuned on each workload, and one setting for all. Both say how many times fewer steps, and how
-    much less time, an optimizer needs to AdamW's final loss.
+    Two tables come out: tuned on each workload, and one setting for all. Both say how much faster than AdamW an
+    optimizer is at AdamW's final loss, in steps and in time.
 
     Each run is recorded when it ends: the same command continues an interrupted suite.
     """
