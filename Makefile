@@ -10,7 +10,7 @@ BIN     := .venv/bin
 RACE    := $(if $(wildcard .venv/.ready),.venv,.venv-race)
 PYTEST   = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help race quick test docs lint types slow integrations torch-versions $(TORCHES:%=torch-%) clean
+.PHONY: help race quick test docs lint types slow integrations torch-versions $(TORCHES:%=torch-%) wheel clean
 
 help:
 	@echo 'make race    train the contenders of the default race, and write runs/race/report.html'
@@ -20,6 +20,7 @@ help:
 	@echo 'make slow    the long tests'
 	@echo 'make integrations   the tests of trainers of others, with those installed'
 	@echo 'make torch-versions   the tests of the optimizers with each of torch $(TORCHES)'
+	@echo 'make wheel   the archives of a release, dist/, and that they work'
 	@echo 'make clean   delete what the others have made'
 
 race: $(RACE)/.ready
@@ -83,6 +84,7 @@ $(VERSIONED): .venv-torch-%/.ready: .venv-torch-%/pins.txt
 
 PINS := constraints.txt
 PIP   = $(@D)/bin/python -m pip install --disable-pip-version-check -c $(PINS)
+ADD_TORCH = $(if $(UV),$(UV) pip install --python $(@D)/bin/python --torch-backend=auto,$(PIP)) '$(TORCH)' $(BESIDE)
 
 # torch goes first and exactly: a range would fetch the newest build with its GPU libraries.
 .venv/.ready .venv-race/.ready .venv-integrations/.ready $(VERSIONED): pyproject.toml constraints.txt
@@ -91,7 +93,7 @@ PIP   = $(@D)/bin/python -m pip install --disable-pip-version-check -c $(PINS)
 	@echo '== 1/3 A virtual environment in $(@D)'
 	$(PYTHON) -m venv $(@D)
 	@echo '== 2/3 $(TORCH): 0.2 GB to download for CPUs, up to 3 GB with CUDA (on Linux, unless uv is installed)'
-	$(if $(UV),$(UV) pip install --python $(@D)/bin/python --torch-backend=auto,$(PIP)) '$(TORCH)' $(BESIDE)
+	$(ADD_TORCH)
 	@echo '== 3/3 steepest[$(EXTRAS)]: $(SIZE)'
 	$(PIP) -e '.[$(EXTRAS)]'
 	touch $@
@@ -104,5 +106,22 @@ DOCS := 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["proj
 	$(PIP) $$($(PYTHON) -c $(DOCS))
 	touch $@
 
+wheel: .venv-wheel/.checked
+
+# Made anew each time: nothing may be there that the wheel could lean on.
+.PHONY: .venv-wheel/.checked
+.venv-wheel/.checked:
+	rm -rf dist src/steepest.egg-info  # a list of files from an earlier build would be believed
+	$(PYTHON) -m venv --clear $(@D)
+	$(PIP) build
+	$(@D)/bin/python -m build
+	$(@D)/bin/python .ci/wheel.py archives
+	$(PYTHON) -m venv --clear $(@D)
+	$(ADD_TORCH)
+	$(PIP) dist/*.whl
+	$(@D)/bin/python .ci/wheel.py torch
+	$(PIP) "$$(echo dist/*.whl)[race]"
+	$(@D)/bin/python .ci/wheel.py race
+
 clean:
-	rm -rf .venv .venv-race .venv-docs .venv-integrations .venv-torch-* build dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-race .venv-docs .venv-wheel .venv-integrations .venv-torch-* build dist runs .pytest_cache .mypy_cache .ruff_cache

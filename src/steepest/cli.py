@@ -92,8 +92,8 @@ def suite(
 ) -> None:
     """Compare optimizers on ten workloads, with the same number of trials for each, and write a leaderboard.
 
-    Two tables come out: tuned on each workload, and one setting for all. Both say how many times fewer steps, and how
-    much less time, an optimizer needs to AdamW's final loss. Peers, such as pytorch_optimizer.soap, are other
+    Two tables come out: tuned on each workload, and one setting for all. Both say how much faster than AdamW an
+    optimizer is at AdamW's final loss, in steps and in time. Peers, such as pytorch_optimizer.soap, are other
     libraries' optimizers with the settings of ours; they take part where they are installed.
 
     Each run is recorded when it ends: the same command continues an interrupted suite.
@@ -151,13 +151,15 @@ def check(
         raise typer.Exit(0 if kept else 1)
 
 
-@app.command(epilog="Example: steepest optimizers")
-def optimizers() -> None:
-    """List all optimizers and recipes, with their state, work per step, purpose and paper."""
+@app.command(epilog="Example: steepest optimizers --papers")
+def optimizers(
+    papers: Annotated[bool, Option("--papers", help="List where they come from, instead of what they cost.")] = False,
+) -> None:
+    """List all optimizers with their state and their work per step, and all recipes."""
     with _errors_in_one_line():
         from steepest.lab.listing import command
 
-        command.print_optimizers(_console())
+        (command.print_papers if papers else command.print_optimizers)(_console())
 
 
 @app.command(epilog="Example: steepest routes my_model.py --rule kl-soap")

@@ -198,6 +198,11 @@ def test_the_readme_lists_every_optimizer():
     assert listed == {*NAMES, *BY_CLOSURE}
 
 
+def test_the_changelog_begins_with_this_version():
+    first = re.search(r"^## (.*)$", text_of("CHANGELOG.md"), re.MULTILINE)[1]
+    assert re.fullmatch(rf"\[{re.escape(steepest.__version__)}\] - (unreleased|\d{{4}}-\d\d-\d\d)", first), first
+
+
 def test_the_page_on_soap_lists_every_option_and_its_default():
     parameters = inspect.signature(steepest.SOAP).parameters.values()
     theirs = {p.name: repr(p.default) for p in parameters if p.default is not p.empty}

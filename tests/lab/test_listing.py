@@ -62,12 +62,23 @@ def test_everything_that_has_a_name_is_listed() -> None:
     assert (measured["adamw"], measured["sgd"], measured["adagrad"]) == (8, 0, 4)
 
 
-def test_the_command_prints_it_all() -> None:
-    done = steepest("optimizers")
-    assert done.exit_code == 0, done.output
-    for name in [*NAMES, *BY_CLOSURE, *TORCH, *RECIPES]:
-        assert f" {name} " in done.output
-    assert "arXiv:2409.11321" in done.output
+@pytest.mark.parametrize("columns", [80, 140])
+def test_every_optimizer_has_one_line_of_costs_and_its_paper(columns) -> None:
+    typed = CliRunner().invoke, app, {"COLUMNS": str(columns)}
+    costs, papers = (typed[0](app, words, env=typed[2]) for words in (["optimizers"], ["optimizers", "--papers"]))
+    assert costs.exit_code == papers.exit_code == 0, costs.output + papers.output
+    table, said = costs.output.split("bytes: state per entry")
+    rows = [line for line in table.splitlines() if line.strip() and "─" not in line]
+    heads = 2 * 2  # two tables, whose heads have two lines
+    assert len(rows) == heads + len(ours()) + len(torchs())
+    for name in [*NAMES, *BY_CLOSURE, *TORCH]:
+        assert any(row.startswith(f"{name} ") for row in rows)
+        assert f"\n{name} " in papers.output
+    for recipe in RECIPES.values():
+        assert recipe.name in " ".join(said.split())
+        assert f"\n{recipe.name} " in papers.output
+        assert recipe.source.replace("https://", "") in " ".join(papers.output.split())
+    assert "arXiv:2409.11321" in papers.output
 
 
 @pytest.mark.parametrize(("rule", "named"), [("soap", "soap"), ("muon/keller", "muon")])

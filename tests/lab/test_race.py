@@ -99,14 +99,31 @@ def test_steps_to_the_target_lie_between_distances(make_plan, make_runs) -> None
     assert adamw.steps_to_target == StepCount(10)
     assert soap.steps_to_target == StepCount(6.0)
     assert soap.steps_share == soap.time_share == pytest.approx(0.6)
-    assert headline(found)[0] == "soap reaches adamw's final loss in 60% of its steps and 60% of its CPU time."
+    claim, losses = headline(found)
+    assert claim == "soap reaches adamw's final loss after 60% of adamw's steps and 60% of adamw's CPU time."
+    assert losses == "After 10 steps, adamw ends at a loss of 2.000, and soap at 1.000."
+
+
+def test_fewer_steps_that_take_longer_are_no_gain_in_time(make_plan, make_runs, make_record) -> None:
+    losses = {("adamw", 10): 2.0, ("soap", 10): 1.0, ("soap", 8): 1.5, ("muon", 10): 1.9, ("muon", 8): 2.1}
+    plan = make_plan("adamw", "soap", "muon", shorter=(4, 8))
+    runs = make_runs(plan, lambda t: losses.get((t.contender.label, t.steps), 3.0))
+    slow = {"adamw": 0.0, "soap": 0.05, "muon": 0.002}
+    for run in runs.finished:
+        run.record.optimizer_seconds = [slow[run.trial.contender.label]] * run.trial.steps
+    claim, losses = headline(find_results(runs))
+    assert claim.endswith("; no contender is shown to need less CPU time.")
+    assert "and soap, the lowest, at 1.000" in losses
+    for run in runs.finished:
+        run.record.optimizer_seconds = [0.0 if run.trial.contender.label == "muon" else 0.05] * run.trial.steps
+    assert ", and muon after " in headline(find_results(runs))[0]
 
 
 def test_without_distances_the_crossing_is_an_upper_bound(make_plan, make_runs) -> None:
     plan = make_plan("adamw", "soap")
     found = find_results(make_runs(plan, lambda t: 2.0 if t.contender.label == "adamw" else 1.0))
     assert found.entries[0].steps_to_target == StepCount(pytest.approx(20 / 3), "≤")
-    assert "at most 67% of its steps" in headline(found)[0]
+    assert "after at most 67% of adamw's steps" in headline(found)[0]
 
 
 def test_what_does_not_get_there_is_said_not_to(make_plan, make_runs) -> None:

@@ -327,3 +327,14 @@ def test_the_example_finds_its_coefficient(capsys):
     finally:
         torch.set_default_dtype(torch.float32)
     assert "step  30" in capsys.readouterr().out
+
+
+def test_the_example_solves_poissons_equation_and_draws_it(capsys, tmp_path):
+    pytest.importorskip("matplotlib").use("agg")
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "poisson.py"))
+    try:
+        assert example["main"](["--steps", "14", "--plot", str(tmp_path / "poisson.png")]) < 0.2
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert "step   0   relative error of u = 1.3e+00" in capsys.readouterr().out
+    assert (tmp_path / "poisson.png").read_bytes().startswith(b"\x89PNG")

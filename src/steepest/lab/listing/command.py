@@ -30,15 +30,16 @@ from steepest.rules import RULES
 from steepest.stack.storage import laid_out
 
 SIDE = 256  # rows and columns of the matrices on which work is counted
-CLOSURE = "any shape, by a closure"
+CLOSURE = "by closure"
 UNUSUAL = {"lbfgs": CLOSURE, "sparseadam": "sparse gradients"}
 """The input of those optimizers that a step like the others' can't measure."""
 FOOTNOTE = (
-    "m=n, n=4m: bytes of state per entry of a float32 matrix m × n. products: what one step multiplies, for a matrix "
-    f"of {SIDE}×{SIDE}, in units of one product of two such matrices; FLOPs of decompositions come beside them, in the "
-    "same units, those of triangular solves as cholesky. On the average, at default options. Through "
-    "steepest.for_model, other parameters go to AdamW: 8 bytes per entry."
+    "bytes: state per entry of a float32 matrix with m rows and n columns, if it is square and if n = 4m. products: "
+    f"matrix products in an average step of a {SIDE}×{SIDE} matrix at default options; 1 is the product of two such "
+    "matrices. decompositions: their FLOPs, divided by those of such a product; triangular solves count as cholesky. "
+    "Through steepest.for_model, parameters that are no hidden matrices go to AdamW, with 8 bytes per entry."
 )
+PAPERS_HINT = "steepest optimizers --papers: where optimizers and recipes come from."
 
 
 class Line(NamedTuple):
@@ -54,24 +55,35 @@ class Line(NamedTuple):
 
 
 def print_optimizers(console: Console) -> None:
-    """Print every optimizer that `steepest.create` knows, and every recipe."""
+    """Print every optimizer that `steepest.create` knows with its costs, and the names of all recipes."""
     for title, lines in (("steepest", ours()), ("torch.optim", torchs())):
-        shown = _table(title, ("m=n", "n=4m", "products"), ("and", "takes", "paper"))
+        shown = _table(f"\n{title}", ("bytes\nm=n", "bytes\nn=4m", "\nproducts"), ("\ndecompositions", "\ntakes"))
         for line in lines:
             figures = map(_short, (line.square, line.wide, line.products))
-            shown.add_row(line.name, *figures, line.decompositions, line.takes, line.paper.replace("https://", ""))
+            shown.add_row(line.name, *figures, line.decompositions, line.takes)
         console.print(shown)
-    console.print(FOOTNOTE, style="dim", highlight=False)
-    console.print()
-    recipes = _table("recipes", (), ("date", "source"))
+        console.print()
+    for text in (FOOTNOTE, f"Recipes: {', '.join(RECIPES)}.", PAPERS_HINT):
+        console.print(text, style="dim", highlight=False)
+
+
+def print_papers(console: Console) -> None:
+    """Print the publication of every optimizer that `steepest.create` knows, and of every recipe."""
+    for title, lines in (("steepest", ours()), ("torch.optim", torchs())):
+        shown = _table(title, (), ("paper",))
+        for line in lines:
+            shown.add_row(line.name, line.paper.replace("https://", ""))
+        console.print(shown)
+        console.print()
+    recipes = _table("recipe", (), ("date", "source"))
     for one in RECIPES.values():
-        recipes.add_row(one.name, one.date, one.source)
+        recipes.add_row(one.name, one.date, one.source.replace("https://", ""))
     console.print(recipes)
 
 
 def _table(title: str, numbers: tuple[str, ...], texts: tuple[str, ...]) -> Table:
     """Return an empty table with a column of names, columns of numbers, and texts that are folded."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     shown.add_column(title, no_wrap=True)
     for head in numbers:
         shown.add_column(head, justify="right", no_wrap=True)

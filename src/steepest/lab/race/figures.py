@@ -45,12 +45,14 @@ def loss_over_time(results: Results) -> go.Figure:
 
 def share_of_steps(results: Results) -> go.Figure:
     """Draw the steps to the target, as a share of the baseline's."""
-    return _share_bars(results, lambda result: result.steps_share)
+    base = results.plan.baseline.label
+    return _share_bars(results, f"steps, divided by {base}'s", lambda result: result.steps_share)
 
 
 def share_of_time(results: Results) -> go.Figure:
     """Draw the time of model and optimizer to the target, as a share of the baseline's."""
-    return _share_bars(results, lambda result: result.time_share)
+    base = results.plan.baseline.label
+    return _share_bars(results, f"{results.clock}, divided by {base}'s", lambda result: result.time_share)
 
 
 def loss_by_rate(results: Results) -> go.Figure | None:
@@ -88,7 +90,7 @@ def step_times(results: Results) -> go.Figure:
             name=label,
             legendgroup=label,
         )
-    figure.update_xaxes(LOGARITHMIC)
+    figure.update_xaxes(LOGARITHMIC, nticks=3)  # 1, 2, 5, 10: there is no room for more on a phone
     _name_rows(figure, order)
     return figure
 
@@ -132,9 +134,9 @@ def _final_losses(results: Results, x_title: str, samples: Mapping[str, Samples]
     return figure
 
 
-def _share_bars(results: Results, share: Callable[[Result], float | None]) -> go.Figure:
+def _share_bars(results: Results, x_title: str, share: Callable[[Result], float | None]) -> go.Figure:
     """Draw horizontal bars, the shortest on top, with their length behind them; upper bounds are hatched."""
-    figure, order = blank(""), sorted(results.entries, key=lambda result: share(result) or math.inf, reverse=True)
+    figure, order = blank(x_title), sorted(results.entries, key=lambda result: share(result) or math.inf, reverse=True)
     paint, lengths = colours(results), [share(result) or 0.0 for result in order]
     for row, (result, length) in enumerate(zip(order, lengths, strict=True)):
         figure.add_bar(

@@ -43,6 +43,7 @@ def page(results: Results, workload: Workload, command: str) -> str:
         charts=figures,
         loss=loss,
         main_table=text.main_table(results),
+        columns=text.columns(results),
         remarks=text.notes(results),
         settings=Table(
             ["contender", "settings", "from"],

@@ -20,23 +20,34 @@ def headline(results: Results) -> tuple[str, str]:
         return "The baseline has not finished a run yet, so there is nothing to compare with.", ""
     rivals = [result for result in results.entries if result is not base]
     poison = f" with {poisoned(results.plan.poison)}" if results.plan.poison else ""
-    losses = (
-        f"After {distance(results.plan.steps, results.plan.seconds)}{poison}, {base.label} ends at {loss(base.final)}"
-    )
+    length = distance(results.plan.steps, results.plan.seconds)
+    losses = f"After {length}{poison}, {base.label} ends at a loss of {loss(base.final)}"
     if not rivals:
         return "No other contender has finished a run to compare with.", f"{losses}."
     top = min(rivals, key=lambda result: result.final)
-    losses += f", {top.label} at {loss(top.final)}." if math.isfinite(top.final) else "; the others diverged."
+    if math.isfinite(top.final):
+        losses += f"{_of_others(top, rivals, base)} at {loss(top.final)}."
+    else:
+        losses += "; the others diverged."
     ahead = [result for result in rivals if result.beats(base) and result.steps_share and result.time_share]
     if not ahead:
         noise = " by more than the noise between seeds" if results.plan.seeds > 1 else ""
         return f"No contender is ahead of {base.label}{noise}.", losses
     fewest, fastest = (min(ahead, key=attrgetter(share)) for share in ("steps_share", "time_share"))
     at_most = {"≤": "at most ", "": ""}
-    steps = f"{at_most[fewest.bound]}{percent(fewest.steps_share)} of its steps"
-    time = f"{at_most[fastest.bound]}{percent(fastest.time_share)} of its {results.clock}"
-    claim = f"{fewest.label} reaches {base.label}'s final loss in {steps}"
-    return claim + (f" and {time}." if fastest is fewest else f", {fastest.label} in {time}."), losses
+    steps = f"{at_most[fewest.bound]}{percent(fewest.steps_share)} of {base.label}'s steps"
+    time = f"{at_most[fastest.bound]}{percent(fastest.time_share)} of {base.label}'s {results.clock}"
+    claim = f"{fewest.label} reaches {base.label}'s final loss after {steps}"
+    if (fastest.time_share or 1) >= 1:
+        return f"{claim}; no contender is shown to need less {results.clock}.", losses
+    return claim + (f" and {time}." if fastest is fewest else f", and {fastest.label} after {time}."), losses
+
+
+def _of_others(top: Result, rivals: list[Result], base: Result) -> str:
+    """Return how the sentence on the losses goes on from the baseline to the best of its rivals."""
+    if len(rivals) == 1:
+        return f", and {top.label}"
+    return f", and {top.label}, {'the lowest' if top.final < base.final else 'the next'},"
 
 
 def notes(results: Results) -> list[str]:
@@ -103,6 +114,23 @@ def main_table(results: Results) -> Table:
     base, clock = results.plan.baseline.label, results.clock.replace(" ", "\n")
     head = ["contender", "best\nlr", "final loss", f"steps to\n{base}'s", f"{clock}\nto it", "ms/step\nmodel\n+opt"]
     return Table([*head, "opt ms\np50/p95", "state\nB/par", "peak\nMB"], [_cells(result) for result in results.entries])
+
+
+def columns(results: Results) -> list[str]:
+    """Return what the columns of the main table say, in their order."""
+    base, clock = results.plan.baseline.label, results.clock
+    spread = ", and half its range" if results.plan.seeds > 1 else ""
+    return [
+        "best lr: the learning rate of the hidden matrices with the lowest final loss.",
+        f"final loss: the validation loss at the end, as a mean over seeds{spread}; rows are in its order.",
+        f"steps to {base}'s: steps until the loss is {base}'s final one, and in parentheses divided by {base}'s steps.",
+        f"{clock} to it: {clock} of model and optimizer until then, divided by {base}'s; below 1 is better.",
+        "ms/step: mean milliseconds of a step, for the model's passes and for the optimizer.",
+        "opt ms: milliseconds of the optimizer's steps, the median and the 95th percentile.",
+        "state: bytes of the optimizer's state for each parameter of the model.",
+        "peak: megabytes that the optimizer's construction and first step hold at once, its state among them; "
+        "weights and gradients are not counted.",
+    ]
 
 
 def _cells(result: Result) -> list[str]:

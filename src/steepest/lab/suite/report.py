@@ -21,6 +21,8 @@ def page(results: Results) -> str:
         base=base,
         titles=text.TITLES,
         headline=text.headline(results),
+        explanation=text.explanation(base),
+        means=text.MEANS,
         remarks=text.notes(results),
         rows={column: _rows(results, column) for column in text.TITLES},
         settings=_settings(results),
@@ -41,7 +43,7 @@ def _rows(results: Results, column: str) -> list[dict[str, Any]]:
     return [
         {
             "label": label,
-            "means": [(row[name], text.times_fewer(row[name])) for name in ("steps", "time", "worst")],
+            "means": [(row[name], text.speed_up(row[name])) for name in ("steps", "time", "worst")],
             "over": row["workloads"],
             "cells": [_cell(results, column, label, base, workload["name"]) for workload in results["workloads"]],
         }
@@ -59,7 +61,7 @@ def _cell(results: Results, column: str, label: str, base: str, workload: str) -
         "steps": cell["steps"],
         "verdict": "base" if label == base else text.verdict(results, column, label, workload),
         "curve": curve(cell["lengths"], table[base][workload]["lengths"]),
-        "title": f"{label} on {workload}: {_words(cell['settings'])}; time {text.times_fewer(cell['time'])}",
+        "title": f"{label} on {workload}: {_words(cell['settings'])}; time {text.speed_up(cell['time'])}",
     }
 
 
@@ -67,10 +69,10 @@ def _settings(results: Results) -> dict[str, Table]:
     """Return the settings of each cell, by column."""
     return {
         column: Table(
-            ["contender", "workload", "final loss", "times less time", "best at the edge of", "settings"],
+            ["contender", "workload", "final loss", "speed-up in time", "best at the edge of", "settings"],
             [
                 [
-                    *(label, workload, _loss(cell["final"]), text.times_fewer(cell["time"])),
+                    *(label, workload, _loss(cell["final"]), text.speed_up(cell["time"])),
                     *(", ".join(cell["edges"]) or "–", _words(cell["settings"])),
                 ]
                 for label, row in results["cells"][column].items()

@@ -1,7 +1,7 @@
 """The words of the suite, made from its results as its JSON file holds them: tables, marks and notes.
 
-Results hold ratios, of which less is better. People read how many times fewer steps, and how many times less time, an
-optimizer needs than the baseline; there more is better.
+Results hold the contender's steps and time divided by the baseline's, of which less is better. People read the inverse,
+speed-ups, of which more is better.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from steepest.lab.shared.table import Table
 Results = Mapping[str, Any]
 TITLES = {"tuned": "Tuned on each workload", "one_setting": "One setting for all workloads"}
 """The two tables, by the names that results have for them."""
+MEANS = ["speed-up\nin steps", "speed-up\nin time", "worst\nin steps", "over\nworkloads"]
+"""The columns of means."""
 OTHER_WAY = {"": "", "≤": "≥", "≥": "≤"}
 
 
-def times_fewer(ratio: float | None, bound: str = "") -> str:
-    """Return how many times fewer steps a ratio is, or less time, with two digits after the point.
+def speed_up(ratio: float | None, bound: str = "") -> str:
+    """Return the inverse of a ratio of steps or times, with two digits after the point; its bound is inverted, too.
 
-    >>> times_fewer(0.5), times_fewer(2.0, "≥"), times_fewer(None)
+    >>> speed_up(0.5), speed_up(2.0, "≥"), speed_up(None)
     ('2.00', '≤0.50', '–')
     """
     return "–" if ratio is None else f"{OTHER_WAY[bound]}{1 / ratio:.2f}"
@@ -37,17 +39,17 @@ def verdict(results: Results, column: str, optimizer: str, workload: str) -> str
 
 
 def cell_text(results: Results, column: str, optimizer: str, workload: str) -> str:
-    """Return how many times fewer steps a cell takes, with ``~`` where losses are as good as equal, ``*`` at edges."""
+    """Return a cell's speed-up in steps, with ``~`` where losses are as good as equal, ``*`` at edges."""
     cell = results["cells"][column][optimizer].get(workload)
     if cell is None:
         return "–"
     same = optimizer != results["protocol"]["baseline"] and not cell["significant"]
-    return f"{'~' if same else ''}{times_fewer(cell['steps'], cell['bound'])}{'*' if 'lr' in cell['edges'] else ''}"
+    return f"{'~' if same else ''}{speed_up(cell['steps'], cell['bound'])}{'*' if 'lr' in cell['edges'] else ''}"
 
 
 def means(results: Results, column: str) -> Table:
     """Return a row for each contender with its geometric means."""
-    head = ["contender", "times fewer\nsteps", "times less\ntime", "worst\nsteps", "over\nworkloads"]
+    head = ["contender", *MEANS]
     return Table(head, [[label, *_means(results, row)] for label, row in results["summary"][column].items()])
 
 
@@ -62,13 +64,13 @@ def by_workload(results: Results, column: str) -> Table:
 
 def _means(results: Results, row: Mapping[str, Any]) -> list[str]:
     over = f"{row['workloads']} of {len(results['workloads'])}"
-    return [times_fewer(row["steps"]), times_fewer(row["time"]), times_fewer(row["worst"]), over]
+    return [speed_up(row["steps"]), speed_up(row["time"]), speed_up(row["worst"]), over]
 
 
 def stage(results: Results, optimizer: str, column: str) -> str:
     """Return what a contender has reached in a column, in one line."""
     steps, time, worst, over = _means(results, results["summary"][column][optimizer])
-    return f"{TITLES[column].lower()}: {steps} times fewer steps, {time} times less time, worst {worst}, over {over}"
+    return f"{TITLES[column].lower()}: speed-up {steps} in steps, {time} in time, {worst} at worst, over {over}"
 
 
 def headline(results: Results) -> str:
@@ -81,10 +83,18 @@ def headline(results: Results) -> str:
     best = min(complete, key=lambda label: complete[label]["steps"])
     if complete[best]["steps"] >= 1:
         return f"No optimizer needs fewer steps than {base}, in the geometric mean over {plural(count, 'workload')}."
-    steps, time = times_fewer(complete[best]["steps"]), times_fewer(complete[best]["time"])
+    steps, time = speed_up(complete[best]["steps"]), speed_up(complete[best]["time"])
     return (
-        f"{best} needs {steps} times fewer steps and {time} times less time than {base}, "
+        f"{best} reaches {base}'s final loss {steps} times as fast in steps and {time} times as fast in time, "
         f"in the geometric mean over {plural(count, 'workload')}."
+    )
+
+
+def explanation(base: str) -> str:
+    """Return what a speed-up is."""
+    return (
+        f"Speed-up: {base}'s steps to its final loss, divided by the contender's steps to the same loss; or so for the "
+        "time of model and optimizer. More is better."
     )
 
 
@@ -93,8 +103,8 @@ def notes(results: Results) -> list[str]:
     base, protocol = results["protocol"]["baseline"], results["protocol"]
     cells = list(_cells(results))
     lines = [
-        f"Steps and time of model and optimizer that {base} takes to its final loss, divided by what the contender "
-        "takes to it: more is better. Each length is a run of its own, decayed to its end. Means are geometric.",
+        f"{explanation(base)} Each length is a run of its own, whose learning rate comes down to its end. Means over "
+        "workloads are geometric.",
         f"Everybody had {plural(protocol['trials'], 'trial')} on each workload. Final losses are means over "
         f"{plural(protocol['seeds'], 'seed')}.",
     ]
