@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import steepest
 from steepest.rules.soap import Soap
 from steepest.stack.storage import Storage, coded, coded_squares, decoded, decoded_squares
 
+O = TypeVar("O", bound=steepest.Optimizer)
 SHORT = {"basis_dtype": "bfloat16", "moment_dtype": "int8"}
 
 
@@ -93,7 +95,7 @@ def trained(steps: int, **options: object) -> tuple[torch.nn.Parameter, steepest
     return W, go_on(W, optimizer, 0, steps)
 
 
-def go_on(W: torch.nn.Parameter, optimizer: steepest.SOAP, start: int, stop: int) -> steepest.SOAP:
+def go_on(W: torch.nn.Parameter, optimizer: O, start: int, stop: int) -> O:
     for step in range(start, stop):
         A = random(80, 40, seed=step) * torch.linspace(0.02, 1, 80).unsqueeze(-1)
         W.grad = (W.detach() @ A) @ A.mT / 40
@@ -154,6 +156,60 @@ def test_a_matrix_has_the_same_bits_alone_and_in_a_stack() -> None:
 
     together = run([0, 1, 2])
     assert all(torch.equal(run([k])[0], together[k]) for k in range(3))
+
+
+def muon(name: str, steps: int, **options: object) -> tuple[torch.nn.Parameter, steepest.Optimizer]:
+    W = torch.nn.Parameter(random(24, 80))
+    optimizer = steepest.create(name, [W], lr=0.03, weight_decay=0.0, **options)
+    return W, go_on(W, optimizer, 0, steps)
+
+
+MUONS = ["muon", "normuon", "adamuon"]
+
+
+@pytest.mark.parametrize("name", MUONS)
+def test_muon_trains_alike_with_a_momentum_in_8_bits(name: str) -> None:
+    (W, _), (V, short) = muon(name, 40), muon(name, 40, moment_dtype="int8")
+    assert short.state[V]["momentum_buffer"].dtype == torch.int8
+    assert distance(W) < 0.8 * distance(torch.nn.Parameter(random(24, 80)))
+    assert not torch.equal(V, W)
+    assert distance(V) == pytest.approx(distance(W), rel=0.05)
+
+
+@pytest.mark.parametrize("name", MUONS)
+def test_muon_resumes_bit_for_bit_and_refuses_the_other_layout(name: str) -> None:
+    W, _ = muon(name, 12, moment_dtype="int8")
+    U, first = muon(name, 5, moment_dtype="int8")
+    again = steepest.create(name, [U], lr=0.03, weight_decay=0.0, moment_dtype="int8")
+    again.load_state_dict(first.state_dict())
+    go_on(U, again, 5, 12)
+    assert torch.equal(U, W)
+    V, plain = muon(name, 1)
+    before = plain.state[V]["momentum_buffer"].clone()
+    with pytest.raises(ValueError, match="laid out by other options: moment_dtype='"):
+        plain.load_state_dict(first.state_dict())
+    assert torch.equal(plain.state[V]["momentum_buffer"], before)
+
+
+def test_a_momentum_without_a_second_moment_moves_although_its_steps_are_below_a_level() -> None:
+    """The first entry holds the scale up, so that a step of the others is less than half of a level."""
+    storage = Storage(moments="int8")
+    target = torch.full((1, 8, 64), 0.3)
+    target[..., 0] = 1.0
+    state = {"momentum_buffer": torch.where(target == 1.0, 1.0, 0.0)}
+    kept = storage.laid_out(state)
+    for t in range(1, 400):
+        storage.store(state, kept, torch.full((1, 1, 1), float(t)))
+        state = storage.restored(kept)
+        state["momentum_buffer"].lerp_(target, 0.01)
+    found = state["momentum_buffer"][..., 1:].mean().item()
+    assert found == pytest.approx(0.3 * (1 - 0.99**399), rel=0.05)
+
+
+def test_second_moments_of_rows_stay_as_they_are() -> None:
+    V, short = muon("normuon", 1, moment_dtype="int8")
+    dtypes = {name: x.dtype for name, x in short.state[V].items()}
+    assert (dtypes["exp_avg_sq"], dtypes["momentum_buffer"]) == (torch.float32, torch.int8)
 
 
 @pytest.mark.parametrize(("name", "value"), [("basis_dtype", "float16"), ("moment_dtype", "bfloat16")])

@@ -13,9 +13,9 @@ from steepest.lab.plan.devices import GPUS, PRODUCTS, gpu, interpolated, key
 from steepest.lab.plan.here import here
 from steepest.lab.plan.models import from_file, preset
 from steepest.lab.plan.plan import look, mesh
-from steepest.lab.plan.time import settled
+from steepest.lab.plan.time import settled, starting
 from steepest.lab.shared.errors import BadInput
-from steepest.rule.work import counted, work
+from steepest.rule.work import counted, first_work, work
 
 
 def ideal(name):
@@ -80,9 +80,9 @@ def brief(hasty, monkeypatch):
 @pytest.mark.parametrize(
     ("optimizer", "options", "speeds"),
     [
-        ("soap", {"precondition_frequency": 10}, {"highest", "high", "qr"}),
-        ("soap", {"solver": "cholesky"}, {"highest", "high", "cholesky"}),
-        ("shampoo", {"solver": "eigh"}, {"highest", "eigh"}),
+        ("soap", {"precondition_frequency": 10}, {"highest", "high", "qr", "eigh"}),
+        ("soap", {"solver": "cholesky"}, {"highest", "high", "cholesky", "eigh", "qr"}),
+        ("shampoo", {"solver": "eigh"}, {"highest", "eigh", "qr"}),
         ("muon", {"ns": "exact"}, {"highest", "svd"}),
         ("muon", {"ns_dtype": "bfloat16"}, {"bfloat16"}),
         ("dion", {}, {"highest", "qr", "cholesky"}),
@@ -100,10 +100,10 @@ def test_this_machine_is_measured_for_what_it_will_do(brief, tmp_path, optimizer
     assert all(1e6 < x < 1e13 for x in (device.bandwidth, device.entrywise, device.passes))
     assert (device.per_stack > 1e-6) == (optimizer != "lion")
     assert device.memory > 1e8
-    rule = settled(model.rule, "cpu")
+    rule, starts = settled(model.rule, "cpu"), starting(model.rule, "cpu")
     if speeds:  # every part of the work, at its own size
         sizes = {(key(part), part.size) for w in model.weights if w.view for _, m, n in w.view.pieces
-                 for part in work(rule, m, n).parts}  # fmt: skip
+                 for part in {**work(rule, m, n).parts, **first_work(starts, m, n).parts}}  # fmt: skip
         assert sizes == {(name, size) for name, curve in device.speeds.items() for size, _ in curve}
     seen = look(model, mesh("fsdp", 1), 1, device=device).forecast
     assert 0 < seen.step <= seen.worst * (1 + 1e-9)

@@ -94,10 +94,25 @@ def test_soap_by_hand():
     assert seen.staggered == pytest.approx(2 * (often + passed) + seldom + once), "one after the other"
 
 
+def test_a_first_step_of_soap_by_hand():
+    """Both bases come from one decomposition in float64, whose FLOPs count twice; later, momentum turns as ever."""
+    m, n = 4, 2
+    along = 2 * m * n * (m + n)
+    singular = 2 * (2 * 2 * m * n * n) / 2 + 2 * 9 * n**3 / 17
+    completed = (2 * m * n**2 - 2 / 3 * n**3 + 4 * m * m * n - 2 * (m + m) * n**2 + 4 / 3 * n**3) / 11
+    passed = (2 * 8 + 6 * 4) * m * n / 31 + 2 * 8 * (m * m + n * n) / 23
+    first = 3 * along / 2 + 2 * along / 3 + singular + completed + passed
+    assert predict(Soap(), (m, n), (m, n)).first == pytest.approx(2 * first + 1000 + 100)
+    assert predict(Soap(adam_warmup_steps=9), (m, n)).first == pytest.approx(
+        3 * along / 2 + 2 * along / 3 + 2 * 9 * (m**3 + n**3) / 17 + passed + 1000
+    ), "several gradients have no common singular vectors"
+    assert predict(Muon(), (m, n)).first == predict(Muon(), (m, n)).step, "it refreshes nothing"
+
+
 def test_elementwise_by_hand():
     lion = replace(model_of(Lion(), vectors=30), elementwise=Lion())
     alone = look(lion, mesh("fsdp", 1), 10, device=DEVICE).forecast
-    assert alone.step == alone.worst == alone.staggered == pytest.approx(30 * (2 * 4 + 3 * 4) / 29)
+    assert alone.step == alone.worst == alone.staggered == alone.first == pytest.approx(30 * (2 * 4 + 3 * 4) / 29)
     beside = predict(Muon(), (4, 2), vectors=30).step - predict(Muon(), (4, 2)).step
     assert beside == pytest.approx(30 * (2 * 8 + 3 * 4) / 29)
 

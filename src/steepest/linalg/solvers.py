@@ -57,8 +57,15 @@ def choose(device: str) -> Literal["qr", "first_order"]:
 
 
 def reflections(A: Tensor) -> Tensor:
-    """The Q of ``A [..., d, d]`` by Householder's reflections, each column in one piece; LAPACK's errors are raised."""
-    Q: Tensor = torch.linalg.householder_product(*torch.geqrf(columns_apart(A)))[..., : A.shape[-1], :]
+    """The whole Q ``[..., m, m]`` of ``A [..., m, n]``, m at least n, by Householder's reflections.
+
+    Each column lies in one piece. LAPACK's errors are raised.
+    """
+    m, n = A.shape[-2:]
+    R, scales = torch.geqrf(columns_apart(A))
+    if m > n:
+        R = torch.cat([R, R.new_zeros(*R.shape[:-1], m - n)], dim=-1)
+    Q: Tensor = torch.linalg.householder_product(R, scales)[..., :m, :]
     return Q.mT.contiguous().mT
 
 
@@ -70,19 +77,19 @@ It is backward stable whatever A is: where A has no full rank, some orthonormal 
 
 
 def columns_apart(A: Tensor) -> Tensor:
-    """Append rows of zeros to ``A [..., d, d]``, which reflect nothing, where a CPU is faster or more exact with them.
+    """Append rows of zeros to ``A [..., m, n]``, which reflect nothing, where a CPU is faster or more exact with them.
 
     Columns that begin a multiple of 512 entries apart meet in few lines of a CPU's caches. Kept apart they take 0.70 of
     the time at 1024 rows, 0.79 at 512 (benchmarks/padding.py). And where the matrices of a stack would not begin at
     multiples of 64 bytes, and be rounded otherwise than alone, they do with their columns filled up. (Taking them one
     by one, as `steepest.linalg.attempts.each` does, would have no place for R.)
     """
-    d = A.shape[-1]
-    misaligned = d * d * A.itemsize % 64 != 0
-    zeros = -d % ALIGNED if misaligned else ALIGNED * (d % CONFLICT == 0)
+    m, n = A.shape[-2:]
+    misaligned = m * n * A.itemsize % 64 != 0
+    zeros = -m % ALIGNED if misaligned else ALIGNED * (m % CONFLICT == 0)
     if not zeros or A.device.type != "cpu":
         return A
-    return torch.cat([A.mT, A.new_zeros(*A.shape[:-1], zeros)], dim=-1).mT  # columns lie contiguous
+    return torch.cat([A.mT, A.new_zeros(*A.shape[:-2], n, zeros)], dim=-1).mT  # columns lie contiguous
 
 
 @without_autocast

@@ -64,12 +64,18 @@ def turn(K: Tensor, solver: str = "qr", steps: int = 1) -> Turn:
     return Turn(by_columns(U), order, K)
 
 
-def decomposed(K: Tensor, in_float64: bool = False, rank: int | None = None) -> Turn:
-    """Compute the turn onto the eigenvectors of K by a full decomposition; its columns continue no particular axis.
+def decomposed(K: Tensor) -> Turn:
+    """Compute the turn onto the eigenvectors of K by a full decomposition; its columns continue no particular axis."""
+    return onto(eigenvectors(K), K)
 
-    ``rank`` is what `steepest.linalg.eigenbasis.eigenvectors` may make use of.
+
+def onto(U: Tensor, K: Tensor) -> Turn:
+    """Return the turn onto an orthonormal ``U [..., d, d]``, whose columns continue no particular axis.
+
+    >>> onto(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.diag(torch.tensor([1.0, 2.0]))).K
+    tensor([[2., 0.],
+            [0., 1.]])
     """
-    U = eigenvectors(K, in_float64, rank)
     with fp32_matmul_precision("highest"):
         return Turn(U, None, _conjugated(K, U))
 

@@ -1,9 +1,10 @@
 """The work of a rule: FLOPs of its matrix products and decompositions, counted while it runs on the meta device.
 
-`work` takes one step without a refresh and one with it, on tensors that have a shape and no values, so a rule must not
-ask for a value. A product of ``[m, k]`` and ``[k, n]`` counts 2mkn, also where its result is symmetric and half of that
-would do. Decompositions count by the leading terms in Golub and Van Loan, Matrix Computations, 4th edition. Elementwise
-operations count nothing.
+`work` takes one step without a refresh and one with it, and `first_work` the step of the first refresh, on tensors that
+have a shape and no values, so a rule must not ask for a value. A product of ``[m, k]`` and ``[k, n]`` counts 2mkn, also
+where its result is symmetric and half of that would do. Decompositions count by the leading terms in Golub and Van
+Loan, Matrix Computations, 4th edition. FLOPs in float64 count twice, as they take twice the time of float32's.
+Elementwise operations count nothing.
 
 A FLOP of a decomposition takes several times as long as one of a product. So FLOPs are counted by `Part`, and the
 speeds of a device (`steepest.lab.plan.devices`) turn them into seconds. Where a rule computes differently on different
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steepest.linalg.precision import FACTORS, fp32_matmul_precision
-from steepest.rule.refreshing import THE_END
+from steepest.rule.refreshing import THE_END, Refreshing
 from steepest.rule.rule import Rule, Step, whole
 
 PRODUCT, QR, CHOLESKY, EIGH, SVD = "product", "qr", "cholesky", "eigh", "svd"
@@ -94,6 +95,21 @@ def work(rule: Rule, m: int, n: int) -> Work:
     return _counted(rule, m, n)
 
 
+def first_work(rule: Rule, m: int, n: int) -> Work:
+    """Count the FLOPs of the step in which an m × n matrix has its first refresh. Results are cached, as in `work`.
+
+    >>> from steepest.rules.soap import Soap
+    >>> rule = Soap()
+    >>> 1 < first_work(rule, 500, 500).total / work(rule, 500, 500).now().total < 2
+    True
+    """
+    try:
+        hash(rule)
+    except TypeError:
+        return _counted_first.__wrapped__(rule, m, n)
+    return _counted_first(rule, m, n)
+
+
 def counted(function: Callable[..., object], *args: Any) -> Work:
     """Call ``function(*args)`` and count the FLOPs of its products and decompositions.
 
@@ -103,6 +119,11 @@ def counted(function: Callable[..., object], *args: Any) -> Work:
     with torch.inference_mode(False), torch.no_grad(), fp32_matmul_precision("highest"), _FlopCounter() as counter:
         function(*args)
     return Work(dict(counter.flops))
+
+
+@cache
+def _counted_first(rule: Rule, m: int, n: int) -> Work:
+    return counted(_step, rule, m, n, True, rule.first_refresh if isinstance(rule, Refreshing) else 0)
 
 
 @cache
@@ -117,10 +138,10 @@ def _counted(rule: Rule, m: int, n: int) -> Work:
     return Work(parts)
 
 
-def _step(rule: Rule, m: int, n: int, refresh: bool) -> None:
-    """Take one step of an m × n matrix that has had many updates."""
+def _step(rule: Rule, m: int, n: int, refresh: bool, clock: int = THE_END) -> None:
+    """Take one step of an m × n matrix that has had ``clock`` updates."""
     G = torch.empty(1, m, n, dtype=torch.float32, device="meta")
-    step = Step(t=G.new_empty(1, 1, 1), stage=rule.stage(THE_END), refresh=slice(0, 1) if refresh else None)
+    step = Step(t=G.new_empty(1, 1, 1), stage=rule.stage(clock), refresh=slice(0, 1) if refresh else None)
     state = rule.init(G)
     directions = rule.update(G, state, step)
     if directions is not None:
@@ -138,10 +159,16 @@ def _reflections(m: int, n: int) -> float:
     return 2.0 * s**2 * l - 2 / 3 * s**3
 
 
+def _columns(m: int, n: int, scales: Tensor) -> float:
+    """The first n columns of a product of k reflections of m rows: 4mnk - 2(m + n)k² + 4k³/3 (section 5.1.6)."""
+    k = scales.shape[-1]
+    return 4.0 * m * n * k - 2.0 * (m + n) * k**2 + 4 / 3 * k**3
+
+
 ATEN = torch.ops.aten
 DECOMPOSITIONS: Mapping[Any, tuple[str, Callable[..., float]]] = {
     ATEN.geqrf: (QR, lambda m, n, *_: _reflections(m, n)),
-    ATEN.linalg_householder_product: (QR, lambda m, n, *_: _reflections(m, n)),
+    ATEN.linalg_householder_product: (QR, _columns),
     ATEN.linalg_qr: (QR, lambda m, n, mode="reduced": (1 if mode == "r" else 2) * _reflections(m, n)),
     ATEN.linalg_cholesky_ex: (CHOLESKY, lambda d, *_: d**3 / 3),  # section 4.2
     ATEN.cholesky_inverse: (CHOLESKY, lambda d, *_: 2 / 3 * d**3),  # after the factorization
@@ -150,6 +177,10 @@ DECOMPOSITIONS: Mapping[Any, tuple[str, Callable[..., float]]] = {
     ATEN._linalg_svd: (SVD, lambda m, n, *_: 6.0 * min(m, n) ** 2 * max(m, n) + 20.0 * min(m, n) ** 3),  # section 8.6
 }
 """By operation: its kind, and FLOPs from the sides of the matrix and the operation's further positional arguments."""
+
+
+PRECISIONS = {torch.bfloat16: "bfloat16", torch.float16: "bfloat16", torch.float64: "highest"}
+"""The `Part.precision` of products in other dtypes than float32."""
 
 
 class _FlopCounter(TorchDispatchMode):
@@ -172,13 +203,12 @@ def flops_of(func: Any, args: Sequence[Any]) -> tuple[Part, float] | None:
     if operation in FACTORS:
         A, B = (args[i] for i in FACTORS[operation])
         (m, k), n = A.shape[-2:], B.shape[-1]
-        half = A.dtype in (torch.bfloat16, torch.float16)
-        precision = "bfloat16" if half else torch.get_float32_matmul_precision()
-        return Part(PRODUCT, round((m * k * n) ** (1 / 3)), precision), 2.0 * A.numel() * n
+        precision = torch.get_float32_matmul_precision() if A.dtype == torch.float32 else PRECISIONS[A.dtype]
+        return Part(PRODUCT, round((m * k * n) ** (1 / 3)), precision), _weight(A) * 2.0 * A.numel() * n
     if operation in DECOMPOSITIONS:
         (kind, flops), A = DECOMPOSITIONS[operation], args[0]
         (m, n), batch = A.shape[-2:], A.shape[:-2].numel()
-        return Part(kind, min(m, n)), batch * flops(m, n, *args[1:])
+        return Part(kind, min(m, n)), _weight(A) * batch * flops(m, n, *args[1:])
     return None
 
 
@@ -189,6 +219,11 @@ def without_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     if func.overloadpacket is ATEN.index:
         args = args[0], [_all_chosen(index) for index in args[1]]
     return func(*args, **kwargs)
+
+
+def _weight(A: Tensor) -> int:
+    """The number that each FLOP counts for in A's dtype."""
+    return 2 if A.dtype == torch.float64 else 1
 
 
 def _all_chosen(index: Tensor | None) -> Tensor | None:

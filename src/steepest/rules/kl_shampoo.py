@@ -33,7 +33,7 @@ class KLShampoo(RootsInBasis):
     kl_floor: float = checked(1e-4, lambda x: number(x) and 0 <= x < 1, "in [0, 1); 0 means the absolute eps")
 
     def update_factors(self, G: Tensor, factors: Factors, step: Step) -> None:
-        G = G if step.penalty is None else G + step.penalty
+        G = factors.gradient = G if step.penalty is None else G + step.penalty
         state, beta, rms = factors.state, self.factor_beta(step.t), root_mean_square(G)
         Q_L, Q_R, (m, n) = state.get("Q_L"), state.get("Q_R"), G.shape[1:]
         rows, columns = into(G, Q_L, None), into(G, None, Q_R)  # Q_Lᵀ G and G Q_R

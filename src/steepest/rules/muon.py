@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.rule import State, Step, beta, flag, one_of
-from steepest.rule.words import Scale
+from steepest.rule import State, Step, beta, flag, lays_out, one_of
+from steepest.rule.words import MomentDtype, Scale
 from steepest.rules.parts.newton_schulz import NewtonSchulz
 from steepest.rules.parts.scales import SCALES
 
@@ -34,6 +34,7 @@ class Orthogonalized(NewtonSchulz, ABC):
     momentum: float = beta(0.95)
     nesterov: bool = flag(True)
     scale: Scale = one_of(Scale, "match_rms_adamw")
+    moment_dtype: MomentDtype = lays_out(one_of(MomentDtype, "float32"))
 
     def init(self, G: Tensor) -> State:
         return {"momentum_buffer": torch.zeros_like(G)}  # [B, m, n]

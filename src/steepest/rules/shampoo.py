@@ -30,7 +30,7 @@ from steepest.linalg.roots import spectral_power
 from steepest.linalg.solvers import orthogonal_iteration
 from steepest.rule import Refreshing, Slots, State, Step, at_least, betas, checked, flag, lays_out, number, one_of
 from steepest.rule.words import Graft
-from steepest.rules.parts.factors import SIDES, Factors, announce
+from steepest.rules.parts.factors import SIDES, Factors
 from steepest.rules.parts.moments import corrected_beta, correction
 from steepest.rules.parts.scales import frobenius, with_norm
 
@@ -67,14 +67,12 @@ class RootsInBasis(Refreshing[Factors], ABC):
         return corrected_beta(self.shampoo_beta, t) if self.shampoo_beta < 1 else 1 - 1 / t
 
     def update_bases(self, factors: Factors, slots: Slots, step: Step) -> None:
-        state, first = factors.state, step.stage == "first"
-        for side, dim in SIDES:
+        state, first = factors.state, factors.first_bases(slots) if step.stage == "first" else {}
+        for side, _ in SIDES:
             if side in state:
                 K, Q = state[side][slots], state[f"Q_{side}"][slots]
-                if first:
-                    rank = state["exp_avg"].shape[-3 - dim]
-                    announce(K, rank)
-                    new = eigenvectors(K, force_double=True, rank=rank)
+                if side in first:
+                    new = first[side]
                 elif self.solver == "eigh":
                     new = eigenvectors(K)
                 else:

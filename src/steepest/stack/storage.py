@@ -4,6 +4,8 @@ A rule computes in float32. The engine restores its state before an update and s
 
 * Bases in bfloat16 take half the bytes. Entries of an orthonormal basis need 8 bits, since a basis is only a choice of
   coordinates: what is projected in comes back out through the same basis.
+* Muon's momentum in 8 bits has a scale for each block of 64 entries, of which an entry is a multiple: 1.06 bytes
+  instead of 4.
 * Adam's two moments in 8 bits have a scale for each block of 64 entries: a pair takes 2.1 bytes instead of 8. Second
   moments are kept by their logarithms, in 254 levels over 24 binades below the largest of their block. First moments
   are kept as ``exp_avg / sqrt(exp_avg_sq)``, which is what a step makes of them, in 127 levels of either sign. So the
@@ -34,6 +36,9 @@ BLOCK = 64
 BINADES = 24
 """From the largest second moment of a block to the least above zero: 2⁻¹² as a step's denominator. SOAP's noise floor
 starts far above, at 2⁻⁷ of the whole matrix's."""
+CODES = {"exp_avg_sq": torch.uint8, "exp_avg": torch.int8, "momentum_buffer": torch.int8}
+"""Moments by name, with the dtype of their codes: squares are never negative. They come first, since ``exp_avg`` is
+stored as a fraction of their roots."""
 LEVELS = 254
 PER_LEVEL = BINADES / LEVELS
 
@@ -65,11 +70,12 @@ class Storage:
     def laid_out(self, state: State) -> State:
         """Return stored state for the fresh state of a stack: bases are converted, moments are zero."""
         stored: State = {}
+        whole = max((x.shape for name, x in state.items() if name in CODES), key=math.prod, default=None)
         for name, x in state.items():
             if self._is_short(name):
                 stored[name] = x.to(torch.bfloat16)
-            elif self._is_coded(name):
-                stored[name] = x.new_zeros(x.shape, dtype=torch.int8 if name == "exp_avg" else torch.uint8)
+            elif self.moments != "float32" and name in CODES and x.shape == whole:  # NorMuon's are one a row
+                stored[name] = x.new_zeros(x.shape, dtype=CODES[name])
                 stored[f"{name}_scale"] = x.new_zeros(*x.shape[:-1], math.ceil(x.shape[-1] / BLOCK))
             else:
                 stored[name] = x
@@ -77,13 +83,13 @@ class Storage:
 
     def restored(self, stored: State) -> State:
         """Return the state for a rule to read and change; tensors that are stored as they are come back themselves."""
-        like = next(x for name, x in stored.items() if not self._is_short(name) and not self._is_coded(name))
+        like = next(x for name, x in stored.items() if not self._is_short(name) and x.is_floating_point())
         state = {name: x.to(like.dtype) if self._is_short(name) else x for name, x in stored.items()}
-        if self.moments != "float32":
-            scales = state.pop("exp_avg_scale"), state.pop("exp_avg_sq_scale")
-            v = decoded_squares(stored["exp_avg_sq"], scales[1])
-            state["exp_avg_sq"] = v
-            state["exp_avg"] = decoded(stored["exp_avg"], scales[0]) * v.sqrt()
+        for name in [name for name in CODES if f"{name}_scale" in stored]:
+            decode = decoded_squares if CODES[name] == torch.uint8 else decoded
+            state[name] = decode(stored[name], state.pop(f"{name}_scale"))
+        if "exp_avg_scale" in stored:
+            state["exp_avg"] *= state["exp_avg_sq"].sqrt()
         return state
 
     def store(self, state: State, stored: State, t: Tensor) -> None:
@@ -97,22 +103,24 @@ class Storage:
         for name in stored:
             if self._is_short(name):
                 stored[name].copy_(state[name])
-        if self.moments != "float32":
-            m, v = state["exp_avg"], state["exp_avg_sq"]
-            bits = _bits(v.shape, t)
-            codes, scales = coded_squares(v, (bits & 0xFFFF) / 2**16)
-            root = decoded_squares(codes, scales).sqrt()
-            stored["exp_avg_sq"].copy_(codes)
-            stored["exp_avg_sq_scale"].copy_(scales)
-            codes, scales = coded(torch.where(root > 0, m / root, 0), (bits >> 16) / 2**16)
-            stored["exp_avg"].copy_(codes)
-            stored["exp_avg_scale"].copy_(scales)
+        found = [name for name in CODES if f"{name}_scale" in stored]
+        if not found:
+            return
+        bits = _bits(stored[found[0]].shape, t)
+        for name in found:
+            x = state[name]
+            if CODES[name] == torch.uint8:
+                codes, scales = coded_squares(x, (bits & 0xFFFF) / 2**16)
+            else:
+                if name == "exp_avg":
+                    root = decoded_squares(stored["exp_avg_sq"], stored["exp_avg_sq_scale"]).sqrt()
+                    x = torch.where(root > 0, x / root, 0)
+                codes, scales = coded(x, (bits >> 16) / 2**16)
+            stored[name].copy_(codes)
+            stored[f"{name}_scale"].copy_(scales)
 
     def _is_short(self, name: str) -> bool:
         return self.bases != "float32" and name.startswith("Q_")
-
-    def _is_coded(self, name: str) -> bool:
-        return self.moments != "float32" and name in ("exp_avg", "exp_avg_sq")
 
 
 def laid_out(rule: Rule, like: Tensor) -> State:

@@ -17,12 +17,12 @@ from torch import Tensor
 from steepest.engine.optimizer import Optimizer
 from steepest.lab.plan.devices import Curve, Device, interpolated, key
 from steepest.lab.plan.models import Model
-from steepest.lab.plan.time import FLOAT, entry_bytes, period_of, settled
+from steepest.lab.plan.time import FLOAT, entry_bytes, period_of, settled, starting
 from steepest.lab.shared.device import one_thread
 from steepest.linalg.precision import PRECISIONS, fp32_matmul_precision
 from steepest.linalg.solvers import householder
 from steepest.rule import Elementwise, Refreshing, Rule
-from steepest.rule.work import CHOLESKY, EIGH, QR, SVD, counted, work
+from steepest.rule.work import CHOLESKY, EIGH, QR, SVD, counted, first_work, work
 from steepest.rules.parts.moments import adam
 from steepest.rules.soap import Soap
 
@@ -44,7 +44,7 @@ Clock = Callable[[], float]
 
 
 def here(model: Model, device: torch.device | None = None) -> Device:
-    """Measure the first GPU, or else the CPU on one thread by its CPU time. It takes about two seconds.
+    """Measure the first GPU, or else the CPU on one thread by its CPU time. It takes some seconds.
 
     Speeds are the best of some calls, since whatever else the machine does can only lengthen one.
     """
@@ -52,7 +52,8 @@ def here(model: Model, device: torch.device | None = None) -> Device:
     rule = settled(model.rule, device.type)
     clock = clock_of(device)
     with one_thread():
-        speeds = {name: curve(name, sizes, device, clock) for name, sizes in _wanted(model, rule).items()}
+        wanted = _wanted(model, rule, starting(model.rule, device.type))
+        speeds = {name: curve(name, sizes, device, clock) for name, sizes in wanted.items()}
         alone, other = _overhead(rule, device, clock) if isinstance(rule, Rule) else (0.0, 0.0)
         bandwidth, entrywise, passes = _bandwidths(model, device, clock)
         trained, size = ("highest", 512) if device.type == "cpu" else ("bfloat16", 4096)
@@ -75,12 +76,12 @@ def here(model: Model, device: torch.device | None = None) -> Device:
     )
 
 
-def _wanted(model: Model, rule: object) -> dict[str, set[int]]:
-    """Return the sizes of products at each precision, and of each decomposition, in the model's step."""
+def _wanted(model: Model, rule: object, starts: object) -> dict[str, set[int]]:
+    """Return the sizes of products at each precision, and of each decomposition, in the model's steps."""
     wanted: defaultdict[str, set[int]] = defaultdict(set)
-    if isinstance(rule, Rule):
+    if isinstance(rule, Rule) and isinstance(starts, Rule):
         for m, n in {piece[1:] for weight in model.weights if weight.view for piece in weight.view.pieces}:
-            for part in work(rule, m, n).parts:
+            for part in (*work(rule, m, n).parts, *first_work(starts, m, n).parts):
                 wanted[key(part)].add(part.size)
     return wanted
 

@@ -19,9 +19,9 @@ BLOCKS_NOTE = " Blocks change the optimizer: each is preconditioned by itself."
 TIMES_NOTE = (
     "Predicted for {device}: FLOPs by kind, each at {speeds}, then bytes at its bandwidth, one after the other, on the "
     "rank that has most. step: the optimizer's, on the average; at once: of the longest, if all refresh in it; "
-    "in turn: if they are staggered. model: forward and backward on a rank, 6 FLOPs per parameter and token at "
-    "{mfu:.0%} of its peak. share: of a training step. held: bytes of weights, gradients and state. Left out: what "
-    "travels, and activations."
+    "in turn: if they are staggered; first: of the one in which all have their first refresh. model: forward and "
+    "backward on a rank, 6 FLOPs per parameter and token at {mfu:.0%} of its peak. share: of a training step. held: "
+    "bytes of weights, gradients and state. Left out: what travels, and activations."
 )
 GUESSED, MEASURED = "a share of its published peak that is assumed", "the speed measured for it"
 
@@ -39,11 +39,13 @@ def shares(found: Sequence[Outlook]) -> Table:
 
 def times(found: Sequence[Outlook]) -> Table:
     """Return the predicted times: a line for each model and block size."""
-    head = ["", "blocks", "step\nms", "at once\nms", "in turn\nms", "model\nms", "share", "held\nB", "of\nB", "fits"]
+    columns = ("step\nms", "at once\nms", "in turn\nms", "first\nms", "model\nms")
+    head = ["", "blocks", *columns, "share", "held\nB", "of\nB", "fits"]
     lines = []
     for one in found:
         if (seen := one.forecast) is not None:
-            steps = (milliseconds(1e3 * s) for s in (seen.step, seen.worst, seen.staggered, seen.training))
+            kinds = (seen.step, seen.worst, seen.staggered, seen.first, seen.training)
+            steps = (milliseconds(1e3 * s) for s in kinds)
             room = (amount(seen.held), amount(seen.memory), "yes" if seen.fits else "no")
             lines.append([one.model, str(one.block_size or "–"), *steps, f"{seen.share:.1%}", *room])
     return Table(head, lines)

@@ -4,8 +4,8 @@ A matrix takes the time of its products and decompositions (`steepest.rule.work`
 its kind and size, and that of moving bytes, once each: state read and written, the gradient read and gathered, the
 direction written and read, the weight read and written. A stack takes the time of its launches. All of these come one
 after the other. Left out are communication between ranks; Cholesky-QR's second and third pass where
-``solver="cholesky"``; the conversion of state that is kept in fewer bytes; on a GPU without Triton the copies of state
-by which a step can be undone; and the first step, whose full decompositions are computed in float64.
+``solver="cholesky"``; the conversion of state that is kept in fewer bytes; and on a GPU without Triton the copies of
+state by which a step can be undone. The step of the first refresh has decompositions in float64, and a time of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from steepest.lab.plan.devices import Device
 from steepest.linalg.solvers import choose
 from steepest.linalg.stopwatch import bfloat16_pays
 from steepest.rule import THE_END, Elementwise, Rule
-from steepest.rule.work import Work, work
+from steepest.rule.work import Work, first_work, work
 from steepest.rules.parts.newton_schulz import NewtonSchulz, survives_half
 from steepest.rules.soap import AdamInBasis
 from steepest.stack.storage import laid_out
@@ -66,6 +66,8 @@ class Forecast:
     """Seconds of its longest step, in which all matrices refresh."""
     staggered: float
     """Seconds of its longest step with ``stagger=True``."""
+    first: float
+    """Seconds of the step in which all matrices have their first refresh."""
     training: float
     """Seconds of the model's forward and backward pass: 6 FLOPs per parameter and token."""
     held: float
@@ -100,9 +102,10 @@ def forecast(
     """
     alike = {(frozenset(one.matrices.items()), len(one.stacks), one.entries): one for one in loads}
     times = [step_times(rules, load, device, itemsize) for load in alike.values()]
-    step, worst, staggered = (max(column) for column in zip(*times, strict=True))
+    step, worst, staggered, first = (max(column) for column in zip(*times, strict=True))
     held = max(2 * itemsize * load.parameters + load.state for load in loads)
-    return Forecast(device.name, step, worst, staggered, training_flops / (device.training * mfu), held, device.memory)
+    training = training_flops / (device.training * mfu)
+    return Forecast(device.name, step, worst, staggered, first, training, held, device.memory)
 
 
 def settled(rule: Rule | Elementwise, kind: str) -> Rule | Elementwise:
@@ -124,6 +127,16 @@ def settled(rule: Rule | Elementwise, kind: str) -> Rule | Elementwise:
     return rule
 
 
+def starting(rule: Rule | Elementwise, kind: str) -> Rule | Elementwise:
+    """Return the rule as `settled` does, but for its first refresh, where "auto" decomposes and "qr" does not.
+
+    >>> from steepest.rules.soap import Soap
+    >>> starting(Soap(), "cpu").solver
+    'auto'
+    """
+    return rule if isinstance(rule, AdamInBasis) else settled(rule, kind)
+
+
 def period_of(rule: Rule | Elementwise) -> int:
     """Return the number of steps from one refresh to the next, in the end."""
     return rule.period(THE_END) if isinstance(rule, Rule) else 1
@@ -131,15 +144,15 @@ def period_of(rule: Rule | Elementwise) -> int:
 
 def step_times(
     rules: tuple[Rule | Elementwise, Elementwise], load: Load, device: Device, itemsize: int
-) -> tuple[float, float, float]:
-    """Return the seconds of a rank's step: the mean, the longest, and the longest if staggered."""
-    rule = settled(rules[0], device.kind)
+) -> tuple[float, float, float, float]:
+    """Return the seconds of a rank's step: the mean, the longest, the longest if staggered, and the first refresh's."""
+    rule, starts = settled(rules[0], device.kind), starting(rules[0], device.kind)
     rest = load.entries * (entry_bytes(rules[1]) * 2 + 3 * itemsize) / device.entrywise
-    if not isinstance(rule, Rule) or not load.matrices:
-        return rest, rest, rest
+    if not isinstance(rule, Rule) or not isinstance(starts, Rule) or not load.matrices:
+        return rest, rest, rest, rest
     rest += device.per_stack * len(load.stacks)
     rest += device.per_matrix * max(load.matrices.total() - len(load.stacks), 0)
-    mean = steady = 0.0
+    mean = steady = first = 0.0
     refreshes: dict[int, float] = {}
     for (m, n, offset), count in load.matrices.items():
         counted, moments, factors = matrix_cost(rule, m, n)
@@ -148,8 +161,10 @@ def step_times(
         always, now = device.seconds(counted.always()), device.seconds(counted.now())
         mean += count * (passed + device.seconds(counted))
         steady += count * (passed + always)
+        first += count * (passed + device.seconds(first_work(starts, m, n)))
         refreshes[offset] = refreshes.get(offset, 0.0) + count * (now - always)
-    return rest + mean, rest + steady + math.fsum(refreshes.values()), rest + steady + max(refreshes.values())
+    worst, staggered = (steady + refreshing for refreshing in (math.fsum(refreshes.values()), max(refreshes.values())))
+    return rest + mean, rest + worst, rest + staggered, rest + first
 
 
 @cache

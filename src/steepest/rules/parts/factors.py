@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steepest.linalg import attempts
 from steepest.linalg.eigenbasis import eigenbasis_error, eigenvectors, is_thin
+from steepest.linalg.singular import shared_eigenvectors
 from steepest.linalg.solvers import SOLVERS, choose, reordered
 from steepest.linalg.symmetric import accumulate_gram
 from steepest.rule import Slots, State
@@ -45,6 +46,7 @@ class Factors:
     def __init__(self, state: State, failures: Tensor | None = None) -> None:
         self.state = state
         self.failures = failures
+        self.gradient: Tensor | None = None  # the last that the covariances took in, [B, m, n]
 
     @staticmethod
     def init(G: Tensor, max_precond_dim: int, precondition_1d: bool = False) -> State:
@@ -71,6 +73,7 @@ class Factors:
 
     def accumulate(self, G: Tensor, beta: float | Tensor) -> None:
         """Take a gradient into the covariances: ``L ← β L + (1-β) G Gᵀ``, ``R ← β R + (1-β) Gᵀ G``."""
+        self.gradient = G
         both = isinstance(beta, Tensor) and "L" in self.state and "R" in self.state
         scaled = G * (1 - beta) if both else None  # once for both sides
         if "L" in self.state:
@@ -91,20 +94,33 @@ class Factors:
         return torch.bmm(u, state["Q_R"].mT) if "Q_R" in state else u
 
     def start(self, slots: Slots, in_float64: bool = False, gradients: int = 1) -> None:
-        """Compute the first bases of these slots by decompositions; ``exp_avg`` turns into them.
+        """Put the bases that `first_bases` computes in place; ``exp_avg`` turns into them.
 
-        They are computed in float64 where they are to project the very gradient that they come from: off the
-        diagonal, their rounding is then all that Adam sees. Second moments have no order to follow yet, and stay.
-        ``gradients``, the number of those that the covariances hold, limits the rank of the longer side.
+        Second moments have no order to follow yet, and stay.
         """
         part = {name: x[slots] for name, x in self.state.items()}
+        self._turn(slots, part, self.first_bases(slots, in_float64, gradients))
+
+    def first_bases(self, slots: Slots, in_float64: bool = True, gradients: int = 1) -> dict[str, Tensor]:
+        """Compute the first bases of these slots by decompositions, by side.
+
+        They are computed in float64 where they are to project the very gradient that they come from: off the diagonal,
+        their rounding is then all that Adam sees. ``gradients``, the number of those that the covariances hold, limits
+        the rank of the longer side. A single one gives both bases at once, on a CPU: to see that the covariances hold
+        nothing else, an accelerator's host would have to wait.
+        """
+        K = {side: self.state[side][slots] for side, _ in SIDES if side in self.state}
+        alone = in_float64 and gradients == 1 and len(K) == 2
+        if alone and self.gradient is not None and self.gradient.device.type in ("cpu", "meta"):
+            announce(min(K.values(), key=lambda side: side.shape[-1]))
+            return dict(zip(K, shared_eigenvectors(self.gradient[slots], *K.values()), strict=True))
         bases = {}
         for side, dim in SIDES:
-            if side in part:
-                rank = gradients * part["exp_avg_sq"].shape[-3 - dim]
-                announce(part[side], rank)
-                bases[side] = eigenvectors(part[side], in_float64, rank)
-        self._turn(slots, part, bases)
+            if side in K:
+                rank = None if self.gradient is None else gradients * self.gradient.shape[-3 - dim]
+                announce(K[side], rank)
+                bases[side] = eigenvectors(K[side], in_float64, rank)
+        return bases
 
     def refresh(self, slots: Slots, solver: str = "auto", steps: int = 1, match_columns: bool = True) -> None:
         """Let the bases of these slots follow their covariances; ``exp_avg`` turns, ``exp_avg_sq`` is reordered.
@@ -164,9 +180,10 @@ class Factors:
             self.failures[slots] += failed
 
 
-def announce(K: Tensor, rank: int) -> None:
-    """Say so, once, if the first decompositions of ``K [b, d, d]``, whose rank is known, will take seconds."""
-    if attempts.at_hand(K) and len(K) * K.shape[-1] ** 3 >= SLOW**3 and not is_thin(K, rank):
+def announce(K: Tensor, rank: int | None = None) -> None:
+    """Say so, once, if the first decompositions of ``K [b, d, d]``, whose rank may be known, will take seconds."""
+    thin = rank is not None and is_thin(K, rank)
+    if attempts.at_hand(K) and len(K) * K.shape[-1] ** 3 >= SLOW**3 and not thin:
         warnings.warn(
             "the first eigenbases of large matrices take seconds or minutes on a CPU: max_precond_dim leaves out long "
             'sides, block_size cuts them into shorter ones, and with solver="qr" SOAP begins at the identity instead',

@@ -14,10 +14,10 @@ from steepest.linalg import attempts
 from steepest.linalg.eigenbasis import eigenbasis_error
 from steepest.linalg.solvers import choose, reordered
 from steepest.linalg.symmetric import accumulate_gram
-from steepest.linalg.turning import Turn, decomposed, turn, turned
+from steepest.linalg.turning import Turn, decomposed, onto, turn, turned
 from steepest.linalg.whitening import root_mean_square, whitening_weights
 from steepest.rule import Slots, State
-from steepest.rules.parts.factors import SIDES, Factors, announce, into
+from steepest.rules.parts.factors import SIDES, Factors, into
 
 MARK = "in_basis"
 """An entry of the state, ``[B]``, whose presence says that ``L`` and ``R`` stand in their bases' coordinates."""
@@ -67,7 +67,7 @@ class KLFactors(Factors):
 
         See `steepest.linalg.whitening.whitening_weights` for the two floors under λ.
         """
-        P = self.project(G)
+        P = self.gradient = self.project(G)
         λ = {side: self.state[side].diagonal(dim1=-2, dim2=-1).clone() for side, _ in SIDES if side in self.state}
         looks = attempts.at_hand(G) and not torch.compiler.is_compiling()
         fed = looks and all(min(x.amax(dim=-1).tolist()) > 0 for x in λ.values())
@@ -90,13 +90,8 @@ class KLFactors(Factors):
 
     def start(self, slots: Slots, in_float64: bool = False, gradients: int = 1) -> None:
         """Compute the first bases of these slots by decompositions; see `Factors.start`."""
-        turns: dict[str, Turn] = {}
-        for side, dim in SIDES:
-            if side in self.state:
-                K, rank = self.state[side][slots], gradients * self.state["exp_avg_sq"].shape[-3 - dim]
-                announce(K, rank)
-                turns[side] = decomposed(K, in_float64, rank)
-        self._turn_by(slots, turns)
+        bases = self.first_bases(slots, in_float64, gradients)
+        self._turn_by(slots, {side: onto(U, self.state[side][slots]) for side, U in bases.items()})
 
     def refresh(self, slots: Slots, solver: str = "auto", steps: int = 1, match_columns: bool = True) -> None:
         """Let the bases of these slots follow their factors, which turn along; see `Factors.refresh`."""
