@@ -79,7 +79,7 @@ def main(line):
 
 OPTIONS = ["--workload", "digits", "--steps", "6", "--optimizers", "adamw, soap, muon", "--workers", "1"]
 RUNS = 6
-TIMES = {"model_seconds", "optimizer_seconds", "wall_seconds"}
+TIMES = {"model_seconds", "optimizer_seconds", "wall_seconds", "cpu_seconds"}
 Files = dict[str, str]
 
 

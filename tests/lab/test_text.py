@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from steepest.lab.workloads import stdlib
+from steepest.lab.workloads import stdlib, text
 
 
 def test_the_text_is_the_same_each_time_it_is_read() -> None:
@@ -24,7 +24,7 @@ def test_the_alphabet_is_newline_and_printable_ascii() -> None:
 
 
 def test_no_module_is_both_trained_on_and_held_out() -> None:
-    assert not set(stdlib.TRAINING_MODULES.split()) & set(stdlib.VALIDATION_MODULES.split())
+    assert not set(text.TRAINING_MODULES.split()) & set(text.VALIDATION_MODULES.split())
 
 
 def test_a_missing_module_is_skipped_and_named(tmp_path) -> None:

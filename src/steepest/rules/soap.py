@@ -64,7 +64,8 @@ class AdamInBasis(Refreshing[F], ABC):
 
     def factor_beta(self, step: Step) -> float | Tensor:
         corrects = self.correct_bias if self.correct_shampoo_beta_bias is None else self.correct_shampoo_beta_bias
-        return step.decay(corrected_beta(self.shampoo_beta, step.t) if corrects else self.shampoo_beta)
+        beta = corrected_beta(self.shampoo_beta, step.t) if corrects else self.shampoo_beta
+        return beta if step.lost is None else step.decay(beta)
 
     def update_bases(self, factors: F, slots: Slots, step: Step) -> None:
         if step.stage == "first" and self.solver != "qr":

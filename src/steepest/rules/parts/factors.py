@@ -111,7 +111,7 @@ class Factors:
         """
         K = {side: self.state[side][slots] for side, _ in SIDES if side in self.state}
         alone = in_float64 and gradients == 1 and len(K) == 2
-        if alone and self.gradient is not None and self.gradient.device.type in ("cpu", "meta"):
+        if alone and self.gradient is not None and answers(self.gradient):
             announce(min(K.values(), key=lambda side: side.shape[-1]))
             return dict(zip(K, shared_eigenvectors(self.gradient[slots], *K.values()), strict=True))
         bases = {}
@@ -178,6 +178,11 @@ class Factors:
             self.state[name][slots] = torch.where(found, x, self.state[name][slots])
         if self.failures is not None:
             self.failures[slots] += failed
+
+
+def answers(G: Tensor) -> bool:
+    """Whether the host may ask for values of ``G``, or counts FLOPs on the meta device, where there are none."""
+    return G.device.type in ("cpu", "meta")
 
 
 def announce(K: Tensor, rank: int | None = None) -> None:
