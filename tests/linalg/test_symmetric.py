@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steepest.linalg.symmetric import BLOCK, ENTRIES, accumulate_gram
+from steepest.linalg.symmetric import BLOCK, ENTRIES, accumulate_gram, gram
 
 LONG = ENTRIES // (2 * BLOCK)  # a row, from which two blocks are done as such
 
@@ -34,3 +34,9 @@ def test_a_single_matrix_and_more_batch_dimensions():
     one = torch.zeros(2 * BLOCK, 2 * BLOCK)
     accumulate_gram(one, X[1, 2], 0.0)
     torch.testing.assert_close(K[1, 2], one)
+
+
+def test_what_fresh_memory_held_does_not_count(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape: torch.full(shape, torch.nan, dtype=x.dtype))
+    X = torch.randn(2, 2 * BLOCK, LONG, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(gram(X), X @ X.mT)
