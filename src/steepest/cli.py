@@ -251,6 +251,7 @@ def bench(
     device: Annotated[str, Option(help="cpu (one thread) or cuda.")] = "cpu",
     count: Annotated[bool, Option("--count", help="Count launches, bytes, FLOPs on a GPU that needn't exist.")] = False,
     lines: Annotated[bool, Option("--lines", help="Count by line of source; with --count.")] = False,
+    engine: Annotated[bool, Option("--engine", help="Time the host's work for 100 to 1000 small matrices.")] = False,
     out: Out = Path("runs/bench"),
 ) -> None:
     """Time optimizers' steps on a model's shapes, by phase, against other libraries and against a lower bound."""
@@ -258,7 +259,7 @@ def bench(
         from steepest.lab.bench import command
 
         request = command.Request(
-            shapes, optimizers, peers, compiled, steps, warmup, depth, device, out, _typed(), count, lines
+            shapes, optimizers, peers, compiled, steps, warmup, depth, device, out, _typed(), count, lines, engine
         )
         command.run(request, _console())
 

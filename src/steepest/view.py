@@ -208,7 +208,8 @@ class View:
         """Return ``D [b, m, n]`` in the shape that the piece has when it is `cut` out of the parameter."""
         if self.transpose:
             D = D.reshape(self.stored[0], -1, D.shape[-1]).mT
-        return D.reshape(self._cut_shapes[piece])
+        shape = self._cut_shapes[piece]
+        return D if D.shape == shape else D.reshape(shape)
 
     @cached_property
     def _cut_shapes(self) -> list[torch.Size]:

@@ -64,16 +64,17 @@ class LocalBucket(Bucket):
         for made in directions:
             everything_moves, ranges = all(made.moved), iter(made.stack.groups)
             stays = None if everything_moves and made.lost is None else made.stays()
-            start, stop, staying = 0, 0, None
+            start, stop, staying, matrices = 0, 0, None, made.D.unbind()
             for segment in made.stack.segments:
                 if segment.start >= stop:
                     _, start, stop = next(ranges)
                     staying = None if stays is None else Staying(stays[start:stop], made.D[start:stop])
                 if not everything_moves and not any(made.moved[segment.slots]):
                     continue
-                D = made.D[segment.slots]
+                alone = segment.stop - segment.start == 1
+                D = matrices[segment.start] if alone else made.D[segment.slots]
                 p, view, piece = self.params[segment.index], segment.view, segment.piece
-                t = made.stack.t[segment.start]
+                t = made.stack.t[segment.start] if p.dtype == torch.bfloat16 else None
                 if segment.bias is not None:
                     rows, b = view.blocks[piece][0], local(self.params[segment.bias])
                     if self._takes_part[segment.bias]:

@@ -183,14 +183,17 @@ class Stack:
 
     def fill(self, pieces: Pieces) -> Tensor:
         """Return the pieces as one tensor ``[B, m, n]`` in the state's dtype; slots without a piece stay unset."""
-        out = torch.empty(self.size, *self.shape, dtype=self.dtype, device=self.device)
-        targets, sources = [], []
+        present, sources, alike = [], [], True
         for segment in self.segments:
-            if segment.key in pieces:
-                targets.append(out[segment.slots])
-                sources.append(pieces[segment.key])
-        if targets:
-            torch._foreach_copy_(targets, sources)
+            if (x := pieces.get(segment.key)) is not None:
+                present.append(segment)
+                sources.append(x)
+                alike = alike and x.dtype == self.dtype
+        if alike and len(sources) == len(self.segments):
+            return torch.cat(sources)  # takes half the host's time of what follows
+        out = torch.empty(self.size, *self.shape, dtype=self.dtype, device=self.device)
+        if sources:
+            torch._foreach_copy_([out[segment.slots] for segment in present], sources)
         return out
 
     def fed(self, run: Run, statistics: Mapping[tuple[int, int], Statistics]) -> Statistics | None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from steepest.lab.bench import counting, text
+from steepest.lab.bench import counting, engine, text
 from steepest.lab.bench.entrants import DEFAULT, Entrant, parse_entrants
 from steepest.lab.bench.peers import peers_of
 from steepest.lab.bench.report import page
@@ -25,6 +25,9 @@ from steepest.lab.shared.errors import BadInput
 from steepest.lab.shared.files import make_folder, write
 from steepest.lab.shared.fingerprints import machine, versions
 from steepest.lab.shared.peers import PACKAGES
+
+ENGINE_DEFAULT = "soap-f10, kl-soap-f10, muon, lion, adamw"
+"""The entrants of --engine if none are named."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Request:
     count: bool = False
     """Whether steps are counted on a fake GPU, and nothing is measured."""
     lines: bool = False
+    engine: bool = False
+    """Whether the host's time for many small matrices is measured, whatever the shapes."""
 
 
 def run(request: Request, console: Console) -> None:
@@ -56,6 +61,8 @@ def run(request: Request, console: Console) -> None:
     """
     if request.lines and not request.count:
         raise BadInput("--lines: says by what --count counts, so it needs --count")
+    if request.engine and (request.count or request.peers):
+        raise BadInput(f"--engine: measures the engine alone; leave out --{'count' if request.count else 'peers'}")
     if request.count:
         for name in request.shapes.split(","):
             shapes = shape_set(name.strip().lower(), request.depth)
@@ -68,6 +75,8 @@ def run(request: Request, console: Console) -> None:
         raise BadInput(f"--steps {request.steps}: must be at least 1")
     if request.warmup is not None and request.warmup < 1:
         raise BadInput(f"--warmup {request.warmup}: must be at least 1: the first step makes full decompositions")
+    if request.engine:
+        return _run_engine(request, device, console)
     sets = [shape_set(name.strip().lower(), request.depth) for name in request.shapes.split(",")]
     rosters = [_entrants(request, shapes) for shapes in sets]
     make_folder(request.out)
@@ -96,6 +105,18 @@ def run(request: Request, console: Console) -> None:
     write(request.out / "results.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str))
     write(request.out / "report.html", page(content))
     console.print(f"report: {escape(str(request.out / 'report.html'))}", highlight=False, soft_wrap=True)
+
+
+def _run_engine(request: Request, device: torch.device, console: Console) -> None:
+    """Measure the host's time for many small matrices, print the table, and write engine.json."""
+    entrants = parse_entrants(request.optimizers or ENGINE_DEFAULT, max(map(max, engine.SHAPES)))
+    make_folder(request.out)
+    with one_thread(), console.status("many small matrices"):
+        rows = engine.measure(entrants, device, request.steps)
+    console.print(engine.table(rows).for_console(gap=1))
+    console.print(engine.NOTE.format(steps=request.steps, baseline=engine.BASELINE), style="dim", highlight=False)
+    content = {"command": request.command, "versions": versions(), "machine": machine(), "rows": rows}
+    write(request.out / "engine.json", json.dumps(content, indent=1) + "\n")
 
 
 def _entrants(request: Request, shapes: ShapeSet) -> tuple[list[Entrant], list[str]]:

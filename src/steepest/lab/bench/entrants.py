@@ -23,7 +23,7 @@ from steepest.rules.parts.newton_schulz import NewtonSchulz
 DEFAULT = "soap-f10, soap-f10(stagger=True), soap-f1, kl-soap-f10, moso, muon, adamw"
 """The entrants if none are named."""
 
-Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+Make = Callable[[Any], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _entrant(label: str, name: str, options: Mapping[str, Any], longest: int) ->
     rule = rule_of(name, options)
     settings = group_options(name, dict(options))
 
-    def make(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    def make(params: Any) -> torch.optim.Optimizer:
         return Optimizer(params, **settings)
 
     try:
