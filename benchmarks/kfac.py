@@ -9,8 +9,8 @@ Two nets: an MLP 256-512-512-10 with batches of 256, and a convolutional net wit
 takes one whole period of its frequencies, and its time is that period's CPU time, divided by the steps; the figure is
 the median of the rounds. The first steps, in which K-FAC is busier (``settle``), are left out.
 
-If ``kfac-pytorch`` is installed (the module ``kfac``) it is measured too. Everything goes to
-benchmarks/results/kfac.json.
+With ``pip install asdfghjkl`` its K-FAC of the empirical Fisher matrix is measured too, by inverses as ours. Everything
+goes to benchmarks/results/kfac.json.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import copy
 import importlib.util
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,8 @@ class Row:
 
     make: Callable[[nn.Module], torch.optim.Optimizer]
     period: int
-    preconditions: Callable[[nn.Module], Any] | None = None
-    """Makes what steps before the optimizer, as kfac-pytorch does."""
+    backward: Callable[[nn.Module], Callable[[Tensor, Tensor], object]] | None = None
+    """Makes a function that computes a batch's gradients, where that is not the plain backward pass."""
 
 
 def kfac(kind: str, statistics: int, every: int, **options: Any) -> Row:
@@ -79,15 +79,29 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
 
 
-def peer(method: str, statistics: int, every: int) -> Row:
-    def preconditions(model: nn.Module) -> Any:
-        from kfac.preconditioner import KFACPreconditioner
+def peer(statistics: int, every: int) -> Row:
+    """ASDL's K-FAC, which preconditions gradients in its own forward and backward pass, and SGD."""
 
-        return KFACPreconditioner(
-            model, factor_update_steps=statistics, inv_update_steps=every, lr=1e-3, compute_method=method
+    def backward(model: nn.Module) -> Callable[[Tensor, Tensor], object]:
+        import asdl
+
+        if not torch.cuda.is_available():  # it marks ranges for a profiler that a CPU's build of torch has not
+            setattr(torch.cuda.nvtx, "range", lambda *message: nullcontext())  # noqa: B010
+        config = asdl.PreconditioningConfig(
+            curvature_upd_interval=statistics,
+            preconditioner_upd_interval=every,
+            data_size=1,  # a scale of the statistics only, which takes no time
+            damping=1e-2,
         )
+        maker = asdl.KfacGradientMaker(model, config, fisher_type=asdl.FISHER_EMP)
 
-    return Row(sgd, every, preconditions)
+        def gradients(x: Tensor, y: Tensor) -> object:
+            maker.setup_loss_call(cross_entropy, maker.setup_model_call(model, x), y)
+            return maker.forward_and_backward()
+
+        return gradients
+
+    return Row(sgd, every, backward)
 
 
 FREQUENCIES = ((1, 1), (1, 10), (10, 100))
@@ -101,27 +115,21 @@ ROWS: dict[str, Row] = {
     **{f"SOAP {f}": soap(f) for _, f in FREQUENCIES},
     "KFAC, nothing due": kfac("KFAC", 10**6, 10**6),
 }
-PEERS = {f"kfac-pytorch {m} {s}/{f}": peer(m, s, f) for m in ("inverse", "eigen") for s, f in FREQUENCIES}
-
-
-def has_peer() -> bool:
-    """Whether kfac-pytorch is installed. Its module has the name of this file, whose folder is searched first."""
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]
-    return importlib.util.find_spec("kfac") is not None
+PEERS = {f"ASDL KFAC {s}/{f}": peer(s, f) for s, f in FREQUENCIES}
 
 
 def trained(row: Row, model: nn.Module, x: Tensor, y: Tensor) -> Step:
     """Return one training step of a copy of the model."""
     model = copy.deepcopy(model)
-    before = None if row.preconditions is None else row.preconditions(model)
+    backward = None if row.backward is None else row.backward(model)
     optimizer = row.make(model)
 
     def step() -> None:
         optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
-        if before is not None:
-            before.step()
+        if backward is None:
+            cross_entropy(model(x), y).backward()
+        else:
+            backward(x, y)
         optimizer.step()
 
     return step
@@ -174,7 +182,7 @@ def main() -> None:
         results = json.loads(arguments.json.read_text())
     else:
         torch.set_num_threads(1)
-        rows = ROWS | (PEERS if has_peer() else {})
+        rows = ROWS | (PEERS if importlib.util.find_spec("asdl") else {})
         words = arguments.rows.split(",")
         rows = {name: row for name, row in rows.items() if name == "SGD" or any(word in name for word in words)}
         results = {"torch": torch.__version__, "rounds": arguments.rounds, "milliseconds": {}}

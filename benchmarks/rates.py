@@ -34,10 +34,13 @@ from steepest.lab.race.trial import Trial
 from steepest.lab.shared.contenders import Contender, preset
 from steepest.lab.shared.files import write
 from steepest.lab.shared.fingerprints import machine, versions
+from steepest.lab.suite.log import rows_from_json
+from steepest.lab.suite.protocol import scaled
 from steepest.lab.workloads.workload import load_workload
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/rates.json"
+SUITE = ROOT / "benchmarks/results/suite.json"
 PLOT = ROOT / "docs/rates.svg"
 PAGE = ROOT / "docs/coming-from-adamw.md"
 
@@ -262,40 +265,34 @@ def measured(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
     ]
 
 
-def swept() -> list[Row]:
-    """A row for each workload of benchmarks/sweeps.py, whose optimizers had two values of another option besides."""
+def suited(results: Mapping[str, Any]) -> list[Row]:
+    """A row for each workload of the suite, from its trials in which all rates of an optimizer move together."""
+    losses = {
+        (trial.workload, json.dumps(trial.settings, sort_keys=True)): trial.loss
+        for trial in rows_from_json(results, str(SUITE))
+        if trial.seed == 0 and trial.steps == _steps(results, trial.workload)
+    }
     rows = []
-    for task, file, names in SWEEPS:
-        sweeps = json.loads((RESULTS.parent / file).read_text())
-        rows.append(Row(task, {name: _best_of_sweep(sweeps[there]["trials"]) for name, there in names.items()}))
+    for workload in results["workloads"]:
+        best: dict[str, Best | None] = {}
+        for name in OPTIMIZERS:
+            settings = {index: scaled(preset(name), 2.0**index).settings() for index in range(-12, 13)}
+            keys = {index: (workload["name"], json.dumps(one, sort_keys=True)) for index, one in settings.items()}
+            tried = {index: losses[key] for index, key in keys.items() if key in losses}
+            best[name] = best_rate(tried, preset(name).lr) if tried else None
+        rows.append(Row(f"`{workload['name']}`, {workload['steps']} steps", best))
     return rows
 
 
-SWEEPS = (
-    ("language model, width 64, depth 2, 300 steps, other options", "sweeps.json", {name: name for name in OPTIMIZERS}),
-    ("`convnet`, 200 steps", "sweeps_convnet.json", {"adamw": "adamw", "soap-f5": "soap", "muon": "muon"}),
-    ("`photo`, 300 steps", "sweeps_photo.json", {"adamw": "adamw", "soap-f5": "soap", "muon": "muon"}),
-)
-"""Sweeps on the tasks; on the last two SOAP has a refresh in every step."""
-
-
-def _best_of_sweep(trials: Sequence[Mapping[str, Any]]) -> Best:
-    """The best rate among the trials that have all other settings of the best one."""
-
-    def others(trial: Mapping[str, Any]) -> Any:
-        return {key: value for key, value in trial["options"].items() if key != "lr"}, trial.get("elementwise")
-
-    best = min(trials, key=lambda trial: trial["final_loss"] or math.inf)
-    alike = {trial["options"]["lr"]: trial["final_loss"] for trial in trials if others(trial) == others(best)}
-    unit = min(alike)
-    return best_rate(
-        {round(math.log2(lr / unit)): math.inf if loss is None else loss for lr, loss in alike.items()}, unit
-    )
+def _steps(results: Mapping[str, Any], name: str) -> int:
+    """The length of a workload's runs."""
+    steps: int = next(workload["steps"] for workload in results["workloads"] if workload["name"] == name)
+    return steps
 
 
 def tables(content: Mapping[str, Any]) -> str:
     """The page's table of best rates."""
-    rows = [*measured(content["best"]), *swept()]
+    rows = [*measured(content["best"]), *(suited(json.loads(SUITE.read_text())) if SUITE.exists() else ())]
     shown, others = [OPTIMIZERS[name].title for name in OPTIMIZERS], [name for name in OPTIMIZERS if name != "adamw"]
     lines = ["| | " + " | ".join(f"{title}'s best" for title in shown)]
     lines[0] += " | " + " | ".join(f"{OPTIMIZERS[name].title} / AdamW" for name in others) + " |"
