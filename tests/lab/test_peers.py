@@ -12,13 +12,15 @@ from typer.testing import CliRunner
 import steepest
 from steepest.cli import app
 from steepest.lab.race.meters import state_bytes
-from steepest.lab.race.training import Schedule
+from steepest.lab.race.training import Schedule, train
+from steepest.lab.race.trial import Trial
 from steepest.lab.shared import peers
 from steepest.lab.shared.contenders import parse_contenders, preset
 from steepest.lab.shared.errors import BadInput
 from steepest.lab.shared.peers import RACING
 from steepest.lab.shared.presets import PRESETS
 from steepest.lab.suite import command
+from steepest.lab.workloads.workload import load_workload
 
 STAND_IN = """
 import torch
@@ -48,6 +50,18 @@ class Muon(_Signs):
     def __init__(self, params, lr, momentum, weight_decay, nesterov, use_adjusted_lr, **ignored):
         assert all(group["use_muon"] for group in params)
         super().__init__(params, lr, weight_decay, momentum=momentum)
+
+class ScheduleFreeAdamW(_Signs):
+    modes = []
+
+    def __init__(self, params, lr, betas, eps, weight_decay, **ignored):
+        super().__init__(params, lr, weight_decay, betas=betas)
+
+    def train(self):
+        self.modes.append("train")
+
+    def eval(self):
+        self.modes.append("eval")
 """
 
 
@@ -124,6 +138,27 @@ def test_a_peer_steps_what_routing_gives_to_ours_and_ours_steps_the_rest(model) 
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_an_average_of_weights_is_validated_and_its_rate_stays(quick_task) -> None:
+    contender, path = preset("pytorch_optimizer.schedule_free"), str(quick_task())
+    rates = []
+
+    def note(done: object) -> None:
+        rates.append(optimizers[-1].param_groups[0]["lr"])
+
+    optimizers: list[torch.optim.Optimizer] = []
+    make = peers.Peer.make
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers.Peer, "make", lambda *args: optimizers.append(make(*args)) or optimizers[-1])
+        train(Trial(path, contender, steps=20, seed=0), load_workload(path), note)
+    assert len(optimizers[-1].param_groups[0]["params"]) == len(list(load_workload(path).model().parameters()))
+    assert rates[5:] == [contender.lr] * 15  # after the warm-up
+    assert rates[0] == pytest.approx(contender.lr / 6)
+    modes = optimizers[-1].modes
+    assert modes == ["eval", "train"] * (len(modes) // 2)
+    assert len(modes) == 2 * 12
+
+
+@pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -175,10 +210,10 @@ def test_the_suite_has_peers_where_they_are_installed_and_says_so(
     done = CliRunner().invoke(app, ["suite", "--workloads", str(quick_task()), "--out", str(tmp_path / "out")])
     assert done.exit_code == 130, done.output
     output = " ".join(done.output.split())
-    named = "adamw, soap-f5, pytorch_optimizer.soap, pytorch_optimizer.muon on quick_task"
+    named = f"adamw, soap-f5, {', '.join(RACING)} on quick_task"
     assert (named in output) == installed
     assert ("adamw, soap-f5 without" in output) == (not installed)
-    remedy = 'without pytorch_optimizer.soap, pytorch_optimizer.muon, not installed: pip install "steepest[peers]"'
+    remedy = f'without {", ".join(RACING)}, not installed: pip install "steepest[peers]"'
     assert (remedy in output) == (not installed)
 
 

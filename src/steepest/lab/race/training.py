@@ -37,8 +37,12 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
     model = workload.model()
     poison = Poison(trial.poison, trial.seed)
     optimizer = trial.contender.optimizer(model)
+    # With `eval` and `train` it moves the weights to an average that it keeps, and back.
+    averaging: Any = optimizer if hasattr(optimizer, "eval") else None
     way = stepper(model, optimizer, workload, torch.Generator().manual_seed(trial.seed))
-    schedule = Schedule(optimizer, trial.contender.warmup, trial.length) if way.scheduled else None
+    schedule = (
+        Schedule(optimizer, trial.contender.warmup, trial.length, falls=averaging is None) if way.scheduled else None
+    )
     record = Record(parameters=sum(p.numel() for p in model.parameters()), own_passes=way.own_passes)
     record.clock, clock = stopwatch(model)
     marks, done, step = validation_marks(trial), 0.0, 0
@@ -62,7 +66,11 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
             break
         done += record.model_seconds[-1] + record.optimizer_seconds[-1] if trial.seconds else 1
         if passed := sum(mark <= done for mark in marks):  # a long step may pass several
+            if averaging is not None:
+                averaging.eval()
             record.validation += [(step, validate(model, workload))] * passed
+            if averaging is not None:
+                averaging.train()
             marks = marks[passed:]
         progress({"done": done, "train": loss, "validation": record.validation[-1][1] if record.validation else None})
 
@@ -79,9 +87,10 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
 
 
 class Schedule:
-    """A learning rate that rises linearly over the warm-up, then falls along a cosine to a hundredth."""
+    """A learning rate that rises linearly over the warm-up, then falls along a cosine to a hundredth, or stays."""
 
-    def __init__(self, optimizer: Optimizer, warmup: float, length: float) -> None:
+    def __init__(self, optimizer: Optimizer, warmup: float, length: float, falls: bool = True) -> None:
+        self.falls = falls
         self.groups = optimizer.param_groups
         self.highest = [group["lr"] for group in self.groups]
         self.rise, self.length = warmup * length, length
@@ -90,6 +99,8 @@ class Schedule:
         """Return the factor on the highest rate in the step that ends after so many steps, or seconds."""
         if end <= self.rise:
             return end / self.rise
+        if not self.falls:
+            return 1.0
         left = (1 + math.cos(math.pi * (end - self.rise) / (self.length - self.rise))) / 2
         return FINAL_RATE + (1 - FINAL_RATE) * left
 

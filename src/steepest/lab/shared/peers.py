@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 
 import steepest
 from steepest.lab.shared.errors import BadInput, one_line
-from steepest.rule import nearest
+from steepest.rule import Elementwise, nearest
+from steepest.rules import RULES
 
 PACKAGES = ("pytorch_optimizer", "heavyball")
 """The packages besides torch; the extra ``peers`` installs both."""
@@ -135,6 +136,7 @@ def _peer(package: str, name: str) -> Peer:
 RACING: Mapping[str, tuple[Peer, str]] = {
     "pytorch_optimizer.soap": (_peer("pytorch_optimizer", "SOAP"), "soap-f10"),
     "pytorch_optimizer.muon": (_peer("pytorch_optimizer", "Muon"), "muon"),
+    "pytorch_optimizer.schedule_free": (Peer("adamw", "pytorch_optimizer", "ScheduleFreeAdamW", adam), "adamw"),
 }
 """Contenders' names, the peers that they are, and the presets of ours whose settings they get."""
 
@@ -151,10 +153,11 @@ def version_of(name: str) -> str:
 
 
 def peer_optimizer(name: str, model: nn.Module, options: Options, elementwise: Options) -> Optimizer:
-    """Return a contender of `RACING` for a model: it steps the hidden matrices, and ours steps the rest.
+    """Return a contender of `RACING` for a model.
 
-    The matrices are those that `steepest.route` gives to our optimizer of its kind. It gets each parameter whole, where
-    ours may see several matrices in it.
+    It steps all parameters if our optimizer of its kind is elementwise. Otherwise it steps the hidden matrices, which
+    are those that `steepest.route` gives to ours, and ours steps the rest. It gets each parameter whole, where ours may
+    see several matrices in it.
 
     Raises:
         BadInput: if its library can't be imported.
@@ -170,6 +173,8 @@ def peer_optimizer(name: str, model: nn.Module, options: Options, elementwise: O
             raise ValueError(
                 f"{option}={value!r}: {peer.package}.{peer.name} has no such option{nearest(option, known)}"
             )
+    if issubclass(RULES[peer.kind], Elementwise):
+        return _made(peer, list(model.parameters()), options)
     routing = steepest.route(model, peer.kind)
     groups = routing.groups({option: options[option] for option in ("lr", "weight_decay")}, elementwise)
     for group in groups:
@@ -178,11 +183,15 @@ def peer_optimizer(name: str, model: nn.Module, options: Options, elementwise: O
     rest = [group for group in groups if group["rule"] != peer.kind]
     parts: list[Optimizer] = [steepest.Optimizer(rest, rule=routing.elementwise, lr=options["lr"])] if rest else []
     if matrices:
-        try:
-            parts.insert(0, peer.make(matrices, options))
-        except Exception as error:  # the library has exceptions of its own for bad values
-            raise ValueError(one_line(error)) from error
+        parts.insert(0, _made(peer, matrices, options))
     return Together(parts)
+
+
+def _made(peer: Peer, params: list[nn.Parameter], options: Options) -> Optimizer:
+    try:
+        return peer.make(params, options)
+    except Exception as error:  # the library has exceptions of its own for bad values
+        raise ValueError(one_line(error)) from error
 
 
 class Together(Optimizer):
