@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import steepest
+from steepest.engine import elementwise
 from steepest.rules.soap import Soap
 from steepest.stack.storage import Storage, coded, coded_squares, decoded, decoded_squares
 
@@ -290,6 +291,12 @@ def test_a_shard_is_rounded_as_it_is_within_the_whole() -> None:
     storage.store({"exp_avg": x[2:5]}, part, t, torch.arange(540).view(6, 10, 9)[2:5])
     assert all(torch.equal(part[name], whole[name][2:5]) for name in part)
     assert {name: tuple(x.shape) for name, x in part.items()} == {"exp_avg": (3, 10, 9), "exp_avg_scale": (3, 2)}
+
+
+def test_rows_may_be_stored_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    (W, _), _ = descended("lion", 4, moment_dtype="int8"), monkeypatch.setattr(elementwise, "STORED_AT_ONCE", 160)
+    V, _ = descended("lion", 4, moment_dtype="int8")
+    assert torch.equal(V, W)
 
 
 def test_flat_parts_of_parameters_are_refused() -> None:

@@ -21,6 +21,8 @@ from steepest.stack.stack import state_dtype
 from steepest.stack.storage import Storage
 from steepest.stack.undo import undoing_each
 
+STORED_AT_ONCE = 2**20
+"""The entries whose moments are rounded to 8 bits together."""
 LANES = 16
 """The numbers in the widest vector registers, which are AVX-512's, in float32."""
 
@@ -139,11 +141,23 @@ def _apply(
         if W is not entry.stepped:
             for x, target in [(W, entry.stepped), *((moved[name], state[name]) for name in state)]:
                 target.copy_(x[: target.numel()].view(target.shape) if x.dim() else x)
-        if storage is not None:
-            position = positions(meta_shard(entry.p), W.device) if is_dtensor(entry.p) else None
-            storage.store(state, entry.state, entry.state["step"], position)
+        if storage is not None and state.keys() != entry.state.keys():
+            _store(storage, state, entry)
     if undo is not None:
         undo()
+
+
+def _store(storage: Storage, state: State, entry: Entry) -> None:
+    """Store moments in 8 bits, some rows at a time, because rounding takes some 30 bytes an entry for a moment."""
+    whole = meta_shard(entry.p)
+    rows = max(STORED_AT_ONCE * len(whole) // max(whole.numel(), 1), 1)
+    for start in range(0, len(whole), rows):
+        changed, stored = (
+            {name: x[start : start + rows] if x.dim() else x for name, x in each.items()}
+            for each in (state, entry.state)
+        )
+        place = positions(whole[start : start + rows], entry.W.device)
+        storage.store(changed, stored, entry.state["step"], place)
 
 
 def _in_whole_lanes(W: Tensor, grad: Tensor, state: State) -> tuple[Tensor, Tensor, State]:

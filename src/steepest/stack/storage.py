@@ -107,7 +107,7 @@ class Storage:
             state: the return value of `restored`, which has been changed since.
             stored: the target; tensors that are stored as they are have been changed in place.
             t: ``[B, 1, 1]``, the number of the update; of one element for a parameter.
-            position: of each entry in its matrix or its parameter, int64, if they are not all here.
+            position: of each entry in the whole parameter, int64; a stack has all entries of its matrices.
         """
         for name in stored:
             if self._is_short(name):
