@@ -54,7 +54,8 @@ OURS: dict[str, Factory] = {
     **{f"rule {rule}": functools.partial(fed.optimizer, rule=rule, lr=1e-2) for rule in fed.CAPTURING},
     **{name: functools.partial(by_name, name="soap", **AT_EACH | own) for name, own in SOAP_VARIANTS.items()},
 }
-OURS["muon in fewer bytes"] = functools.partial(by_name, name="muon", moment_dtype="int8")
+for rule in ("muon", "dion", "lion", "adamw"):
+    OURS[f"{rule} in fewer bytes"] = functools.partial(by_rule, rule=rule, moment_dtype="int8")
 BFLOAT16 = {"soap bfloat16": "soap", "adamw bfloat16": "adamw"}
 NOT_ASKED = {
     "has neither betas nor momentum": {"betas_reread", "cycled_momentum", "bad_betas"},

@@ -34,6 +34,7 @@ SOAP: dict[str, dict[str, Any]] = {
     "soap l2": {"weight_decay_method": "l2", "nesterov": True},
     "soap batches": {"merge_dims": False, "max_update_rms": 0.5},
 }
+IN_8_BITS = {f"{rule} in 8 bits": rule for rule in ("dion", "lion", "adamw")}
 ADAPTIVE = {"use_adaptive_criteria": True, "adaptive_update_tolerance": 0.1}
 
 POISON = {
@@ -47,6 +48,8 @@ MISSING = {2: ["first.weight"], 3: ["gain"], 4: ["second.weight"]}
 
 def build(params: Any, name: str, **options: Any) -> steepest.Optimizer:
     rule, own = (name, {}) if name in RULES else ("soap", SOAP.get(name, ADAPTIVE))
+    if name in IN_8_BITS:
+        rule, own = IN_8_BITS[name], {"moment_dtype": "int8"}
     at_each = {"precondition_frequency": 1} if rule == "soap" else {}
     return fed.optimizer(params, rule, **{"lr": 0.1} | at_each | own | options)
 
@@ -66,7 +69,7 @@ def train(name: str, dtype: torch.dtype = torch.float32, steps: int = 8, **optio
     return run, seen
 
 
-@pytest.mark.parametrize("name", [*RULES, *SOAP, "soap adaptive"])
+@pytest.mark.parametrize("name", [*RULES, *SOAP, *IN_8_BITS, "soap adaptive"])
 def test_masking_is_the_same_to_the_last_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, steps = train(name)
     monkeypatch.setattr(attempts, "at_hand", lambda x: False)
@@ -97,7 +100,7 @@ def test_masking_keeps_the_contract(name: str) -> None:
 
 
 @pytest.mark.usefixtures("masked")
-@pytest.mark.parametrize("name", [*RULES, *SOAP])
+@pytest.mark.parametrize("name", [*RULES, *SOAP, *IN_8_BITS])
 def test_no_value_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No step waits for a result, except with options that say so. (Clocks are on the host.)"""
     monkeypatch.setattr(factors, "answers", lambda G: False)
@@ -166,7 +169,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", [*RULES, *SOAP])
+@pytest.mark.parametrize("name", [*RULES, *SOAP, *IN_8_BITS])
 def test_the_contract_on_a_gpu(name: str) -> None:
     report = check_optimizer(functools.partial(build, name=name), device="cuda")
     assert report.ok, report

@@ -83,6 +83,12 @@ def test_the_latest_step_is_told_by_rule_and_parameter(name: str, options: dict[
     assert optimizer.diagnostics().items() <= told.items()
 
 
+def test_updates_are_told_from_a_momentum_in_8_bits() -> None:
+    """Lion moves every entry by the rate. A few small entries of its momentum are rounded to zero afterwards."""
+    _, optimizer = trained("lion", moment_dtype="int8")
+    assert 0.97 < optimizer.diagnostics()["lion/update_rms"] <= 1.0
+
+
 class Counter(TorchDispatchMode):
     """The operations that are done, in order."""
 

@@ -22,6 +22,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [(rule, {}) for rule in RULES] + [
         {"basis_dtype": "bfloat16", "moment_dtype": "int8"},
     )
 ]
+CASES += [(rule, {"moment_dtype": "int8"}) for rule in ("dion", "lion", "adamw")]
 
 
 def gradient(shape: tuple[int, ...], seed: int) -> torch.Tensor:

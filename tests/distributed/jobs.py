@@ -78,6 +78,15 @@ def trains_as_one_process(layout: str, rule: str) -> float:
     return max(float((a - b).norm() / a.norm()) for a, b in pairs)
 
 
+def refusal(layout: str, rule: str, options: dict[str, Any]) -> str:
+    """Return what is said where no optimizer can be made."""
+    try:
+        optimizer(laid_out(toy(), layout), rule, **options)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def with_missing(layout: str, rule: str, options: dict[str, Any] | None = None) -> list[str]:
     """Leave some ranks without a gradient for a matrix and a norm in one step, which both then sit out everywhere."""
     one, many = toy(), laid_out(toy(), layout)

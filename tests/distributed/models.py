@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from steepest import Optimizer
+from steepest.rule import Elementwise
 from steepest.rules import RULES
 
 LAYOUTS = ("ddp", "fsdp", "hsdp", "tp", "fsdp+tp")
@@ -90,13 +91,18 @@ def bare(name: str) -> str:
 
 
 def grouped(model: nn.Module, rule: str, **options: Any) -> list[dict[str, Any]]:
-    """Return groups: matrices under ``rule``, experts as a batch of matrices, all other parameters under AdamW."""
+    """Return groups: matrices under ``rule``, experts as a batch of matrices, all other parameters under AdamW.
+
+    Under an elementwise rule all parameters are in one group.
+    """
+    own = {"rule": rule, "lr": 0.02, "weight_decay": 0.1, **options}
+    if issubclass(RULES[rule], Elementwise):
+        return [{"params": [(bare(name), p) for name, p in model.named_parameters()], **own}]
     matrices, experts, rest = [], [], []
     for name, p in model.named_parameters():
         name = bare(name)
         into = experts if name == "experts.weight" else matrices if p.dim() == 2 and name != "embed.weight" else rest
         into.append((name, p))
-    own = {"rule": rule, "lr": 0.02, "weight_decay": 0.1, **options}
     return [{"params": matrices, **own}, {"params": experts, "merge_dims": False, **own}, {"params": rest, "lr": 0.01}]
 
 

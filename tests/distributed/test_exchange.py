@@ -23,6 +23,8 @@ VARIANTS = {
     "cautious decay": ("muon", torch.float32, {"weight_decay_method": "cautious"}),
     "float64": ("muon", torch.float64, {}),
     "in fewer bytes": ("soap", torch.float32, {"basis_dtype": "bfloat16", "moment_dtype": "int8"}),
+    "lion in fewer bytes": ("lion", torch.float32, {"moment_dtype": "int8"}),
+    "adamw in fewer bytes": ("adamw", torch.bfloat16, {"moment_dtype": "int8"}),
     "refresh after the step": ("soap", torch.float32, {"refresh_async": True, "precondition_frequency": 2}),
 }
 
@@ -81,6 +83,12 @@ def test_all_of_it_is_one_process(four: Ranks, layout: str, rule: str) -> None:
 def test_real_gradients_train_as_one_process(four: Ranks, layout: str, rule: str) -> None:
     # SOAP and Shampoo are left out: while gradients are rank-deficient, another order of a sum turns their bases.
     assert max(four.run(jobs.trains_as_one_process, layout, rule)) < 1e-5
+
+
+def test_blocks_of_moments_are_not_cut(four: Ranks) -> None:
+    """Tensor parallelism cuts columns, too."""
+    for said in four.run(jobs.refusal, "tp", "lion", {"moment_dtype": "int8"}):
+        assert "key.weight of shape [12, 12] is sharded within rows, and lion with moment_dtype='int8' needs" in said
 
 
 @pytest.mark.parametrize("layout", ["fsdp", slowly("ddp"), slowly("fsdp+tp")])

@@ -70,6 +70,14 @@ def test_all_others_resume(
             assert resumed(by_number, ranks, layout, rule, {}, path, flat) == [], (ranks, layout, flat)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_moments_in_8_bits_resume_elsewhere(four: Ranks, two: Ranks, one_thread: None, tmp_path: Path) -> None:
+    args = "lion", {"moment_dtype": "int8"}, str(tmp_path), True
+    four.run(saving.save, "fsdp", *args)
+    for ranks, layout in [(4, "hsdp"), (2, "ddp"), (1, "one")]:
+        assert resumed({4: four, 2: two}, ranks, layout, *args) == [], (ranks, layout)
+
+
 @pytest.mark.slow
 def test_saved_in_the_background(four: Ranks, two: Ranks, tmp_path: Path) -> None:
     four.run(saving.save, "fsdp", "soap", {}, str(tmp_path), False, True)

@@ -40,6 +40,7 @@ OPTIMIZERS = [
     ("dion", {}),
     ("adamw", {}),
     ("lion", {}),
+    ("lion", {"moment_dtype": "int8"}),
 ]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor
 
 from steepest.engine.group import option_defaults, plain_options
-from steepest.exchange.shards import fits, local
+from steepest.exchange.shards import fits, local, shard_like
 from steepest.rule import Elementwise, State
 from steepest.rules import RULES
 from steepest.rules.aliases import resolve
 from steepest.stack.names import parameter_names
 from steepest.stack.stack import segments_of, state_alone, state_dtype
+from steepest.stack.storage import Storage, laid_out
 from steepest.view import View
 
 FORMAT = 2
@@ -264,7 +266,11 @@ def fresh_state(p: Tensor, group: Mapping[str, Any]) -> State:
     """Return the state that a parameter starts with under its group's options."""
     rule = RULES[group["rule"]].from_group(group)
     if isinstance(rule, Elementwise):
-        return rule.init(torch.empty_like(p, dtype=state_dtype(p), requires_grad=False))
+        like = partial(torch.empty_like, dtype=state_dtype(p), requires_grad=False)
+        if Storage.of(rule) is None:
+            return rule.init(like(p))
+        stored = laid_out(rule, like(local(p), memory_format=torch.contiguous_format))
+        return {name: shard_like(p, x) if x.dim() else x for name, x in stored.items()}
     if rule.captures and group.get("bias") and p.dim() < 2:  # the bias of a layer, whose weight has the state of both
         step = torch.zeros((), dtype=state_dtype(p), device=p.device)
         return {"step": step, "clock": torch.zeros((), dtype=torch.int64, device="cpu")}

@@ -15,9 +15,14 @@ from steepest.engine.step import learning_rate, safe_norm, write
 from steepest.exchange.bucket import Tensors
 from steepest.exchange.shards import is_dtensor, local, meta_shard
 from steepest.linalg import attempts
+from steepest.linalg.rounding import positions
 from steepest.rule import Elementwise, Rule, State
+from steepest.stack.stack import state_dtype
+from steepest.stack.storage import Storage
 from steepest.stack.undo import undoing_each
 
+STORED_AT_ONCE = 2**20
+"""The entries whose moments are rounded to 8 bits together."""
 LANES = 16
 """The numbers in the widest vector registers, which are AVX-512's, in float32."""
 
@@ -43,9 +48,10 @@ def step_elementwise(roster: Roster, groups: Sequence[Mapping[str, Any]], grads:
     for (*_, holders), members in batches.items():
         entries = []
         for i in members:
-            state, grad = _local_state(params[i], laid[params[i]].state), grads[i]
+            p, grad = params[i], grads[i]
             assert grad is not None
-            entries.append(Entry(i, local(params[i]), _like_state(state, local(params[i]), grad), state))
+            state = _local_state(p, laid[p].state)
+            entries.append(Entry(i, p, local(p), _like_state(state, local(p), grad), state))
         norms = torch.stack(torch._foreach_norm([entry.grad for entry in entries]))
         finite = norms < safe_norm(norms.dtype)
         if holders is not None:
@@ -55,7 +61,10 @@ def step_elementwise(roster: Roster, groups: Sequence[Mapping[str, Any]], grads:
         alike: dict[Any, list[tuple[Entry, Tensor]]] = {}
         for entry, good in zip(entries, finite.tolist() if waits else finite, strict=True):
             number = roster.numbers[entry.index]
-            options = id(roster.rules[number]), _scalar(groups[number]["lr"]), groups[number]["weight_decay"]
+            rule, alone = roster.rules[number], 0
+            if Storage.of(rule) is not None:  # one at a time, because what is restored takes memory
+                alone = entry.index
+            options = id(rule), _scalar(groups[number]["lr"]), groups[number]["weight_decay"], alone
             if good is not False:
                 alike.setdefault(options, []).append((entry, good))
         for together in alike.values():
@@ -64,7 +73,7 @@ def step_elementwise(roster: Roster, groups: Sequence[Mapping[str, Any]], grads:
             _apply(roster.rules[number], groups[number], entries, mask)
         for entry in [entry for together in alike.values() for entry, _ in together]:
             if entry.stepped is not entry.W:
-                in_whole = partial(meta_shard, params[entry.index])
+                in_whole = partial(meta_shard, entry.p)
                 group, name = groups[roster.numbers[entry.index]], roster.names[entry.index]
                 write(group, name, entry.W, entry.stepped, in_whole, entry.state["step"])
     return skipped
@@ -72,12 +81,14 @@ def step_elementwise(roster: Roster, groups: Sequence[Mapping[str, Any]], grads:
 
 @dataclass
 class Entry:
-    """This rank's shards of a parameter, of its gradient, and of its state."""
+    """A parameter, and this rank's shards of it, of its gradient, and of its state."""
 
     index: int
+    p: Tensor
     W: Tensor
     grad: Tensor
     state: State
+    """As it is stored between steps."""
 
     @cached_property
     def stepped(self) -> Tensor:
@@ -96,11 +107,12 @@ def _local_state(p: Tensor, state: State) -> State:
 
 
 def _like_state(state: State, p: Tensor, x: Tensor) -> Tensor:
-    """Return ``x`` in the dtype and memory layout of p's state, because fused kernels pair entries by address."""
+    """Return ``x`` in the dtype and memory layout of p's state in a step: fused kernels pair entries by address."""
     for moment in state.values():
         if moment.shape == p.shape:
-            p = moment
-            break
+            dtype = state_dtype(p)
+            same = x.dtype == dtype and x.stride() == moment.stride()
+            return x if same else torch.empty_like(moment, dtype=dtype).copy_(x)
     return x if x.dtype == p.dtype and x.stride() == p.stride() else torch.empty_like(p).copy_(x)
 
 
@@ -112,7 +124,12 @@ def _apply(
     undo = None
     if finite is not None:
         undo = undoing_each(finite, [[entry.stepped, *entry.state.values()] for entry in entries])
-    padded = [_in_whole_lanes(entry.stepped, entry.grad, entry.state) for entry in entries]
+    grads, states, storage = [entry.grad for entry in entries], [entry.state for entry in entries], Storage.of(rule)
+    if storage is not None:
+        states = [storage.restored(state) for state in states]
+        if finite is not None:  # what is infinite has no code
+            grads = [torch.where(good, grad, 0) for good, grad in zip(finite, grads, strict=True)]
+    padded = [_in_whole_lanes(e.stepped, grad, state) for e, grad, state in zip(entries, grads, states, strict=True)]
     rule.apply(
         [W for W, _, _ in padded],
         [grad for _, grad, _ in padded],
@@ -120,12 +137,27 @@ def _apply(
         learning_rate(group, entries[0].stepped),
         group["weight_decay"],
     )
-    for (W, _, state), entry in zip(padded, entries, strict=True):
+    for (W, _, moved), entry, state in zip(padded, entries, states, strict=True):
         if W is not entry.stepped:
-            for x, target in [(W, entry.stepped), *((state[name], entry.state[name]) for name in state)]:
+            for x, target in [(W, entry.stepped), *((moved[name], state[name]) for name in state)]:
                 target.copy_(x[: target.numel()].view(target.shape) if x.dim() else x)
+        if storage is not None and state.keys() != entry.state.keys():
+            _store(storage, state, entry)
     if undo is not None:
         undo()
+
+
+def _store(storage: Storage, state: State, entry: Entry) -> None:
+    """Store moments in 8 bits, some rows at a time, because rounding takes some 30 bytes an entry for a moment."""
+    whole = meta_shard(entry.p)
+    rows = max(STORED_AT_ONCE * len(whole) // max(whole.numel(), 1), 1)
+    for start in range(0, len(whole), rows):
+        changed, stored = (
+            {name: x[start : start + rows] if x.dim() else x for name, x in each.items()}
+            for each in (state, entry.state)
+        )
+        place = positions(whole[start : start + rows], entry.W.device)
+        storage.store(changed, stored, entry.state["step"], place)
 
 
 def _in_whole_lanes(W: Tensor, grad: Tensor, state: State) -> tuple[Tensor, Tensor, State]:

@@ -30,6 +30,7 @@ from steepest.rules import RULES
 from steepest.rules.aliases import ALIASES
 from steepest.stack.names import parameter_names
 from steepest.stack.stack import ranges
+from steepest.stack.storage import Storage
 from steepest.view import View
 
 
@@ -182,9 +183,17 @@ def check_parameter(name: str, p: Tensor, group: Mapping[str, Any], dims: int = 
     """Raise unless a parameter, which had ``dims`` dimensions before, can be optimized under its group's options."""
     if not p.is_floating_point():
         raise ValueError(f"{name} of dtype {p.dtype}: only real floating-point parameters can be optimized")
-    if issubclass(RULES[group["rule"]], Rule):
+    rule = RULES[group["rule"]]
+    if issubclass(rule, Rule):
         View.of(p, group)
-        refuse_flat(p, name, group["rule"], dims)
+        refuse_flat(p, name, rule.name, dims)
+    elif Storage.of(rule.from_group(group)) is not None:  # with a scale for each block of a row
+        refuse_flat(p, name, f"{rule.name} with moment_dtype='int8'", dims)
+        if local(p).shape[1:] != p.shape[1:]:
+            raise ValueError(
+                f"{name} of shape {list(p.shape)} is sharded within rows, and {rule.name} with moment_dtype='int8' "
+                "needs whole rows: shard the first dimension, or set moment_dtype='float32' in its group"
+            )
 
 
 def refuse_uncaptured(name: str, rule: str) -> None:

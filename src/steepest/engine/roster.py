@@ -21,7 +21,7 @@ from steepest.exchange.shards import copy_into, is_dtensor, local
 from steepest.rule import Elementwise, Rule, State
 from steepest.rules import RULES
 from steepest.stack.names import parameter_names
-from steepest.stack.stack import Stack, Way, shared, state_dtype
+from steepest.stack.stack import Stack, Way, shared
 from steepest.stack.stagger import Job, Offsets, dealt, slot_offsets
 from steepest.view import View
 
@@ -138,9 +138,8 @@ class Roster:
         wanted = {weights.get(i, i) for i in indices} & self.frozen  # a layer's weight and bias have one state
         made: dict[int, State] = {i: {} for i in sorted(wanted | {self.biases[i] for i in wanted if i in self.biases})}
         for i in made:
-            rule, p = self.rules[self.numbers[i]], self.params[i]
-            if isinstance(rule, Elementwise):
-                made[i] = rule.init(torch.empty_like(p, dtype=state_dtype(p), requires_grad=False))
+            if isinstance(self.rules[self.numbers[i]], Elementwise):
+                made[i] = fresh_state(self.params[i], groups[self.numbers[i]])
         matrices = [(i, self.numbers[i]) for i in made if self.ways[self.numbers[i]] is not None and i not in weights]
         for i, number in matrices:
             if groups[number].get("bias") and i not in self.biases:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steepest.engine.optimizer import Optimizer
 from steepest.optimizers.shared import GroupOptions, Params, sets_options
+from steepest.rule.words import MomentDtype
 
 
 @final
@@ -23,6 +24,9 @@ class Lion(Optimizer):
         betas: The weight of the momentum in the update, and its decay rate.
         weight_decay: The strength of the decoupled weight decay. The paper recommends 3 to 10 times AdamW's, as the
             learning rate is smaller.
+        moment_dtype: "int8" stores the momentum in 1.06 bytes an entry instead of 4, in blocks of 64 of a row with
+            a scale each (docs/memory.md). Rows have one index of the first dimension. Vectors stay in float32. It can't
+            change while there is state.
         options: `GroupOptions`.
 
     Example:
@@ -42,5 +46,7 @@ class Lion(Optimizer):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.01,
+        *,
+        moment_dtype: MomentDtype = "float32",
         **options: Unpack[GroupOptions],
     ) -> None: ...

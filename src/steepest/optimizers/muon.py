@@ -184,7 +184,7 @@ class Dion2(Optimizer):
     That is a fraction of Muon's work, and of what must be communicated. It keeps 4mn bytes.
 
     Args:
-        params, lr, ns, ns_dtype, eps, weight_decay_method, merge_dims: As for `Muon`.
+        params, lr, ns, ns_dtype, eps, weight_decay_method, moment_dtype, merge_dims: As for `Muon`.
         fraction: The fraction of the shorter side's rows that move in each step, rounded up.
         ef_decay: The share of its accumulated gradient that a row keeps after it has moved. It takes the place of a
             momentum.
@@ -216,6 +216,7 @@ class Dion2(Optimizer):
         ns_dtype: PolarDtype = "auto",
         eps: float = 1e-7,
         weight_decay_method: DecayMethod = "decoupled",
+        moment_dtype: MomentDtype = "float32",
         merge_dims: bool = True,
         **options: Unpack[SharedOptions],
     ) -> None: ...
@@ -229,7 +230,8 @@ class Dion(Optimizer):
     tracks a subspace of rank r. It keeps 4(mn + min(m, n) r) bytes. `Dion2` is its authors' later and simpler method.
 
     Args:
-        params, lr, weight_decay, weight_decay_method, merge_dims: As for `Muon`.
+        params, lr, weight_decay, weight_decay_method, moment_dtype, merge_dims: As for `Muon`; with "int8" the basis of
+            the subspace stays in float32.
         momentum: The share of the applied part that stays in the momentum; the rest of the momentum stays whole.
         rank_fraction: The rank r as a fraction of the shorter side, rounded up.
         scale: As for `Muon`; the paper's is "mup". An update of rank r has sqrt(r / min(m, n)) of the root mean square
@@ -260,6 +262,7 @@ class Dion(Optimizer):
         scale: Scale = "match_rms_adamw",
         orthonormalize: Orthonormalizer = "rcqr",
         weight_decay_method: DecayMethod = "decoupled",
+        moment_dtype: MomentDtype = "float32",
         merge_dims: bool = True,
         **options: Unpack[SharedOptions],
     ) -> None: ...

@@ -155,8 +155,7 @@ def state_bytes(rule: str, piece: tuple[int, int, int], longest_basis: int | Non
     """
     made = RULES[rule](**({} if longest_basis is None else {"max_precond_dim": longest_basis}))
     G = torch.empty(piece, device="meta")
-    state = laid_out(made, G) if isinstance(made, Rule) else made.init(G)
-    return sum(tensor.nbytes for tensor in state.values())
+    return sum(tensor.nbytes for tensor in laid_out(made, G).values())
 
 
 def _hidden_layout(leaf: Leaf, others: Mapping[int, str]) -> tuple[Layout | None, str]:

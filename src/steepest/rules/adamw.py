@@ -14,13 +14,18 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from steepest.linalg.attempts import at_hand
-from steepest.rule import Elementwise, State, at_least, betas, flag, lays_out
+from steepest.rule import Elementwise, State, at_least, betas, flag, lays_out, one_of
+from steepest.rule.words import MomentDtype
 from steepest.rules.parts.moments import correction
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Elementwise):
-    """Options as in `torch.optim.AdamW`."""
+    """Options as in `torch.optim.AdamW`.
+
+    ``moment_dtype`` "int8" stores the two moments in 2.1 bytes an entry instead of 8, as for `steepest.SOAP`; that of
+    ``amsgrad`` and vectors stay in float32.
+    """
 
     name: ClassVar[str] = "adamw"
     paper: ClassVar[str] = "Loshchilov and Hutter, arXiv:1711.05101"
@@ -28,6 +33,7 @@ class AdamW(Elementwise):
     betas: tuple[float, float] = betas((0.9, 0.999))
     eps: float = at_least(0, 1e-8)
     amsgrad: bool = lays_out(flag(False))
+    moment_dtype: MomentDtype = lays_out(one_of(MomentDtype, "float32"))
 
     def init(self, p: Tensor) -> State:
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * self.amsgrad

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from steepest.linalg.orthonormal import ORTHONORMALIZERS, gaussian
 from steepest.rule import LowRank, Rule, State, Step, beta, checked, lays_out, number, one_of
-from steepest.rule.words import Orthonormalizer, Scale
+from steepest.rule.words import MomentDtype, Orthonormalizer, Scale
 from steepest.rules.parts.scales import SCALES
 
 
@@ -42,6 +42,7 @@ class Dion(Rule):
     rank_fraction: float = lays_out(checked(0.25, lambda x: number(x) and 0 < x <= 1, "a number in (0, 1]"))
     scale: Scale = one_of(Scale, "match_rms_adamw")
     orthonormalize: Orthonormalizer = one_of(Orthonormalizer, "rcqr")
+    moment_dtype: MomentDtype = lays_out(one_of(MomentDtype, "float32"))
 
     def init(self, G: Tensor) -> State:
         return {"momentum_buffer": torch.zeros_like(G), "Q": self.first_basis(G).repeat(len(G), 1, 1)}

@@ -23,8 +23,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.rule import State, Step, beta, checked, number, one_of
-from steepest.rule.words import Scale
+from steepest.rule import State, Step, beta, checked, lays_out, number, one_of
+from steepest.rule.words import MomentDtype, Scale
 from steepest.rules.parts.newton_schulz import NewtonSchulz
 from steepest.rules.parts.scales import SCALES
 
@@ -39,6 +39,7 @@ class Dion2(NewtonSchulz):
     fraction: float = checked(0.25, lambda x: number(x) and 0 < x <= 1, "a number in (0, 1]")
     ef_decay: float = beta(0.95)
     scale: Scale = one_of(Scale, "match_rms_adamw")
+    moment_dtype: MomentDtype = lays_out(one_of(MomentDtype, "float32"))
 
     def init(self, G: Tensor) -> State:
         return {"momentum_buffer": torch.zeros_like(G)}  # [B, m, n]

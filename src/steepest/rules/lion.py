@@ -19,7 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.rule import Elementwise, State, betas
+from steepest.rule import Elementwise, State, betas, lays_out, one_of
+from steepest.rule.words import MomentDtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class Lion(Elementwise):
     paper: ClassVar[str] = "Chen et al., arXiv:2302.06675"
 
     betas: tuple[float, float] = betas((0.9, 0.99))
+    moment_dtype: MomentDtype = lays_out(one_of(MomentDtype, "float32"))
 
     def init(self, p: Tensor) -> State:
         return {

@@ -13,6 +13,7 @@ from steepest.engine.diagnostics.watch import Watch
 from steepest.engine.roster import Roster
 from steepest.exchange.shards import local
 from steepest.rule import Elementwise
+from steepest.stack.storage import Storage
 
 UPDATES = ("squares", "entries", "moved", "weights")
 """Sums of D², of the entries of D, of (lr D)² and of W²."""
@@ -30,8 +31,8 @@ def note_updates(readings: Readings, watch: Watch, roster: Roster, groups: Seque
         if p not in roster.laid or not p.numel():
             continue
         assert isinstance(rule, Elementwise)
-        state = {name: local(x) for name, x in roster.laid[p].state.items()}
-        latest = rule.latest(state)
+        state, storage = {name: local(x) for name, x in roster.laid[p].state.items()}, Storage.of(rule)
+        latest = rule.latest(state if storage is None else storage.restored(state))
         if latest is not None:
             entries = latest.numel() * (state["step"] > 0).to(latest.device)
             D = torch.where(entries > 0, latest, 0.0)  # it is 0/0 before the first step

@@ -135,7 +135,7 @@ def _bandwidths(model: Model, device: torch.device, clock: Clock) -> tuple[float
         D = adam(gathered, state, t, (0.9, 0.95), 1e-8, momentum_floor=True, noise_floor=Soap().noise_floor)
         W.mul_(0.99).add_(D, alpha=-1e-3)
 
-    calls: tuple[tuple[int, Callable[[], object]], ...] = (
+    calls: tuple[tuple[float, Callable[[], object]], ...] = (
         (2 * FLOAT, lambda: gathered.copy_(G)),
         (2 * entry_bytes(model.elementwise) + 3 * FLOAT, optimizer.step),
         (2 * 2 * FLOAT + 6 * FLOAT, step),

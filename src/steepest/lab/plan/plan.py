@@ -129,7 +129,7 @@ def look(model: Model, on: Mesh, tokens: int, device: Device | None = None, mfu:
     plan = make_plan(jobs(model, on), on.world, loads=fixed)
     for rank, flops, memory in zip(ranks, plan.loads(), plan.memory(), strict=True):
         rank.flops += flops
-        rank.state += memory + rank.entries * entry_bytes(model.elementwise)
+        rank.state += memory + rank.elementwise
     training = 6 * model.parameters * tokens / on.world
     predicted = None
     if device is not None:
@@ -147,7 +147,7 @@ def look(model: Model, on: Mesh, tokens: int, device: Device | None = None, mfu:
         matrices=sum(b for weight in model.weights if weight.view for b, _, _ in weight.view.pieces),
         state_max=max(rank.state for rank in ranks),
         state_mean=fmean(rank.state for rank in ranks),
-        elementwise_max=max(rank.entries for rank in ranks) * entry_bytes(model.elementwise),
+        elementwise_max=max(rank.elementwise for rank in ranks),
         sent_in_max=max(traffic.sent_in),
         sent_in_mean=fmean(traffic.sent_in),
         sent_out_max=max(traffic.sent_out),
@@ -200,7 +200,9 @@ def _held(model: Model, on: Mesh) -> list[Load]:
         flops, size = _price(model.rule, tuple(weight.view.pieces)) if weight.view and stays else (0.0, 0)
         for rank, part in zip(ranks, layout.shards, strict=True):
             rank.parameters += count * part.size
-            rank.entries += count * part.size if weight.view is None else 0
+            if weight.view is None:
+                rank.entries += count * part.size
+                rank.elementwise += count * part.size * entry_bytes(model.elementwise, weight.shape)
             rank.flops += count * part.size / layout.whole.size * flops
             rank.state += count * part.size / layout.whole.size * size
     return ranks

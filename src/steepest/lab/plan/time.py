@@ -25,7 +25,7 @@ from steepest.rule import THE_END, Elementwise, Rule
 from steepest.rule.work import Work, first_work, work
 from steepest.rules.parts.newton_schulz import NewtonSchulz, survives_half
 from steepest.rules.soap import AdamInBasis
-from steepest.stack.storage import laid_out
+from steepest.stack.storage import BLOCK, laid_out
 
 MFU = 0.4
 """Share of the peak at which a model is trained; large ones reached 38% to 43% on H100s (arXiv:2407.21783, 3.3.2)."""
@@ -47,6 +47,8 @@ class Load:
     """By bucket, rows and columns."""
     entries: float = 0.0
     """Entries of the elementwise rule's parameters."""
+    elementwise: float = 0.0
+    """Bytes of that rule's state."""
     parameters: float = 0.0
     """Entries of weights, as of gradients."""
     state: float = 0.0
@@ -176,7 +178,7 @@ def matrix_cost(rule: Rule, m: int, n: int) -> tuple[Work, int, int]:
 
 
 @cache
-def entry_bytes(rule: Elementwise) -> int:
-    """Return the bytes of an elementwise rule's state per entry; the state is float32."""
-    state = rule.init(torch.empty(1, 1, device="meta"))
-    return sum(x.itemsize for x in state.values() if x.dim())
+def entry_bytes(rule: Elementwise, shape: tuple[int, ...] = (1, BLOCK)) -> float:
+    """Return the bytes of an elementwise rule's state per entry of a parameter of a shape, without its clock."""
+    like = torch.empty(shape, device="meta")
+    return sum(x.nbytes for name, x in laid_out(rule, like).items() if name != "step") / max(like.numel(), 1)
