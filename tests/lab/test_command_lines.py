@@ -8,19 +8,17 @@ from __future__ import annotations
 from functools import cache, partial
 
 import pytest
+from short_training import Here
 from typer.testing import CliRunner
 
 from steepest.cli import app
 from steepest.lab.bench.shapes import MODELS
 from steepest.lab.plan.models import Architecture, gpt2
 from steepest.lab.race import command as race
-from steepest.lab.race.training import train
-from steepest.lab.race.trial import Record
 from steepest.lab.spike import command as spike
 from steepest.lab.spike import study
 from steepest.lab.suite import command as suite
 from steepest.lab.tune import command as tune
-from steepest.lab.workloads.workload import load_workload
 
 MODEL = """
 from torch import nn
@@ -138,19 +136,6 @@ LINES = [
         "steepest bench: 1 steps, one thread, cpu",
     ),
 ]
-
-
-class Here:
-    """A pool that trains in this process, one trial after the other."""
-
-    def __init__(self, workers, bars) -> None:
-        self.bars = bars
-
-    def run(self, trials, ended) -> None:
-        for trial in trials:
-            self.bars.started(trial)
-            record = train(trial, load_workload(trial.workload), lambda message: None)
-            ended(trial, Record(**record.as_json()))  # rounded, as processes send it
 
 
 @pytest.fixture
