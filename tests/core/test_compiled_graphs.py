@@ -14,7 +14,7 @@ from training_in_graphs import VARIANTS, Backend, Training
 import steepest
 from steepest.linalg.precision import fp32_matmul_precision
 
-QUICK = ["soap", "normuon", "dion", "inverse_root"]
+QUICK = ["soap", "dion"]
 """Whose graphs are made in seconds; all others' are made in the long tests."""
 
 

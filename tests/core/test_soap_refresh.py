@@ -114,8 +114,14 @@ def twins(
     return apart[0], apart[1]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", KL)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(name, shape, marks=() if i % len(SHAPES) == j else pytest.mark.slow, id=f"{name}-{shape}")
+        for i, name in enumerate(KL)
+        for j, shape in enumerate(SHAPES)
+    ],
+)
 def test_kl_in_the_eigenbases_is_the_formula(name: str, shape: tuple[int, int]) -> None:
     """Two matrices that refresh at different steps; in float64, so that nothing but the formula is compared."""
     directions, factors = twins(KLSoap(**KL[name]), shape, torch.float64, phases=(0, 1 / 3))
@@ -155,8 +161,14 @@ def test_a_factor_that_does_not_turn_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     assert factors > 1e-3
 
 
-@pytest.mark.parametrize("basis_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("solver", ["qr", "first_order"])
+@pytest.mark.parametrize(
+    ("solver", "basis_dtype"),
+    [
+        *(("qr", "bfloat16"), ("first_order", "float32")),
+        pytest.param("qr", "float32", marks=pytest.mark.slow),
+        pytest.param("first_order", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_bases_and_factors_stay_what_they_are_over_2000_turns(solver: str, basis_dtype: str) -> None:
     """Every turn is a product, with its rounding. Bases in bfloat16 lose 8 bits each time, and are made orthogonal."""
     W = torch.nn.Parameter(torch.zeros(24, 16))
