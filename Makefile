@@ -17,7 +17,7 @@ help:
 	@echo 'make quick   lint, and the tests of the core'
 	@echo 'make test    lint, types, all tests, and all examples in the documentation'
 	@echo 'make docs    the documentation as a site, build/site/index.html'
-	@echo 'make slow    the long tests'
+	@echo 'make slow    the long tests, and many examples of what is drawn'
 	@echo 'make integrations   the tests of trainers of others, with those installed'
 	@echo 'make torch-versions   the tests of the optimizers with each of torch $(TORCHES)'
 	@echo 'make wheel   the archives of a release, dist/, and that they work'
@@ -41,6 +41,7 @@ docs: .venv-docs/.ready
 
 slow: .venv/.ready
 	$(PYTEST) -m slow
+	$(PYTEST) -m 'hypothesis and not slow' --hypothesis-profile=many
 
 integrations: .venv-integrations/.ready
 	$(PYTEST) tests/integrations

@@ -1,6 +1,7 @@
 """Our optimizers keep every clause of the contract, new ones as soon as they have a name; the suite is not too strict.
 
-That it is strict enough is shown in test_mutants.py.
+What the engine keeps for all rules alike is asked of a few here, and of all in the long tests. That the suite is
+strict enough is shown in test_mutants.py.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import fed
 import pytest
 import torch
+from asking import BY_ENGINE, asked
 from torch import nn
 
 import steepest
@@ -83,17 +85,31 @@ ON_PURPOSE = {
 """What a variant breaks, since that is what it is for: refreshes of parameters without names are dealt by position."""
 
 
-def asked(name: str) -> list[str]:
-    clauses = [clause for clause in FAST if name not in SOAP_VARIANTS or CLAUSES[clause].number in STATEFUL]
-    return [clause for clause in clauses if (name, clause) not in ON_PURPOSE]
+REPRESENTATIVES = {
+    *("soap", "muon", "lion", "rule adamw", "rule kfac"),
+    *("soap stagger", "soap async", "soap in fewer bytes"),  # whose state or clocks the engine treats otherwise
+}
+"""Who is asked everything, for all others."""
+PAIRS = [
+    (name, clause)
+    for name in [*OURS, *BFLOAT16]
+    for clause in FAST
+    if name not in SOAP_VARIANTS or CLAUSES[clause].number in STATEFUL
+]
 
 
-@pytest.mark.parametrize(("name", "clause"), [(name, clause) for name in [*OURS, *BFLOAT16] for clause in asked(name)])
+@pytest.mark.parametrize(("name", "clause"), asked([pair for pair in PAIRS if pair not in ON_PURPOSE], REPRESENTATIVES))
 def test_ours_keep_it(name: str, clause: str) -> None:
     finding = check_clause(CLAUSES[clause], subject(name))
     assert finding.verdict is not Verdict.BROKEN, finding.why
     if finding.verdict is Verdict.NOT_APPLICABLE:
         assert clause in NOT_ASKED[finding.why]
+
+
+def test_every_clause_is_asked_in_every_run() -> None:
+    assert {*CLAUSES} > BY_ENGINE
+    for name in REPRESENTATIVES - {*SOAP_VARIANTS}:
+        assert {clause for other, clause in PAIRS if other == name} == {*FAST}
 
 
 @pytest.mark.slow

@@ -364,11 +364,27 @@ STATE = trained(3)[1].state_dict()
 PLACES = places(STATE)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+Damages = list[tuple[tuple[Any, ...], Any]]
+DAMAGES = st.lists(st.tuples(st.sampled_from(PLACES), st.one_of(st.just("drop"), WRONG)), min_size=1, max_size=3)
+COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@settings(COMMON, max_examples=20, derandomize=True)
 @example([(("param_groups", 1, "param_names", 0), None)])
-@given(st.lists(st.tuples(st.sampled_from(PLACES), st.one_of(st.just("drop"), WRONG)), min_size=1, max_size=3))
-def test_any_damage(damages: list[tuple[tuple[Any, ...], Any]]) -> None:
-    """A state with anything dropped or replaced raises ValueError and changes nothing, or trains on."""
+@given(DAMAGES)
+def test_any_damage(damages: Damages) -> None:
+    refused_or_trained_on(damages)
+
+
+@pytest.mark.slow
+@settings(COMMON, max_examples=500)
+@given(DAMAGES)
+def test_much_more_damage(damages: Damages) -> None:
+    refused_or_trained_on(damages)
+
+
+def refused_or_trained_on(damages: Damages) -> None:
+    """Expect that a state with anything dropped or replaced raises ValueError and changes nothing, or trains on."""
     params, optimizer = trained()
     saved = copy.deepcopy(STATE)
     for path, value in damages:

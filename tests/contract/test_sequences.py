@@ -323,7 +323,7 @@ def follow(options: Options, events: list[tuple[Any, ...]]) -> None:
     trainee.check()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(OPTIONS, st.lists(EVENT, min_size=1, max_size=8))
 def test_any_sequence(options: Options, events: list[tuple[Any, ...]]) -> None:
     follow(options, events)

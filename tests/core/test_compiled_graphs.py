@@ -14,7 +14,7 @@ from training_in_graphs import VARIANTS, Backend, Training
 import steepest
 from steepest.linalg.precision import fp32_matmul_precision
 
-QUICK = ["soap", "normuon", "dion", "inverse_root"]
+QUICK = ["soap", "dion"]
 """Whose graphs are made in seconds; all others' are made in the long tests."""
 
 
@@ -32,7 +32,10 @@ def test_a_graph_steps_as_its_rule_does(name: str, backend: Backend) -> None:
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["soap", "soap kl", "inverse_root", "adamuon", "dion2"])
+@pytest.mark.parametrize(
+    "name",
+    ["soap", "inverse_root", "dion2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("soap kl", "adamuon"))],
+)
 def test_a_rule_is_one_graph_and_made_once(name: str, backend: Backend) -> None:
     training = Training(name, compile=True)
     for _ in range(9):
@@ -50,7 +53,7 @@ def test_a_rule_is_one_graph_and_made_once(name: str, backend: Backend) -> None:
     assert backend.graphs == 4, "another rule"
 
 
-@pytest.mark.parametrize("name", ["soap", "soap kl", "muon"])
+@pytest.mark.parametrize("name", ["soap kl", "muon", pytest.param("soap", marks=pytest.mark.slow)])
 def test_a_graph_runs_at_its_rule_s_precision(name: str, backend: Backend) -> None:
     training = Training(name, compile=True)
     for around in ("highest", "medium", "highest"):

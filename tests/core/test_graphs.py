@@ -187,7 +187,7 @@ def test_a_state_that_was_saved_without_the_options_loads() -> None:
 
 
 @pytest.mark.usefixtures("finding")
-@pytest.mark.parametrize("name", ["soap", "adamuon"])
+@pytest.mark.parametrize("name", ["soap", pytest.param("adamuon", marks=pytest.mark.slow)])
 def test_both_at_once(name: str, tape: Tape, backend: Backend) -> None:
     both, compiled = Training(name, compile=True, cuda_graph=True), Training(name, compile=True)
     for number in range(30):

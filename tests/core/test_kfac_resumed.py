@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -66,9 +67,20 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
-@pytest.mark.parametrize("make", [steepest.KFAC, steepest.EKFAC])
+QUICK = {
+    *((steepest.KFAC, "sampled", "state_dict"), (steepest.EKFAC, "sampled", "state_dict")),
+    *((steepest.KFAC, "empirical", "deepcopy"), (steepest.KFAC, "sampled", "pickle")),
+    (steepest.EKFAC, "empirical", "torch.save"),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "fisher", "way"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in product((steepest.KFAC, steepest.EKFAC), ("empirical", "sampled"), WAYS)
+    ],
+)
 def test_going_on_at_every_phase(make, fisher, way):
     """Statistics at every third step and bases at every seventh, and at all of the first four."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any
 
 import pytest
@@ -114,8 +115,14 @@ def twins(
     return apart[0], apart[1]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", KL)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(name, shape, marks=() if i % len(SHAPES) == j else pytest.mark.slow, id=f"{name}-{shape}")
+        for i, name in enumerate(KL)
+        for j, shape in enumerate(SHAPES)
+    ],
+)
 def test_kl_in_the_eigenbases_is_the_formula(name: str, shape: tuple[int, int]) -> None:
     """Two matrices that refresh at different steps; in float64, so that nothing but the formula is compared."""
     directions, factors = twins(KLSoap(**KL[name]), shape, torch.float64, phases=(0, 1 / 3))
@@ -155,14 +162,22 @@ def test_a_factor_that_does_not_turn_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     assert factors > 1e-3
 
 
-@pytest.mark.parametrize("basis_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("solver", ["qr", "first_order"])
-def test_bases_and_factors_stay_what_they_are_over_2000_turns(solver: str, basis_dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("solver", "basis_dtype", "turns"),
+    [
+        *(("qr", "bfloat16", 500), ("first_order", "float32", 500)),
+        *(
+            pytest.param(*case, 2000, marks=pytest.mark.slow)
+            for case in product(("qr", "first_order"), ("float32", "bfloat16"))
+        ),
+    ],
+)
+def test_bases_and_factors_stay_what_they_are(solver: str, basis_dtype: str, turns: int) -> None:
     """Every turn is a product, with its rounding. Bases in bfloat16 lose 8 bits each time, and are made orthogonal."""
     W = torch.nn.Parameter(torch.zeros(24, 16))
     optimizer = steepest.SOAP([W], lr=0.0, use_kl_shampoo=True, solver=solver, basis_dtype=basis_dtype)
     mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(1))
-    for k in range(2000):
+    for k in range(turns):
         W.grad = mixing @ torch.randn(24, 16, generator=torch.Generator().manual_seed(k))
         optimizer.step()
     state = optimizer.state[W]

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,7 +28,6 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 200), st.integers(-30, 30), st.integers(0, 100))
 def test_signed_numbers_keep_127_levels(n: int, exponent: int, seed: int) -> None:
     x = random(3, n, seed=seed) * 2.0**exponent
@@ -40,7 +39,6 @@ def test_signed_numbers_keep_127_levels(n: int, exponent: int, seed: int) -> Non
     assert ((decoded(codes, scales) - x).abs() <= limit * (1 + 1e-5)).all()
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 200), st.integers(-30, 30), st.integers(0, 100))
 def test_squares_keep_a_level(n: int, exponent: int, seed: int) -> None:
     v = (random(3, n, seed=seed) ** 4 + 1e-4) * 2.0**exponent

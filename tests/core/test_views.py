@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from steepest.view import View
@@ -81,7 +81,6 @@ def test_impossible_views_are_refused(options, message):
     assert message in str(error.value)
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.integers(1, 4), min_size=2, max_size=4), st.booleans(), st.booleans(), st.integers(1, 3),
     st.integers(0, 3),

@@ -73,5 +73,5 @@ def plans(draw, worlds=range(1, 14)) -> Plan:
     return make_plan(draw(jobs(world)), world, bucket_bytes=draw(st.sampled_from([1, 500, 10**9])))
 
 
-few = settings(max_examples=70, deadline=None)
-very_few = settings(max_examples=12, deadline=None)
+large = settings(max_examples=10)
+"""For plans of many ranks."""

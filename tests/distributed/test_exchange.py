@@ -29,6 +29,10 @@ VARIANTS = {
 }
 
 
+QUICK = {"soap", "kl_soap", "shampoo", "moso", "muon", "dion"}
+"""Rules that differ in what they keep and send; all rules in all layouts are in the long tests."""
+
+
 def slowly(*values: str) -> Any:
     """Mark a case that runs on demand."""
     return pytest.param(*values, marks=pytest.mark.slow)
@@ -44,7 +48,7 @@ def test_every_layout_is_one_process(four: Ranks, layout: str) -> None:
     assert everywhere(four.run(jobs.same_as_one_process, layout, "soap", torch.float32, {})) == []
 
 
-@pytest.mark.parametrize("rule", MATRIX_RULES)
+@pytest.mark.parametrize("rule", [rule if rule in QUICK else slowly(rule) for rule in MATRIX_RULES])
 def test_every_rule_is_one_process(two: Ranks, rule: str) -> None:
     assert everywhere(two.run(jobs.same_as_one_process, "fsdp", rule, torch.float32, {})) == []
 

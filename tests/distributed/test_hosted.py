@@ -9,7 +9,13 @@ import pytest
 from ranks import Ranks
 
 
-@pytest.mark.parametrize("rule", ["soap", "muon"])
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("layout", "rule"),
+    [
+        *(("fsdp", "soap"), ("ddp", "muon")),
+        pytest.param("ddp", "soap", marks=pytest.mark.slow),
+        pytest.param("fsdp", "muon", marks=pytest.mark.slow),
+    ],
+)
 def test_six_steps_and_a_resume_are_those_of_a_plain_script(two: Ranks, layout: str, rule: str, tmp_path: Path) -> None:
     assert two.run(hosted.compared, layout, rule, str(tmp_path)) == [{"whole": [], "resumed": []}] * 2

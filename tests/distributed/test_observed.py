@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import observed
 import pytest
@@ -10,8 +11,12 @@ import torch
 from ranks import Ranks
 
 
-@pytest.mark.parametrize("rule", ["soap", "muon"])
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def slowly(*values: str) -> Any:
+    """Mark a case that runs on demand."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("layout", "rule"), [("ddp", "muon"), ("fsdp", "soap"), slowly("ddp", "soap")])
 def test_ranks_tell_together_what_one_process_tells(two: Ranks, layout: str, rule: str) -> None:
     found = two.run(observed.told, layout, rule)
     one = found[0][1]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import MANY, few, job, plans, very_few, with_costs
+from plans import MANY, job, large, plans, with_costs
 
 from steepest.exchange.layout import Layout, Rectangle
 from steepest.exchange.plan import Plan, Transfer, make_plan
@@ -40,19 +40,17 @@ def check(plan: Plan) -> None:
             assert sent == [(rank, part) for rank, part in held if not part.empty]
 
 
-@few
 @given(plans())
 def test_everything_moves_once(plan):
     check(plan)
 
 
-@very_few
+@large
 @given(plans(MANY))
 def test_everything_moves_once_among_many(plan):
     check(plan)
 
 
-@few
 @given(plans(), st.data())
 def test_a_rank_can_ask_for_its_own(plan, data):
     rank = data.draw(st.integers(0, plan.world - 1))
@@ -61,7 +59,6 @@ def test_a_rank_can_ask_for_its_own(plan, data):
             assert moves(bucket, rank) == tuple(m for m in moves(bucket) if rank in (m.source, m.target))
 
 
-@few
 @given(plans())
 def test_what_one_rank_packs_another_unpacks(plan):
     """Step by messages from rank to rank: owners join gradients, and every rank gets its part of the result."""
@@ -91,7 +88,6 @@ def test_what_one_rank_packs_another_unpacks(plan):
 # How much moves.
 
 
-@few
 @given(plans())
 def test_traffic_is_what_transfers_add_up_to(plan):
     counted = [[0] * plan.world for _ in range(4)]
@@ -108,7 +104,6 @@ def test_traffic_is_what_transfers_add_up_to(plan):
     assert traffic.sent(0) == counted[0][0] + counted[2][0]
 
 
-@few
 @given(plans())
 def test_factors_travel_where_they_are_fewer(plan):
     for bucket in range(len(plan.buckets)):

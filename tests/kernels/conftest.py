@@ -13,6 +13,7 @@ import torch
 from steepest import kernels
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # where gates.py is
+sys.path.append(str(Path(__file__).parent))
 
 collect_ignore_glob = [] if kernels.INTERPRETED or torch.cuda.is_available() else ["test_*_kernel.py"]
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from long import pairs
 
 import steepest
 from steepest.kernels import use
@@ -56,10 +57,11 @@ def test_every_size(launched, normal, monkeypatch, shape, noise_floor):
     check(launched, normal(*shape), start(normal, *shape), t, momentum_floor=True, noise_floor=noise_floor)
 
 
-@pytest.mark.parametrize("betas", [(0.0, 0.0), (0, 0.5), (0.3, 0.99)])
-@pytest.mark.parametrize("eps", [1e-3, 0])
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("correct_bias", [False, True])
+@pytest.mark.parametrize(
+    ("betas", "eps", "nesterov", "correct_bias"),
+    pairs([(0.0, 0.0), (0, 0.5), (0.3, 0.99)], [1e-3, 0], [False, True], [False, True]),
+    ids=str,
+)
 def test_coefficients(launched, normal, betas, eps, nesterov, correct_bias):
     t = torch.tensor([1.0, 4.0], device=normal(1).device).view(2, 1, 1)
     options = {"nesterov": nesterov, "correct_bias": correct_bias, "noise_floor": 0.01}

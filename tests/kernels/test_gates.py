@@ -156,13 +156,21 @@ def test_a_bad_mode_is_named():
 
 
 def test_the_environment_decides_and_is_checked():
-    def run(mode):
-        code = "from steepest import kernels; print(kernels._mode, 'triton' in __import__('sys').modules)"
-        environment = os.environ | {"STEEPEST_KERNELS": mode}
-        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-
-    assert run("never").stdout.split() == ["never", "False"]  # and Triton isn't imported before it is needed
-    assert "STEEPEST_KERNELS='yes': must be one of 'auto'" in run("yes").stderr
+    code = """
+import os, sys
+try:
+    from steepest import kernels
+except ValueError as error:
+    print(error)
+os.environ["STEEPEST_KERNELS"] = "never"
+from steepest import kernels
+print(kernels._mode, "triton" in sys.modules)
+"""
+    environment = os.environ | {"STEEPEST_KERNELS": "yes"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    refused, taken = done.stdout.splitlines()
+    assert "STEEPEST_KERNELS='yes': must be one of 'auto'" in refused
+    assert taken == "never False"  # and Triton isn't imported before it is needed
 
 
 def test_on_a_cpu_gates_leave_no_break_in_a_compiled_graph():

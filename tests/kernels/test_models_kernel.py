@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from long import pairs
 
 from steepest import kernels
 from steepest.kernels import use
@@ -37,19 +38,15 @@ def compare(launched, work, exact, precision):
     assert torch.equal(result[-1:], alone)
 
 
-@PRECISIONS
 @pytest.mark.parametrize(
-    ("batch", "d", "k", "transposed"),
-    [
-        (12, 3072, 768, False),
-        (12, 768, 3072, True),
-        (3, 1000, 333, False),
-        (1, 2048, 8192, False),
-        (1, 8192, 2048, True),
-    ],
+    ("matrices", "transposed", "precision"),
+    pairs(
+        [(12, 3072, 768), (12, 768, 3072), (3, 1000, 333), (1, 2048, 8192), (1, 8192, 2048)], [False, True], ROUNDING
+    ),
+    ids=str,
 )
-def test_a_covariance_takes_a_gradient_in(launched, normal, precision, batch, d, k, transposed):
-    batch, d, k = sized(batch, d, k)
+def test_a_covariance_takes_a_gradient_in(launched, normal, matrices, transposed, precision):
+    batch, d, k = sized(*matrices)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     X = (normal(batch, k, d).mT if transposed else normal(batch, d, k)).to(dtype)
     K = (X.float() @ X.float().mT / k).to(dtype)

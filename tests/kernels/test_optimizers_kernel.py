@@ -2,12 +2,12 @@
 
 from functools import partial
 
+import long
 import pytest
 import torch
 
-from steepest import kernels
+from steepest import kernels, testing
 from steepest.engine.optimizer import Optimizer
-from steepest.testing import CLAUSES, check_optimizer
 
 PERIOD = 4
 SOAP = {"rule": "soap", "lr": 3e-3, "precondition_frequency": PERIOD}
@@ -23,6 +23,8 @@ OPTIMIZERS = {
 NAMES = pytest.mark.parametrize("name", list(OPTIMIZERS))
 CHAPTERS = (12,) if kernels.INTERPRETED else (5, 7, 11, 12)
 """Side effects, resuming, GradScaler, and gradients that are not finite; the last alone where kernels are slow."""
+CLAUSES = [name for name, clause in testing.CLAUSES.items() if clause.number in CHAPTERS and not clause.slow]
+QUICK = ("nan_gradient", "bad_gradient_isolated")
 SIDES = (24, 24, 17) if kernels.INTERPRETED else (512, 512, 300)
 """Matrices are square: where a first gradient leaves eigenvalues at zero, rounding decides for one of many bases."""
 
@@ -44,18 +46,28 @@ class Training:
         self.optimizer.step()
 
 
-@NAMES
-def test_the_contract_is_kept(device, name):
-    if kernels.INTERPRETED and name not in ("soap", "adamw"):
-        pytest.skip("takes long in the interpreter")
-    only = [clause.name for clause in CLAUSES.values() if clause.number in CHAPTERS and not clause.slow]
+@pytest.mark.parametrize(
+    ("name", "clause"),
+    [
+        pytest.param(name, clause, marks=() if name == "soap" and clause in QUICK else long.marks)
+        for name in OPTIMIZERS
+        for clause in CLAUSES
+    ],
+)
+def test_the_contract_is_kept(device, name, clause):
     with kernels.use("always"):
-        report = check_optimizer(partial(Optimizer, **OPTIMIZERS[name]), device=device, only=only)
+        report = testing.check_optimizer(partial(Optimizer, **OPTIMIZERS[name]), device=device, only=[clause])
     assert report.ok, report
 
 
-@NAMES
-@pytest.mark.parametrize("mode", ["auto", "always"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(name, mode, marks=() if mode == "always" or name == "soap" else long.marks)
+        for name in OPTIMIZERS
+        for mode in ("auto", "always")
+    ],
+)
 def test_steps_are_those_on_a_cpu(device, name, mode):
     options = OPTIMIZERS[name] | ({"solver": "first_order"} if OPTIMIZERS[name]["rule"] == "soap" else {})
     here, there = Training(options, device), Training(options, torch.device("cpu"))

@@ -54,9 +54,9 @@ def built(kernel, types, constants, ones, tmp_path, warps, stages=3):
     [
         ("bfloat16", 2048, False),
         ("bfloat16", 2048, True),
-        ("float16", 2048, False),
         ("tf32", 2048, False),
-        ("tf32", 512, False),
+        pytest.param("float16", 2048, False, marks=pytest.mark.slow),
+        pytest.param("tf32", 512, False, marks=pytest.mark.slow),
         ("float32", 2048, False),
     ],
 )

@@ -105,17 +105,17 @@ def _plan(*names: str, steps: int = 10, seeds: int = 2, shorter: tuple[int, ...]
     return Plan("digits", entries, steps, seeds, shorter)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_record() -> Callable[..., Record]:
     return _record
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_plan() -> Callable[..., Plan]:
     return _plan
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_runs() -> Callable[..., Runs]:
     return _runs
 

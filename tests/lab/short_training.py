@@ -1,10 +1,29 @@
-"""A few steps of training, as a race takes them, in the process of a test."""
+"""Training as a race does it, in the process of a test, where starting another takes longer than training."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 
+from steepest.lab.race.training import train
+from steepest.lab.race.trial import Record, Trial
 from steepest.lab.shared.contenders import parse_contenders
+from steepest.lab.workloads.workload import load_workload
+
+
+class Here:
+    """A pool that trains in this process, one trial after the other."""
+
+    def __init__(self, workers: int, bars: Any) -> None:
+        self.bars = bars
+
+    def run(self, trials: Iterable[Trial], ended: Callable[[Trial, Record], None]) -> None:
+        for trial in trials:
+            self.bars.started(trial)
+            record = train(trial, load_workload(trial.workload), lambda message: None)
+            ended(trial, Record(**record.as_json()))  # rounded, as processes send it
 
 
 def loss_after(workload, steps: int, contender: str) -> tuple[float, float]:

@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from short_training import Here
 from typer.testing import CliRunner
 
 import steepest
 from steepest.cli import app
+from steepest.lab.race import command
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +22,8 @@ def steepest_race(*arguments: object):
     return CliRunner().invoke(app, ["race", *map(str, arguments)])
 
 
-def test_a_tiny_race_end_to_end_and_again(quick_task, tmp_path) -> None:
+def test_a_tiny_race_end_to_end_and_again(quick_task, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(command, "Pool", Here)  # with processes: test_a_trial_that_is_killed_...
     out = tmp_path / "out"
     options = ("--workload", quick_task(), "--optimizers", "adamw, soap(lr=1e-2)", "--seeds", 1, "--out", out)
     first = steepest_race(*options)
@@ -37,7 +40,8 @@ def test_a_tiny_race_end_to_end_and_again(quick_task, tmp_path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()} == kept
 
 
-def test_the_example_of_an_own_task_runs(tmp_path) -> None:
+def test_the_example_of_an_own_task_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(command, "Pool", Here)
     example = ROOT / "examples" / "race_my_task.py"
     done = steepest_race("--workload", example, "--optimizers", "adamw", "--steps", 15, "--seeds", 1, "--out", tmp_path)
     assert done.exit_code == 0, done.output
@@ -67,14 +71,14 @@ FAILS_LATE = """
 def test_a_trial_that_is_killed_is_named_and_the_others_go_on(quick_task, tmp_path) -> None:
     task = quick_task()
     task.write_text(task.read_text() + KILLS_THE_FIRST.format(mark=str(tmp_path / "killed")))
-    options = ("--optimizers", "adamw, soap, muon", "--seeds", 1, "--workers", 1, "--out", tmp_path / "out")
+    options = ("--optimizers", "adamw, muon", "--seeds", 1, "--workers", 1, "--out", tmp_path / "out")
     done = steepest_race("--workload", task, *options)
     assert done.exit_code == 1
     assert done.output.count("failed: its process ended with status -9") == 1
-    assert len(list((tmp_path / "out" / "runs").iterdir())) == 2
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 1
     again = steepest_race("--workload", task, *options)
     assert again.exit_code == 0
-    assert len(list((tmp_path / "out" / "runs").iterdir())) == 3
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 2
 
 
 KILLS_THE_FIRST = """
@@ -160,11 +164,8 @@ def test_help_and_the_version() -> None:
 
 ANSWERED_AT_ONCE = {
     "": (0, None),
-    "--help": (0, None),
-    "--version": (0, None),
     "race --help": (0, None),
     "rcae": (2, "steepest: No such command 'rcae'. Did you mean 'race'? (see python -m steepest --help)"),
-    "race --step 3": (2, "No such option: --step"),
     "race --steps 0": (2, "Invalid value for '--steps'"),
     "routes": (2, "(see python -m steepest routes --help)"),
 }

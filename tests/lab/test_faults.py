@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def test_killed_while_a_file_is_written(server: Any, straight: Path, tmp_path: P
     """Of the files that are left to write (six records, results and a report), the second is hit each time."""
     out = tmp_path / "out"
     kept: Files = {}
-    for _ in range(4):
+    for _ in range(2):
         known = len(kept)
         kept = expect_killed(server.run(line(out, moment=moment, write=2))[0], out, kept)
         assert len(kept) == min(known + (2 if moment == "in place" else 1), RUNS)
@@ -159,7 +160,7 @@ def test_killed_at_random(server: Any, straight: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     kept: Files = {}
     chance = random.Random(0)
-    for further in (0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 1):  # records that it may add before its time begins to run out
+    for further in (0, 1, 0, 1, 0, 1, 1):  # records that it may add before its time begins to run out
         server.start(line(out))
         while len(records(out)) < min(len(kept) + further, RUNS):
             time.sleep(0.001)
@@ -170,12 +171,16 @@ def test_killed_at_random(server: Any, straight: Path, tmp_path: Path) -> None:
     expect_as_undisturbed(server, out, straight)
 
 
-def run_and_kill(command: list[str], out: Path, seconds: float) -> int:
-    """Start a race, wait until it has one more record, and kill its process only, some seconds later."""
-    known = len(records(out))
+def real_race(task: Path, out: Path, *options: str) -> list[str]:
+    race = [sys.executable, "-m", "steepest.cli", "race", "--optimizers", "soap", "--workload", str(task)]
+    return [*race, "--out", str(out), *options]
+
+
+def run_and_kill(command: list[str], until: Callable[[], bool], seconds: float = 0.0) -> int:
+    """Start a race, and kill its process only, some seconds after ``until`` holds; return its status."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while len(records(out)) == known and process.poll() is None:
+        while not until() and process.poll() is None:
             time.sleep(0.02)
         time.sleep(seconds)
     finally:
@@ -184,30 +189,51 @@ def run_and_kill(command: list[str], out: Path, seconds: float) -> int:
     return status
 
 
-def real_race(task: Path, out: Path, seeds: int) -> list[str]:
-    race = [sys.executable, "-m", "steepest.cli", "race", "--optimizers", "soap", "--workload", str(task)]
-    return [*race, "--seeds", str(seeds), "--workers", "2", "--out", str(out)]
+def running(task: Path) -> bool:
+    """Return whether a process runs a race on the task, or a trial."""
+    return str(task) in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
 
 
+MARKS_ITS_START = """
+    def batch(self, generator):
+        import pathlib, sys
+        if "steepest.lab.race.worker" in sys.orig_argv:
+            pathlib.Path({mark!r}).touch()
+        return torch.randn(8, 4, generator=generator)
+"""
+
+
+def test_the_trial_of_a_killed_race_ends_by_itself(quick_task: Callable[..., Path], tmp_path: Path) -> None:
+    """It would train for many minutes."""
+    out, task, mark = tmp_path / "out", quick_task(pause=0.1), tmp_path / "started"
+    task.write_text(task.read_text() + MARKS_ITS_START.format(mark=str(mark)))
+    race = real_race(task, out, "--seeds", "1", "--workers", "1", "--steps", "10000")
+    assert run_and_kill(race, mark.exists) == -signal.SIGKILL
+    assert mark.exists()
+    deadline = time.monotonic() + 60
+    while running(task) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not running(task)
+    assert records(out) == {}
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
-def test_killed_with_its_trials_in_processes(quick_task: Callable[..., Path], tmp_path: Path, kills: int) -> None:
-    """The processes of trials of a killed race end by themselves."""
-    out, task, seeds = tmp_path / "out", quick_task(pause=0.1), 2 * kills + 1
+def test_killed_with_its_trials_in_processes(quick_task: Callable[..., Path], tmp_path: Path) -> None:
+    out, task, kills = tmp_path / "out", quick_task(pause=0.1), 8
+    options = ("--seeds", str(2 * kills + 1), "--workers", "2")
     chance = random.Random(0)
     kept: Files = {}
     for _ in range(kills):
-        kept = expect_killed(run_and_kill(real_race(task, out, seeds), out, chance.uniform(0, 0.2)), out, kept)
-    done = subprocess.run(real_race(task, out, seeds), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+        further = partial(lambda known: len(records(out)) > known, len(kept))
+        kept = expect_killed(run_and_kill(real_race(task, out, *options), further, chance.uniform(0, 0.2)), out, kept)
+    for folder in (out, tmp_path / "straight"):
+        done = subprocess.run(real_race(task, folder, *options), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
     assert kept.items() <= records(out).items()
-    assert len(records(out)) == seeds
-    if kills > 1:
-        undisturbed = real_race(task, tmp_path / "straight", seeds)
-        assert subprocess.run(undisturbed, capture_output=True).returncode == 0
-        assert learnt(out) == learnt(tmp_path / "straight")
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(task) not in running
+    assert len(records(out)) == 2 * kills + 1
+    assert learnt(out) == learnt(tmp_path / "straight")
+    assert not running(task)
 
 
 # No room.

@@ -90,7 +90,7 @@ def test_the_denoiser_knows_the_time(loaded) -> None:
 
 
 @pytest.mark.parametrize(("name", "share"), [("mlp", 0.6), ("vit", 0.98), ("diffusion", 0.7)])
-@pytest.mark.parametrize("contender", ["adamw", "soap-f5"])
+@pytest.mark.parametrize("contender", ["soap-f5", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_some_is_learned(loaded, name, share, contender) -> None:
     before, after = loss_after(loaded(name), 25, contender)
     assert after < share * before

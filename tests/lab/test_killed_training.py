@@ -136,7 +136,7 @@ def test_killed_in_the_middle_of_torch_save(server: Any, tmp_path: Path, rule: s
 def test_killed_at_random(server: Any, tmp_path: Path, rule: str) -> None:
     path = tmp_path / "last.pt"
     chance = random.Random(0)
-    for _ in range(15):
+    for _ in range(8):
         server.start(line(rule, path))
         time.sleep(chance.uniform(0.0, 0.05))  # it may have ended by then
         server.kill()

@@ -58,7 +58,7 @@ def test_sines_keep_their_spread_through_the_layers(photo) -> None:
         x = torch.sin(inputs)
 
 
-@pytest.mark.parametrize("contender", ["adamw", "soap"])
+@pytest.mark.parametrize("contender", ["soap", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_the_photograph_is_learned(photo, contender) -> None:
     before, after = loss_after(photo, 30, contender)
     assert after < before / 3
@@ -80,7 +80,9 @@ def test_convolutions_are_matrices(convnet) -> None:
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 3
 
 
-@pytest.mark.parametrize("contender", ["adamw(lr=2e-3)", "muon(lr=2e-2,elementwise={'lr':2e-3})"])
+@pytest.mark.parametrize(
+    "contender", ["muon(lr=2e-2,elementwise={'lr':2e-3})", pytest.param("adamw(lr=2e-3)", marks=pytest.mark.slow)]
+)
 def test_digits_are_learned(convnet, contender) -> None:
     """At the presets' rates, and without warm-up, losses leap, and rounding decides when."""
     before, after = loss_after(convnet, 40, contender)

@@ -10,10 +10,12 @@ from statistics import fmean
 
 import pytest
 import torch
+from short_training import Here
 from torch import nn
 from typer.testing import CliRunner
 
 from steepest.cli import app
+from steepest.lab.race import command
 from steepest.lab.race.poison import KINDS, MOST, Poison
 from steepest.lab.race.results import find_results
 from steepest.lab.race.text import headline, notes
@@ -142,7 +144,10 @@ def test_who_takes_the_step_diverges(poison: float, steps: int, quick: Workload)
 # Output.
 
 
-def test_the_race_says_what_it_did(quick_task: Callable[[], Path], tmp_path: Path) -> None:
+def test_the_race_says_what_it_did(
+    quick_task: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "Pool", Here)
     arguments = ["race", "--workload", str(quick_task()), "--optimizers", "soap", "--steps", "30", "--seeds", "1"]
     clean = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
     done = CliRunner().invoke(app, [*arguments, "--poison", "0.1", "--out", str(tmp_path)])

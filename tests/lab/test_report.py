@@ -8,7 +8,6 @@ import pytest
 
 from steepest.lab.race.report import page
 from steepest.lab.race.results import find_results
-from steepest.lab.workloads.workload import load_workload
 
 
 class Loads(HTMLParser):
@@ -31,12 +30,12 @@ def without_plotly(html: str) -> str:
     return re.sub(r"<script>/\*\*\n\* plotly.*?</script>", "", html, count=1, flags=re.DOTALL)
 
 
-@pytest.fixture
-def workload():
-    return load_workload("digits")
+@pytest.fixture(scope="module")
+def workload(loaded):
+    return loaded("digits")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def html(make_plan, make_runs, workload) -> str:
     plan = make_plan("adamw", "soap", "moso", swept=True, shorter=(4, 8))
     found = make_runs(plan, lambda t: math.inf if t.contender.lr > 0.02 else 1 + abs(t.contender.lr - 0.01))

@@ -56,14 +56,14 @@ def quick(quick_task):
     return load_workload(str(quick_task()))
 
 
-@pytest.fixture(scope="module")
-def autoencoder():
-    return load_workload("autoencoder")
+@pytest.fixture
+def autoencoder(loaded):
+    return loaded("autoencoder")
 
 
-@pytest.fixture(scope="module")
-def pinn():
-    return load_workload("pinn")
+@pytest.fixture
+def pinn(loaded):
+    return loaded("pinn")
 
 
 def test_the_excess_is_counted_from_a_perfect_copy(autoencoder) -> None:
@@ -93,8 +93,8 @@ def test_images_that_are_held_out_are_not_trained_on(autoencoder) -> None:
 
 
 @pytest.mark.parametrize("name", ["pinn", "burgers"])
-def test_an_equation_has_one_loss_for_everybody(name) -> None:
-    workload = load_workload(name)
+def test_an_equation_has_one_loss_for_everybody(name, loaded) -> None:
+    workload = loaded(name)
     torch.manual_seed(0)
     model = workload.model()
     batch = workload.batch(torch.Generator())

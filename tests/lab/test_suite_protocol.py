@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from steepest.lab.shared.contenders import preset
@@ -30,7 +30,6 @@ def bowl(best):
     return lambda setting: 1 + abs(math.log2(setting.lr / best))
 
 
-@settings(deadline=None)
 @given(st.sampled_from(CONTENDERS), st.lists(LOSSES, min_size=8, max_size=8))
 def test_everybody_tries_the_same_number_of_different_settings_whatever_happens(name, losses) -> None:
     endings = iter(losses)
@@ -40,7 +39,6 @@ def test_everybody_tries_the_same_number_of_different_settings_whatever_happens(
     assert sum(trial.contender.lr == preset(name).lr for trial in tried) >= 1
 
 
-@settings(deadline=None)
 @given(st.sampled_from(CONTENDERS), st.integers(3, 16), st.lists(LOSSES, min_size=16, max_size=16))
 def test_fewer_and_more_trials_are_of_different_settings_too(name, trials, losses) -> None:
     start, tried = preset(name), []

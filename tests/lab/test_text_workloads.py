@@ -52,7 +52,9 @@ def test_only_adaptations_are_trained(loaded) -> None:
     assert {row.rule for row in steepest.route(model) if row.name in trained} == {"soap"}
 
 
-@pytest.mark.parametrize("contender", ["adamw", "soap-f5", "muon"])
+@pytest.mark.parametrize(
+    "contender", ["soap-f5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "muon"))]
+)
 def test_gradients_that_are_zero_at_first_do_no_harm(loaded, contender) -> None:
     """While B is zero, so is the gradient of A."""
     before, after = loss_after(loaded("lora"), 8, contender)

@@ -107,9 +107,10 @@ def test_a_basis_that_is_not_orthogonal_recovers(name: str) -> None:
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", FOLLOWING)
-def test_it_stays_orthogonal_and_near_over_two_thousand_refreshes(name: str) -> None:
+@pytest.mark.parametrize("refreshes", [400, pytest.param(2000, marks=pytest.mark.slow)])
+def test_it_stays_orthogonal_and_near(name: str, refreshes: int) -> None:
     worst, errors, Q = 0.0, [], torch.eye(16).unsqueeze(0)
-    for t, K in zip(range(2000), drifting(), strict=False):
+    for t, K in zip(range(refreshes), drifting(), strict=False):
         Q, _ = SOLVERS[name](K, Q, 1)
         worst = max(worst, nonorthogonality(Q))
         if t >= 100:

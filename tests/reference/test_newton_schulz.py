@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from steepest.linalg import polar
@@ -43,7 +43,6 @@ def test_a_table_takes_singular_values_into_its_band(name):
     assert sigma.max() <= high
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     m=st.integers(1, 32),
     n=st.integers(1, 32),
@@ -61,7 +60,6 @@ def test_the_exact_polar_factor_has_orthonormal_rows_in_the_row_space(m, n, rank
     torch.testing.assert_close(polar_factor(G, "exact"), Q_A @ Q_B.mT, rtol=0, atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     method=st.sampled_from(METHODS),
     shape=st.tuples(st.integers(0, 3), st.integers(1, 32), st.integers(1, 32)),
