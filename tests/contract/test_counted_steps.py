@@ -19,7 +19,7 @@ from steepest.rules import RULES
 GPT2 = shape_set("gpt2-124m")
 HIDDEN = GPT2.matrices
 VECTORS = [(768,)] * 86 + [(3072,)] * 12
-STEADY = {"muon": (110, 130), "soap": (221, 167)}  # bytes an entry and launches, of all 48 matrices
+STEADY = {"muon": (110, 130), "soap": (221, 163)}  # bytes an entry and launches, of all 48 matrices
 PERIOD = 2
 
 
