@@ -46,6 +46,8 @@ def look_ahead(buckets: Sequence[Bucket], grads: Tensors) -> Mapping[Stack, Lost
     """
     together: dict[Any, list[tuple[Stack, list[Tensor]]]] = {}
     for bucket in buckets:
+        if any(segment.bias is not None for segment in bucket.segments):
+            continue  # to join biases takes memory, which one stack at a time may have
         pieces = bucket.at_hand(grads)
         for stack in bucket.stacks:
             found = [pieces[segment.key] for segment in stack.segments if segment.key in pieces]
