@@ -25,14 +25,14 @@ def parameters(*shapes, seed=100, dtype=torch.float32):
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 2, 2)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_without_bases_it_is_adamw(shape, weight_decay):
-    ours, theirs = parameters(shape), parameters(shape)
+    ours, theirs = parameters(shape, dtype=torch.float64), parameters(shape, dtype=torch.float64)
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
     soap, adamw = steepest.SOAP(ours, **options, max_precond_dim=0), torch.optim.AdamW(theirs, **options)
     for t in range(30):
-        grads = [[randn(*shape, seed=t)]]
+        grads = [[randn(*shape, seed=t, dtype=torch.float64)]]
         steps(soap, ours, grads)
         steps(adamw, theirs, grads)
-    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-13)
 
 
 def test_warming_up_it_is_adamw_and_then_not():

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steepest.engine.lost import safe_norm
 from steepest.engine.roster import Roster
-from steepest.engine.step import learning_rate, safe_norm, write
+from steepest.engine.step import learning_rate, write
 from steepest.exchange.bucket import Tensors
 from steepest.exchange.shards import is_dtensor, local, meta_shard
 from steepest.linalg import attempts

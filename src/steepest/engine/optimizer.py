@@ -30,15 +30,18 @@ from steepest.engine.group import (
     plain_options,
     refuse_uncaptured,
 )
+from steepest.engine.lost import Lost, look_ahead
 from steepest.engine.roster import Roster
 from steepest.engine.step import apply, clip, finish, interleave, step_stack
 from steepest.exchange.bucket import Bucket, Directions, Move, Tensors
 from steepest.exchange.peers import Peers
 from steepest.exchange.shards import copy_into
+from steepest.linalg import attempts
 from steepest.linalg.surroundings import undisturbed
 from steepest.rule import Statistics, nearest
 from steepest.rules.aliases import ALIASES, resolve
 from steepest.stack.names import parameter_names
+from steepest.stack.stack import Stack
 
 
 class Optimizer(Diagnosed):
@@ -168,24 +171,33 @@ class Optimizer(Diagnosed):
         self._roster.check_schedules()  # likewise
         captured = self._captured(grads) if self._captures else {}
         buckets = self._roster.buckets
+        ahead = [b for b in buckets if not (b.communicates or attempts.at_hand(b.stacks[0].t))]
+        lost = look_ahead(ahead, grads) if ahead else {}
         if self._roster.clipped:
             made: list[list[Directions]] = [[] for _ in buckets]
-            interleave([self._directions(b, grads, captured, d) for b, d in zip(buckets, made, strict=True)])
+            interleave([self._directions(b, grads, captured, lost, d) for b, d in zip(buckets, made, strict=True)])
             clip(made, buckets, self._roster.clipped)
             interleave([self._move(b, d) for b, d in zip(buckets, made, strict=True)])
         else:
-            interleave([self._step_bucket(bucket, grads, captured) for bucket in buckets])
+            interleave([self._step_bucket(bucket, grads, captured, lost) for bucket in buckets])
         if self._roster.elementwise:
             self._skipped += step_elementwise(self._roster, self.param_groups, grads)
 
-    def _step_bucket(self, bucket: Bucket, grads: Tensors, captured: Mapping[int, Statistics | None]) -> Iterator[None]:
+    def _step_bucket(
+        self, bucket: Bucket, grads: Tensors, captured: Mapping[int, Statistics | None], lost: Mapping[Stack, Lost]
+    ) -> Iterator[None]:
         """Step the matrices of a bucket; pause wherever tensors travel between ranks."""
         directions: list[Directions] = []
-        yield from self._directions(bucket, grads, captured, directions)
+        yield from self._directions(bucket, grads, captured, lost, directions)
         yield from self._move(bucket, directions)
 
     def _directions(
-        self, bucket: Bucket, grads: Tensors, captured: Mapping[int, Statistics | None], made: list[Directions]
+        self,
+        bucket: Bucket,
+        grads: Tensors,
+        captured: Mapping[int, Statistics | None],
+        lost: Mapping[Stack, Lost],
+        made: list[Directions],
     ) -> Iterator[None]:
         """Append the directions of a bucket's matrices to ``made``."""
         roster = self._roster
@@ -193,7 +205,8 @@ class Optimizer(Diagnosed):
         gradients, weights = yield from bucket.gather(grads, roster.penalized(grads))
         for stack in bucket.stacks:
             offsets = roster.refresh_offsets(stack, self.param_groups)
-            directions = step_stack(stack, gradients, weights, roster.ways, offsets, statistics, roster.clipped)
+            known = (statistics, roster.clipped, lost.get(stack))
+            directions = step_stack(stack, gradients, weights, roster.ways, offsets, *known)
             if directions is not None:
                 made.append(directions)
 
@@ -205,7 +218,7 @@ class Optimizer(Diagnosed):
             moves.setdefault(roster.numbers[move.index], []).append(move)
         for number, of_group in moves.items():
             if self._watch is not None:
-                self._watch.moves += of_group
+                self._watch.note(of_group)
             apply(roster.rules[number], self.param_groups[number], roster.names, of_group)
         for stack in bucket.stacks:
             if stack.deferred:

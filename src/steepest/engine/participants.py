@@ -8,8 +8,8 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from steepest.engine.lost import safe_norm
 from steepest.engine.roster import Roster
-from steepest.engine.step import safe_norm
 from steepest.exchange.bucket import Tensors
 from steepest.exchange.peers import Peers
 from steepest.exchange.shards import local, local_gradient

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steepest.exchange.bucket import Bucket, Directions, Move, Stay
+from steepest.engine.lost import Lost, lost_among, safe_norm
+from steepest.exchange.bucket import Bucket, Directions, Move, Staying
 from steepest.exchange.peers import Peers
 from steepest.linalg import attempts
 from steepest.linalg.rounding import positions, round_stochastically, rounding_key
 from steepest.rule import Elementwise, LowRank, Rule, Statistics, Step
 from steepest.stack.graphs import Inputs, compiled
-from steepest.stack.stack import AsyncCopy, Deferred, Pieces, Run, Stack, Way, ranges, to_device
+from steepest.stack.stack import Deferred, Pieces, Run, Stack, Way, ranges, to_device
 from steepest.stack.undo import undoing
 
 # The rule.
@@ -34,6 +34,7 @@ def step_stack(
     offsets: Sequence[float],
     statistics: Mapping[tuple[int, int], Statistics],
     clipped: Collection[int] = (),
+    lost: Lost | None = None,
 ) -> Directions | None:
     """Update the state of a stack by its gradients, and return directions; None if no matrix moves.
 
@@ -45,23 +46,25 @@ def step_stack(
         offsets: for each slot, the fraction of its period after which it refreshes.
         statistics: what was captured for its pieces.
         clipped: the groups whose directions `clip` will scale.
+        lost: what `look_ahead` has found in its gradients, if it has looked.
     """
     stack.deferred.clear()  # a step that raised may have left something
     live = [segment.key in grads for segment in stack.segments for _ in range(segment.start, segment.stop)]
     if not any(live):
         return None
     G = stack.fill(grads)  # [B, m, n]
-    bad = _drop_nonfinite(stack, G, live)
-    lost = None if bad is None else bad.to(G.dtype)
-    W = stack.fill(weights) if weights else None
-    if W is not None and bad is not None:
-        W.masked_fill_(bad, 0)  # whose decay would be a gradient
+    lost = lost or _drop_nonfinite(stack, G, live)
+    W, bad = stack.fill(weights) if weights else None, None if lost is None else lost.mask
+    if bad is not None:
+        G.masked_fill_(bad, 0)
+        if W is not None:
+            W.masked_fill_(bad, 0)  # whose decay would be a gradient
     moved = [False] * stack.size
     made: list[tuple[slice, Tensor | LowRank]] = []
     led: list[tuple[slice, Tensor]] = []  # the gradients that clipping measures directions by
     for run in stack.runs(ways, live, offsets):
         penalty = None if W is None or not run.way.penalty else W[run.slots] * run.way.penalty
-        inputs = Inputs(G[run.slots], penalty, None if lost is None else lost[run.slots])
+        inputs = Inputs(G[run.slots], penalty, None if lost is None else lost.number[run.slots])
         d = _update(stack, run, inputs, stack.fed(run, statistics) if statistics else None)  # [b, m, n]
         if d is not None:
             moved[run.slots] = [True] * (run.slots.stop - run.slots.start)
@@ -76,12 +79,10 @@ def step_stack(
         right = _joined([(slots, d.right) for slots, d in made if isinstance(d, LowRank)], stack.size)
         low_rank = LowRank(left, right)
         D = low_rank.product()
-        return Directions(stack, D if bad is None else D.masked_fill_(bad, 0), moved, low_rank, lost)
+        return Directions(stack, D, moved, low_rank, bad)
     D = _joined([(slots, d) for slots, d in made if isinstance(d, Tensor)], stack.size)
-    if bad is not None:
-        D.masked_fill_(bad, 0)
     slopes = _slopes(stack, D, _joined(led, stack.size), moved, bad, clipped) if clipped else None
-    return Directions(stack, D, moved, None, lost, slopes)
+    return Directions(stack, D, moved, None, bad, slopes)
 
 
 def _slopes(
@@ -140,24 +141,16 @@ def _joined(parts: Sequence[tuple[slice, Tensor]], size: int) -> Tensor:
     return whole
 
 
-def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Tensor | None:
-    """Take matrices whose gradient is not finite out of this step.
-
-    On a CPU the answer is at hand, and they leave ``live``. On other devices, asking would wait. There their gradient
-    becomes zero, and a mask ``[B, 1, 1]`` is returned, by which the step leaves no trace of them.
-    """
-    norms = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
-    finite: Tensor = norms < safe_norm(G.dtype)  # False for NaN
-    if attempts.at_hand(G):
-        for slot, good in enumerate(finite.view(-1).tolist()):
-            if live[slot] and not good:
-                live[slot] = False
-                stack.skipped += 1
-        return None
-    bad = ~finite
-    G.masked_fill_(bad, 0)
-    stack.undone = AsyncCopy(bad if all(live) else bad & to_device(live, G.device).view(-1, 1, 1))
-    return bad
+def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Lost | None:
+    """Take matrices whose gradient is not finite out of this step, and out of ``live`` if the answer is at hand."""
+    norms = torch.linalg.vector_norm(G, dim=(-2, -1))
+    if not attempts.at_hand(G):
+        return lost_among([stack], norms, live)[0]
+    for slot, good in enumerate((norms < safe_norm(G.dtype)).tolist()):  # False for NaN
+        if live[slot] and not good:
+            live[slot] = False
+            stack.skipped += 1
+    return None
 
 
 def _update(stack: Stack, run: Run, inputs: Inputs, statistics: Statistics | None) -> Tensor | LowRank | None:
@@ -179,20 +172,22 @@ def _update(stack: Stack, run: Run, inputs: Inputs, statistics: Statistics | Non
             named = {"failures": failures, **state}
             changed = [x for name, x in named.items() if coded or not rule.keeps(name, step)]
         undo = undoing(lost == 0, changed) if lost is not None and changed else None
-        t.add_(1)
         restored = state if stack.storage is None else stack.storage.restored(state)
-        same = inputs.penalty is step.penalty and lost is None
-        now = step if same else replace(step, penalty=inputs.penalty, lost=lost)
+        now = step
+        if lost is not None or inputs.penalty is not step.penalty:
+            # Where all is undone anyway, no rule need divide by a count of zero, or decompose NaN.
+            counted = t if lost is None or undo is None else t + lost
+            now = replace(step, t=counted, penalty=inputs.penalty, lost=lost)
         D = update(inputs.G, restored, now)
         if stack.storage is not None:
             stack.storage.store(restored, state, t)
         if undo is not None:
             undo()
-        if lost is not None:
-            t.sub_(lost)
         return D
 
     stack.clock[slots] += 1
+    if inputs.lost is None:
+        t.add_(1)
     if steady and run.way.cuda_graph:
         D = stack.recorder(work, inputs, (rule, slots, compiles))
     else:
@@ -222,18 +217,12 @@ def finish(stack: Stack) -> None:
     stack.deferred.clear()
 
 
-@cache
-def safe_norm(dtype: torch.dtype) -> float:
-    """Return the largest gradient norm whose square, whitened by the smallest floor (1e-8), is finite.
-
-    It is 1.8e15 in float32.
-    """
-    return float(torch.finfo(dtype).max ** 0.5 * 1e-4)
-
-
 # The weights.
 def apply(rule: Rule | Elementwise, group: Mapping[str, Any], names: Sequence[str], moves: Sequence[Move]) -> None:
-    """Move weights in place: ``W ← (1 - decay) W - lr · D``.
+    """Move weights in place: ``W ← (1 - decay) W - lr · D``. What is in the directions is used up.
+
+    Decay goes into the directions first, where one mask then zeroes those of all matrices that stay: weights are read
+    and written once.
 
     Args:
         rule: the group's rule, which knows whether weights decay after the step, as SOAP's authors do, or before it.
@@ -242,45 +231,74 @@ def apply(rule: Rule | Elementwise, group: Mapping[str, Any], names: Sequence[st
         moves: parts of the group's parameters, and their directions.
     """
     assert isinstance(rule, Rule)
-    decay_follows = rule.decay_follows
-    weights, steps, stays = [], [], []
+    follows = rule.decay_follows
+    rate: float | Tensor = 0.0
+    weights, steps, others = [], [], []
+    staying: dict[int, Staying] = {}
     for move in moves:
-        if not move.may_stay and move.W.dtype == move.D.dtype:
+        if move.may_stay or move.W.dtype != move.D.dtype:
+            others.append(move)
+        else:
             weights.append(move.W)
             steps.append(move.D)
-            stays.append(move.stay)
-            continue
+        if move.staying is not None:
+            staying[id(move.staying)] = move.staying
+    if weights:
+        rate = decay_into(steps, weights, group, follows)
+    for move in others:
+        rate = decay_into([move.D], [move.W.to(move.D.dtype)], group, follows)
+    for directions in staying.values():
+        directions.zero()
+    if weights:
+        _descend(weights, steps, rate)
+    for move in others:
         W = move.W.to(move.D.dtype)
         new = W.clone()
-        _descend(group, [new], [move.D], [move.stay], decay_follows)
+        _descend([new], [move.D], rate)
         if move.may_stay:
             new = torch.where(move.D.isnan(), W, new)
         write(group, names[move.index], move.W, new, move.in_whole, move.t)
-    if weights:
-        _descend(group, weights, steps, stays, decay_follows)
 
 
-def decay_factor(group: Mapping[str, Any], W: Tensor, D: Tensor) -> float | Tensor:
-    """Return the factor by which weight decay multiplies the weights in a step along ``D``.
+def decay_into(
+    steps: list[Tensor], weights: list[Tensor], group: Mapping[str, Any], follows: bool = False
+) -> float | Tensor:
+    """Add weight decay to directions, in place, and return the rate r at which weights move: ``W ← W - r D``.
 
-    ``decoupled`` 1 - lr·wd (AdamW, arXiv:1711.05101); ``independent`` 1 - wd, whatever the learning rate; ``palm``
-    1 - lr²·wd (PaLM, arXiv:2204.02311); ``cautious`` as decoupled, but only where the step shrinks the weight too, D·W
-    >= 0 (Chen et al., arXiv:2510.12402); ``l2`` 1, because there the decay is part of the gradient.
+    With δ the share that decays, W - lr D - δ W is a step of lr + δ along a mean of D and W. δ is lr·wd for
+    ``decoupled`` (AdamW, arXiv:1711.05101); wd, whatever the learning rate, for ``independent``; lr²·wd for ``palm``
+    (PaLM, arXiv:2204.02311); for ``cautious`` lr·wd where the step shrinks the weight too, D·W >= 0, and else 0 (Chen
+    et al., arXiv:2510.12402); 0 for ``l2``, because there the decay is part of the gradient.
 
-    >>> options = {"lr": 0.1, "weight_decay": 0.5}
-    >>> decay_factor(options | {"weight_decay_method": "palm"}, torch.ones(2), torch.ones(2))
-    0.995
-    >>> decay_factor(options | {"weight_decay_method": "cautious"}, torch.ones(2), torch.tensor([1.0, -1.0]))
-    tensor([0.9500, 1.0000])
+    >>> D, W, group = torch.tensor([1.0, -1.0]), torch.ones(2), {"lr": 0.1, "weight_decay": 0.5}
+    >>> W - decay_into([D], [W], group | {"weight_decay_method": "palm"}) * D
+    tensor([0.8950, 1.0950])
+    >>> D = torch.tensor([1.0, -1.0])
+    >>> W - decay_into([D], [W], group | {"weight_decay_method": "cautious"}) * D
+    tensor([0.8500, 1.1000])
+
+    Args:
+        steps: the directions.
+        weights: the weights, of the same shapes and dtype.
+        group: learning rate and weight decay.
+        follows: whether the weights decay after they have moved along D, and not before.
     """
-    lr = learning_rate(group, W)
-    wd: float = group["weight_decay"]
-    method: str = group["weight_decay_method"]
+    lr, wd, method = learning_rate(group, steps[0]), group["weight_decay"], group["weight_decay_method"]
     if wd == 0 or method == "l2":
-        return 1.0
+        return lr
     if method == "cautious":
-        return 1 - (lr * wd) * (D * W >= 0).to(W.dtype)
-    return 1 - wd * {"decoupled": lr, "independent": 1.0, "palm": lr * lr}[method]
+        shrink = [(D * W >= 0) * (W - lr * D if follows else W) for D, W in zip(steps, weights, strict=True)]
+        torch._foreach_add_(steps, shrink, alpha=wd)
+        return lr
+    share: float | Tensor = wd * {"decoupled": lr, "independent": 1.0, "palm": lr * lr}[method]
+    rate = lr * (1 - share) if follows else lr
+    if isinstance(share, Tensor) or isinstance(rate, Tensor):
+        torch._foreach_mul_(steps, rate)
+        torch._foreach_add_(steps, torch._foreach_mul(weights, share))
+        return 1.0
+    if share:
+        torch._foreach_lerp_(steps, weights, share / (rate + share))
+    return rate + share
 
 
 def learning_rate(group: Mapping[str, Any], W: Tensor) -> float | Tensor:
@@ -315,32 +333,12 @@ def write(
     out.copy_(new)
 
 
-def _descend(
-    group: Mapping[str, Any],
-    weights: list[Tensor],
-    steps: list[Tensor],
-    stays: Sequence[Stay | None],
-    decay_follows: bool,
-) -> None:
-    """Move tensors of one dtype in place: ``W ← factor · W - lr · D``, where the factor is 1 for matrices that stay."""
-    lr = learning_rate(group, weights[0])
-    factors: Any
-    if group["weight_decay_method"] == "cautious":
-        factors = [decay_factor(group, W, D) for W, D in zip(weights, steps, strict=True)]
+def _descend(weights: list[Tensor], steps: list[Tensor], rate: float | Tensor) -> None:
+    """Move tensors of one dtype in place: ``W ← W - rate · D``."""
+    if isinstance(rate, Tensor):
+        torch._foreach_sub_(weights, torch._foreach_mul(steps, rate))
     else:
-        factors = decay_factor(group, weights[0], steps[0])
-    decays = not (isinstance(factors, float) and factors == 1.0)
-    if decays and any(stays):
-        each = factors if isinstance(factors, list) else [factors] * len(weights)
-        factors = [f if stay is None else stay.factor(f) for f, stay in zip(each, stays, strict=True)]
-    if decays and not decay_follows:
-        torch._foreach_mul_(weights, factors)
-    if isinstance(lr, Tensor):
-        torch._foreach_sub_(weights, torch._foreach_mul(steps, lr))
-    else:
-        torch._foreach_add_(weights, steps, alpha=-lr)
-    if decays and decay_follows:
-        torch._foreach_mul_(weights, factors)
+        torch._foreach_add_(weights, steps, alpha=-rate)
 
 
 # Buckets.

@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,22 +29,22 @@ class Directions:
 
     stack: Stack
     D: Tensor
-    """``[B, m, n]``; zero where the step must leave no trace, and in slots that are not in ``moved``."""
+    """``[B, m, n]``; anything where the step must leave no trace, and zero in slots that are not in ``moved``."""
     moved: Sequence[bool]
     """For each slot, whether its matrix takes this step."""
     low_rank: LowRank | None
     """The same directions as factors, if the rule has returned factors."""
     lost: Tensor | None
-    """``[B, 1, 1]`` in D's dtype, 1 where the step must leave no trace, 0 elsewhere; None if it is 0 everywhere."""
+    """``[B, 1, 1]``, True where the step must leave no trace; None if that is nowhere."""
     slopes: Tensor | None = None
     """``⟨D, G⟩`` of each matrix, ``[B]``, in float64, and 0 for those that stay; where a rule clips directions."""
 
     def stays(self) -> Tensor | None:
-        """Return ``[B, 1, 1]`` in D's dtype, 1 for the matrices that stay where they are; None if there can be none."""
+        """Return ``[B, 1, 1]``, True for the matrices that stay where they are; None if there can be none."""
         if all(self.moved):
             return self.lost
-        idle = to_device([0 if moves else 1 for moves in self.moved], self.D.device).to(self.D.dtype).view(-1, 1, 1)
-        return idle if self.lost is None else torch.maximum(self.lost, idle)
+        idle = to_device([not moves for moves in self.moved], self.D.device).view(-1, 1, 1)
+        return idle if self.lost is None else self.lost | idle
 
     def of(self, segment: Segment) -> Tensor:
         """Return the directions of a segment ``[b, m, n]``; matrices that stay are marked by NaN, which travels."""
@@ -59,52 +58,25 @@ class Directions:
     def _marked(self, x: Tensor, segment: Segment) -> Tensor:
         x = x[segment.slots]
         if self.lost is not None:
-            x = x.masked_fill(self.lost[segment.slots] != 0, torch.nan)
+            x = x.masked_fill(self.lost[segment.slots], torch.nan)
         moved = self.moved[segment.slots]
         if not all(moved):
             x = x.masked_fill(~to_device(moved, x.device).view(-1, 1, 1), torch.nan)
         return x
 
 
-class Staying:
-    """Some neighbouring matrices of a stack, of which a device knows which ones stay; their directions are zero."""
-
-    def __init__(self, lost: Tensor, like: Tensor) -> None:
-        """``lost [b, 1, 1]`` is 1 for matrices that stay and 0 for others; ``like [b, m, n]`` are their directions."""
-        self.lost = lost
-        self.whole = lost.expand(like.shape)
-        self._factors: tuple[Any, Tensor] | None = None
-
-    def factors(self, factor: float | Tensor) -> Tensor:
-        """Return a factor for every entry, ``[b, m, n]``: 1 in matrices that stay, and ``factor`` in others.
-
-        >>> Staying(torch.tensor([0.0, 1.0]).view(2, 1, 1), torch.zeros(2, 1, 2)).factors(0.5)
-        tensor([[[0.5000, 0.5000]],
-        <BLANKLINE>
-                [[1.0000, 1.0000]]])
-        """
-        if self._factors is None or self._factors[0] is not factor:
-            if isinstance(factor, Tensor):
-                found = self.lost.masked_fill(self.lost == 0, factor).expand(self.whole.shape).contiguous()
-            else:
-                found = torch.threshold(self.whole, 0.5, factor)  # what is 1 stays 1
-            self._factors = factor, found
-        return self._factors[1]
-
-
 @dataclass(slots=True)
-class Stay:
-    """The part of `Staying` that belongs to one `Move`."""
+class Staying:
+    """The directions of some neighbouring matrices of a stack, of which a device knows which ones stay."""
 
-    of: Staying
-    part: Callable[[Tensor], Tensor]
-    """Cuts the part out of a tensor ``[b, m, n]``, in the shape of the weights."""
+    D: Tensor
+    """``[b, m, n]``."""
+    stays: Tensor
+    """``[b, 1, 1]``, True for the matrices that stay."""
 
-    def factor(self, factor: float | Tensor) -> Tensor:
-        """Return a factor of the weights, a number or one for each entry, that is 1 where they stay."""
-        if isinstance(factor, Tensor) and factor.dim():
-            return torch.where(self.part(self.of.whole) == 0, factor, 1.0)
-        return self.part(self.of.factors(factor))
+    def zero(self) -> None:
+        """Zero the directions of the matrices that stay, in place."""
+        self.D.masked_fill_(self.stays, 0)
 
 
 @dataclass(slots=True)
@@ -123,8 +95,8 @@ class Move:
     """The number of updates that its first matrix has had, where stochastic rounding needs it."""
     in_whole: Callable[[], Tensor]
     """Returns the same part of a meta tensor of the whole parameter's shape; its strides and offset tell positions."""
-    stay: Stay | None = None
-    """Where the direction is zero because the weights stay as they are, which decay must heed, too."""
+    staying: Staying | None = None
+    """What the direction is a part of, where a device knows which matrices stay; None if it moves anyway."""
 
 
 class Bucket(ABC):
@@ -152,6 +124,10 @@ class Bucket(ABC):
 
         State that lives on other ranks is shown as a placeholder.
         """
+
+    def at_hand(self, grads: Tensors) -> Pieces:
+        """Return the pieces of gradients that this rank has before they are gathered."""
+        return {}
 
     @abstractmethod
     def gather(self, grads: Tensors, weights: Tensors | None) -> Generator[None, None, tuple[Pieces, Pieces | None]]:

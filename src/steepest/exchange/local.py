@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from steepest.exchange.bucket import Bucket, Directions, Move, Stay, Staying, Tensors
+from steepest.exchange.bucket import Bucket, Directions, Move, Staying, Tensors
 from steepest.exchange.peers import Peers
 from steepest.exchange.shards import PLAIN, local, meta_shard, shard_like
 from steepest.rule import Statistics
@@ -28,6 +28,8 @@ class LocalBucket(Bucket):
         self.params = params
         self._takes_part: Sequence[bool] = ()
         """For each parameter, whether it takes part in the step."""
+        self._at_hand: Pieces | None = None
+        """The pieces of the gradients of the step that begins."""
 
     @property
     def segments(self) -> Sequence[Segment]:
@@ -43,11 +45,17 @@ class LocalBucket(Bucket):
             if segment.bias is not None:
                 yield segment.bias, stack.clocks(segment)
 
+    def at_hand(self, grads: Tensors) -> Pieces:
+        """See `Bucket.at_hand`."""
+        self._at_hand = self._pieces(grads)
+        return self._at_hand
+
     def gather(self, grads: Tensors, weights: Tensors | None) -> Generator[None, None, tuple[Pieces, Pieces | None]]:
         """See `Bucket.gather`."""
         yield from ()
         self._takes_part = [x is not None for x in grads]
-        return self._pieces(grads), None if weights is None else self._pieces(weights)
+        pieces, self._at_hand = self._at_hand, None
+        return pieces or self._pieces(grads), None if weights is None else self._pieces(weights)
 
     def statistics(
         self, captured: Mapping[int, Statistics | None]
@@ -68,7 +76,7 @@ class LocalBucket(Bucket):
             for segment in made.stack.segments:
                 if segment.start >= stop:
                     _, start, stop = next(ranges)
-                    staying = None if stays is None else Staying(stays[start:stop], made.D[start:stop])
+                    staying = None if stays is None else Staying(made.D[start:stop], stays[start:stop])
                 if not everything_moves and not any(made.moved[segment.slots]):
                     continue
                 alone = segment.stop - segment.start == 1
@@ -79,13 +87,11 @@ class LocalBucket(Bucket):
                     rows, b = view.blocks[piece][0], local(self.params[segment.bias])
                     if self._takes_part[segment.bias]:
                         column, whole = D[..., -1].reshape(-1), partial(_rows_in_whole, b, rows)
-                        stay = None if staying is None else Stay(staying, partial(_column, segment, start))
-                        moves.append(Move(segment.bias, b[rows], column, False, t, whole, stay))
+                        moves.append(Move(segment.bias, b[rows], column, False, t, whole, staying))
                     D = D[..., :-1]
                 if self._takes_part[segment.index]:
                     W, D = view.cut(p if type(p) in PLAIN else local(p), piece), view.unbatch(D, piece)
-                    stay = None if staying is None else Stay(staying, partial(_weights, segment, start))
-                    moves.append(Move(segment.index, W, D, False, t, partial(_in_whole, p, segment), stay))
+                    moves.append(Move(segment.index, W, D, False, t, partial(_in_whole, p, segment), staying))
         return moves
 
     def _pieces(self, tensors: Tensors) -> Pieces:
@@ -102,17 +108,6 @@ class LocalBucket(Bucket):
             bias = torch.zeros_like(local(self.params[segment.bias])) if bias is None else bias
             pieces[segment.key] = view.joined(view.matrices(x, piece), bias, piece)
         return pieces
-
-
-def _weights(segment: Segment, start: int, x: Tensor) -> Tensor:
-    """Cut what belongs to a segment's weights out of ``x``, which begins at the slot ``start``, in their shape."""
-    x = x[segment.start - start : segment.stop - start]
-    return segment.view.unbatch(x if segment.bias is None else x[..., :-1], segment.piece)
-
-
-def _column(segment: Segment, start: int, x: Tensor) -> Tensor:
-    """Do so for the segment's part of the bias."""
-    return x[segment.start - start : segment.stop - start, :, -1].reshape(-1)
 
 
 def _rows_in_whole(bias: Tensor, rows: slice) -> Tensor:

@@ -39,6 +39,9 @@ computed again, at first and then. Without that the errors of small singular val
 it they stay below 0.06, a quarter or less of bfloat16's (`python benchmarks/polar.py`). Five steps
 cost 8 s²l + 28 s³ FLOPs, at l = 3 s three quarters of the plain form's, at 4 s two thirds, at 16 s half."""
 
+HARMLESS = 1e-12
+"""The eps from which on a matrix, divided by it, has a norm below one where the squares of all entries underflow."""
+
 BFLOAT16_ROWS, BFLOAT16_ASPECT = 128, 4
 """The least short side and the largest ratio of sides at which bfloat16 is faster on a CPU with units for it."""
 
@@ -127,16 +130,19 @@ METHODS = (*TABLES, "exact")
 """The methods of `polar_factor`: the names of the tables, and "exact" for singular value decomposition."""
 
 
-def polar_factor(G: Tensor, method: str = "keller", *, eps: float = 1e-7, dtype: torch.dtype | None = None) -> Tensor:
+def polar_factor(
+    G: Tensor, method: str = "keller", *, eps: float = 1e-7, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> Tensor:
     """Return the polar factor of each matrix of a batch, or its approximation by a Newton-Schulz table.
 
     Args:
-        G: ``[..., m, n]``. A zero matrix (in float32, one of norm below 1e-18) gives zero.
+        G: ``[..., m, n]``. A zero matrix gives zero; without eps, in float32, one of norm below 1e-18, too.
         method: the name of a table in `TABLES`, or "exact" for singular value decomposition, which is slow and meant
             for tests. With "exact", singular values below rounding give zero, not an arbitrary direction.
         eps: a number added to the Frobenius norm by which G is divided, in the gradient's units: matrices of a smaller
             norm give proportionally less than their polar factor. Not used by "exact".
         dtype: the dtype of the iteration; by default `working_dtype`.
+        scale: a factor of the result, which costs a table nothing: the last polynomial takes it in.
 
     Returns:
         ``[..., m, n]`` in G's dtype. With "exact", NaN for a matrix that no solver can decompose.
@@ -152,15 +158,19 @@ def polar_factor(G: Tensor, method: str = "keller", *, eps: float = 1e-7, dtype:
     if method not in METHODS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(map(repr, METHODS))}")
     if method == "exact":
-        return attempt(_by_svd, G)
+        return attempt(_by_svd, G) * scale
     table = TABLES[method]
     X = G.reshape(-1, *G.shape[-2:])  # [N, m, n]
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)  # [N, 1, 1]
-    norm = torch.threshold(norm, negligible_norm(X.dtype), torch.inf)
-    norm = (norm if table.safety == 1 else table.safety * norm) + eps
+    norm = norm if table.safety == 1 else table.safety * norm
+    if eps < HARMLESS:  # or else the norm of a tiny matrix, which underflows, is nothing to divide by
+        norm = torch.threshold(norm, negligible_norm(X.dtype), torch.inf)
+    norm = norm + eps
+    *others, last = table.steps
+    a, b, c = (scale * coefficient for coefficient in last)
     X = torch.div(X, norm, out=torch.empty_like(X, dtype=dtype or working_dtype(G, table)))
     with fp32_matmul_precision("highest"):
-        X = _iterate(X, table.steps)
+        X = _iterate(X, (*others, (a, b, c)))
     return X.to(G.dtype).reshape(G.shape)
 
 
@@ -223,24 +233,29 @@ def _iterate(X: Tensor, steps: Sequence[Polynomial]) -> Tensor:
         return _iterate_gram(X, steps)
     tall = X.shape[-2] > X.shape[-1]
     for a, b, c in steps:
-        P = _polynomial(_gram(X), 0.0, b, c)  # [..., s, s]
+        Z = _polynomial(_gram(X), b, c)  # [..., s, s]
         # With a on the diagonal of the polynomial, 16 bits would round it there, in bfloat16 at 2.5 times the error.
-        X = plus_product(X, *((X, P) if tall else (P, X)), beta=a)  # [..., m, n]
+        X = plus_product(X, *((X, Z) if tall else (Z, X)), beta=a)  # [..., m, n]
     return X
 
 
 def _iterate_gram(X: Tensor, steps: Sequence[Polynomial]) -> Tensor:
-    """`_iterate` by the Gram matrix A: a step maps X to ``P X`` and A to ``P A P``, with ``P = a I + b A + c A²``."""
+    """`_iterate` by the Gram matrix A: a step maps X to ``P X`` and A to ``P A P``, with ``P = a I + Z``."""
     half = X.dtype == torch.float16
     starts = [0, *range(HALF_FIRST if half else GRAM_STEPS, len(steps), HALF_STEPS if half else GRAM_STEPS)]
     for start, stop in pairwise([*starts, len(steps)]):
-        first, *others = steps[start:stop]
+        (a, b, c), *others = steps[start:stop]
         A = _gram(X)  # [..., s, s]
-        P = product = _polynomial(A, *first)  # [..., s, s]
-        for step in others:
+        P = product = _polynomial(A, b, c)  # [..., s, s]
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        if others:
             A = symmetric_product(P @ A, P)
-            P = _polynomial(A, *step)
-            product = symmetric_product(P, product)
+        for k, (a, b, c) in enumerate(others, start + 2):
+            Z = _polynomial(A, b, c)
+            product = symmetric_product(Z, product, product, beta=a)
+            if k < stop:
+                PA = plus_product(A, Z, A, beta=a)
+                A = symmetric_product(PA, Z, PA, beta=a)
         X = X @ product.mT if X.shape[-2] > X.shape[-1] else product @ X
     return X
 
@@ -250,9 +265,6 @@ def _gram(X: Tensor) -> Tensor:
     return gram(X.mT if X.shape[-2] > X.shape[-1] else X)
 
 
-def _polynomial(A: Tensor, a: float, b: float, c: float) -> Tensor:
-    """``a I + b A + c A²`` for ``A [..., s, s]``."""
-    P = symmetric_product(A, A, A, beta=b, alpha=c) if c else b * A
-    if a:
-        P.diagonal(dim1=-2, dim2=-1).add_(a)
-    return P
+def _polynomial(A: Tensor, b: float, c: float) -> Tensor:
+    """``Z = b A + c A²`` for ``A [..., s, s]``."""
+    return symmetric_product(A, A, A, beta=b, alpha=c) if c else b * A

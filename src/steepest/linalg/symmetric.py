@@ -24,7 +24,6 @@ def accumulate_gram(
     beta: float | Tensor,
     scale: float = 1.0,
     weights: Tensor | None = None,
-    scaled: Tensor | None = None,
 ) -> None:
     """Compute ``K ← β K + (1-β) · scale · X diag(weights) Xᵀ`` in place.
 
@@ -37,7 +36,6 @@ def accumulate_gram(
         beta: a number, or one per matrix ``[..., 1, 1]``.
         scale: a factor of the product.
         weights: nonnegative weights of X's columns, ``[..., n]``; by default 1.
-        scaled: ``(1-β) · X``, where it is at hand, for a ``beta`` per matrix without scale and weights.
 
     Example:
         >>> import torch
@@ -58,20 +56,17 @@ def accumulate_gram(
 
         ema_syrk(K, X if weights is None else X * weights.sqrt(), beta, (1 - beta) * scale)
         return
-    if isinstance(beta, Tensor):
-        K.mul_(beta)
-        if scaled is None:
-            factor = 1 - beta if scale == 1 else (1 - beta) * scale
-            scaled = X * (factor if weights is None else factor * weights)
-        Y, old, new = scaled, 1.0, 1.0
-    else:
-        Y, old, new = X if weights is None else X * weights, beta, (1 - beta) * scale
-    if not _in_blocks(X):
-        K.baddbmm_(Y, X.mT, beta=old, alpha=new)
-        return
-    for start, stop in _blocks(K.shape[-1]):
-        K[:, start:stop, :stop].baddbmm_(Y[:, start:stop], X[:, :stop].mT, beta=old, alpha=new)
-        _mirror(K, start, stop)
+    Y = X if weights is None else X * weights
+    if isinstance(beta, Tensor) and scale != 1:  # of which the product itself knows nothing
+        Y = X * (scale if weights is None else scale * weights)
+    for start, stop in _blocks(K.shape[-1]) if _in_blocks(X) else [(0, K.shape[-1])]:
+        block, rows, columns = K[:, start:stop, :stop], Y[:, start:stop], X[:, :stop].mT
+        if isinstance(beta, Tensor):
+            torch.lerp(rows @ columns, block, beta.to(K.dtype), out=block)
+        else:
+            block.baddbmm_(rows, columns, beta=beta, alpha=(1 - beta) * scale)
+        if start:
+            _mirror(K, start, stop)
 
 
 def gram(X: Tensor) -> Tensor:
@@ -162,11 +157,10 @@ def _product(A: Tensor, B: Tensor, C: Tensor | None, beta: float, alpha: float) 
         d = A.shape[-2]
         out = A.new_empty(len(A), d, d)
         for start, stop in _blocks(d):
-            if C is None:  # in place: a product of its own would have to be copied
-                out[:, start:stop, :stop].baddbmm_(A[:, start:stop], B[..., :stop], beta=0)
-            else:
-                old = C[:, start:stop, :stop]
-                out[:, start:stop, :stop] = plus_product(old, A[:, start:stop], B[..., :stop], beta, alpha)
+            block = out[:, start:stop, :stop]  # in place: a product of its own would have to be copied
+            if C is not None:
+                block.copy_(C[:, start:stop, :stop])
+            block.baddbmm_(A[:, start:stop], B[..., :stop], beta=0 if C is None else beta, alpha=alpha)
             _mirror(out, start, stop)
         return out
     return plus_product(C, A, B, beta, alpha)

@@ -50,7 +50,8 @@ class Step:
     """The facts that the engine gives a rule about one step of one stack."""
 
     t: Tensor
-    """The number of updates that each matrix has had, this one included, ``[B, 1, 1]``; for bias corrections."""
+    """The number of updates that each matrix has had, this one included, ``[B, 1, 1]``; for bias corrections. A matrix
+    whose gradient was lost may count without it, where `Rule.keeps` says that nothing has to be undone."""
     stage: str = "steady"
     """The stage of the stack's matrices, as the rule's own `Rule.stage` names it; the same for all of them."""
     refresh: Slots | None = None

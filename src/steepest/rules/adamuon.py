@@ -40,7 +40,7 @@ class AdaMuon(Orthogonalized):
     def init(self, G: Tensor) -> State:
         return super().init(G) | {"exp_avg_sq": torch.zeros_like(G)}  # [B, m, n]
 
-    def orthogonalize(self, M: Tensor, state: State, step: Step) -> Tensor:
+    def orthogonalize(self, M: Tensor, scale: float, state: State, step: Step) -> Tensor:
         O = self.polar(M.sign() if self.sign else M, step)
         v = state["exp_avg_sq"].lerp_(O.square(), 1 - self.momentum)  # its bias is a factor, which the norm takes out
-        return with_norm(O / (v.sqrt() + TINY), min(O.shape[1:]) ** 0.5)  # the norm of a polar factor of full rank
+        return with_norm(O / (v.sqrt() + TINY), scale * min(O.shape[1:]) ** 0.5)  # as a polar factor of full rank

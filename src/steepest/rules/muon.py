@@ -1,14 +1,13 @@
 """Muon: momentum, orthogonalized.
 
     M ← μ M + (1-μ) G
-    D = scale · polar(μ M + (1-μ) G)            without Nesterov: scale · polar(M)
+    D = scale · polar(μ M + (1-μ) G), where polar(U Σ Vᵀ) = U Vᵀ            without Nesterov: scale · polar(M)
 
 K. Jordan et al., https://kellerjordan.github.io/posts/muon (2024). Checked against its author's numbers in
 tests/reference/test_muon.py. NorMuon and AdaMuon do more with the polar factor, and share all the rest.
 
-  G  [B, m, n]  gradients
-  M  [B, m, n]  their momentum                                state: momentum_buffer
-  D  [B, m, n]  direction: for M = U Σ Vᵀ, polar(M) = U Vᵀ
+  G, D  [B, m, n]  gradients and directions
+  M     [B, m, n]  momentum                      state: momentum_buffer
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ class Orthogonalized(NewtonSchulz, ABC):
     def update(self, G: Tensor, state: State, step: Step) -> Tensor:
         G = G if step.penalty is None else G + step.penalty
         M = state["momentum_buffer"].lerp_(G, step.rate(1 - self.momentum))
-        D = self.orthogonalize(G.lerp(M, self.momentum) if self.nesterov else M, state, step)
-        return D.mul_(SCALES[self.scale](*G.shape[1:]))
+        M = G.lerp(M, self.momentum) if self.nesterov else M
+        return self.orthogonalize(M, SCALES[self.scale](*G.shape[1:]), state, step)
 
     @abstractmethod
-    def orthogonalize(self, M: Tensor, state: State, step: Step) -> Tensor:
-        """``M [B, m, n]`` with its singular values made equal, in fresh memory."""
+    def orthogonalize(self, M: Tensor, scale: float, state: State, step: Step) -> Tensor:
+        """``M [B, m, n]`` with its singular values made equal, times ``scale``, in fresh memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,5 +56,5 @@ class Muon(Orthogonalized):
     name: ClassVar[str] = "muon"
     paper: ClassVar[str] = "Jordan et al., https://kellerjordan.github.io/posts/muon"
 
-    def orthogonalize(self, M: Tensor, state: State, step: Step) -> Tensor:
-        return self.polar(M, step)
+    def orthogonalize(self, M: Tensor, scale: float, state: State, step: Step) -> Tensor:
+        return self.polar(M, step, scale)

@@ -42,8 +42,8 @@ class NorMuon(Orthogonalized):
     def init(self, G: Tensor) -> State:
         return super().init(G) | {"exp_avg_sq": torch.zeros_like(G.narrow(self.dim, 0, 1))}
 
-    def orthogonalize(self, M: Tensor, state: State, step: Step) -> Tensor:
-        return equalize(self.polar(M, step), state["exp_avg_sq"], self.beta2, self.dim)
+    def orthogonalize(self, M: Tensor, scale: float, state: State, step: Step) -> Tensor:
+        return equalize(self.polar(M, step), state["exp_avg_sq"], self.beta2, self.dim, scale)
 
     @property
     def dim(self) -> int:
@@ -51,7 +51,7 @@ class NorMuon(Orthogonalized):
         return -1 if self.axis == "rows" else -2
 
 
-def equalize(O: Tensor, v: Tensor, beta2: float, dim: int) -> Tensor:
-    """``O / sqrt(v)`` with the norm of ``O [B, m, n]``, once ``v``, its second moments along ``dim``, know of it."""
+def equalize(O: Tensor, v: Tensor, beta2: float, dim: int, scale: float = 1.0) -> Tensor:
+    """``O / sqrt(v)``, as long as ``scale · O [B, m, n]``, once ``v``, its second moments along ``dim``, know of it."""
     v.lerp_(O.square().mean(dim=dim, keepdim=True), 1 - beta2)  # its bias is a factor, which the norm takes out
-    return with_norm(O / (v.sqrt() + TINY), frobenius(O))
+    return with_norm(O / (v.sqrt() + TINY), scale * frobenius(O))

@@ -17,17 +17,15 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from steepest.rule import Refreshing, Slots, State, Step, at_least, beta, betas, flag, frequency, lays_out, one_of
 from steepest.rule.words import BasisDtype, BasisTiming, MomentDtype, Precision, Solver
-from steepest.rules.parts.factors import Factors
+from steepest.rules.parts.factors import F, Factors
 from steepest.rules.parts.moments import adam, clip_rms, corrected_beta
-
-F = TypeVar("F", bound=Factors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +73,15 @@ class AdamInBasis(Refreshing[F], ABC):
         factors.refresh(slots, self.solver, self.power_iter_steps, self.match_columns)
 
     def direction(self, G: Tensor, factors: F, step: Step) -> Tensor:
-        state, rotates = factors.state, self.has_bases(step) and not factors.identity
+        rotates = self.has_bases(step) and not factors.identity
         G = G if step.penalty is None else G + step.penalty
         u = adam(
             factors.project(G) if rotates else G,  # [B, m, n]
-            *(state, step.t - 1 if self.seeds else step.t, self.betas, self.eps),
+            *(factors.state, step.t - 1 if self.seeds else step.t, self.betas, self.eps, step.lost),
             correct_bias=self.correct_bias,
             nesterov=self.nesterov,
             momentum_floor=self.momentum_floor and rotates,
             noise_floor=self.noise_floor if rotates else 0.0,
-            lost=step.lost,
         )
         return clip_rms(factors.unproject(u) if rotates else u, self.max_update_rms)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -133,6 +134,12 @@ class AsyncCopy:
         cuda = x.device.type == "cuda"
         self.x = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=cuda).copy_(x, non_blocking=cuda)
         self.copied = torch.cuda.current_stream(x.device).record_event() if cuda else None
+
+    def __getitem__(self, slots: slice) -> AsyncCopy:
+        """Return a part of the copy, for which one waits likewise."""
+        part = copy(self)
+        part.x = self.x[slots]
+        return part
 
     def wait(self) -> Tensor:
         """Wait for the copy, but not for anything that the device was told to do after it, and return it."""

@@ -1,8 +1,8 @@
 """Diagnostics: what the latest step did, and how the factors and bases are that it was taken in.
 
-A step computes nothing for them, and waits for nothing. `Diagnosed.diagnostics` computes everything when it is called,
+A step only copies for them, and waits for nothing. `Diagnosed.diagnostics` computes everything when it is called,
 from the state and from the directions of the latest step. Steps free those, unless somebody has called it before: from
-the first call on, the optimizer keeps references to the directions of its latest step.
+the first call on, the optimizer keeps copies of the directions of its latest step.
 
   watch        what is kept of the latest step
   updates      what its directions were, noted to be read

@@ -73,7 +73,7 @@ class Diagnosed(torch.optim.Optimizer, ABC):
         matrices, and phases, at the first call that asks for them, because steps keep them only from then on.
         Directions take as much memory as the weights.
 
-        Nothing is computed between two calls. A call waits once for each device. Between ranks nothing is sent:
+        Between two calls steps only copy directions. A call waits once for each device. Between ranks nothing is sent:
         directions and weights are this rank's shards, factors are those of the matrices that this rank steps.
 
         Args:

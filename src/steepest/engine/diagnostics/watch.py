@@ -1,10 +1,11 @@
-"""What is kept of the latest step, by reference; nothing is computed."""
+"""What is kept of the latest step; beside copies, nothing is computed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from steepest.exchange.bucket import Bucket, Move
 
 
 class Watch:
-    """What is kept of the latest step: references to its moves, its learning rates, and marks if it is timed."""
+    """What is kept of the latest step: moves with copies of directions, learning rates, and marks if it is timed."""
 
     def __init__(self) -> None:
         self.moves: list[Move] = []
@@ -24,6 +25,14 @@ class Watch:
         self.roster: Roster | None = None
         self.timed = False
         self.timeline: phases.Timeline[Any] | None = None
+
+    def note(self, moves: Sequence[Move]) -> None:
+        """Keep moves with copies of their directions, which the step uses up."""
+        for move in moves:
+            if move.staying is not None:
+                move.staying.zero()
+        copies = torch._foreach_mul([move.D for move in moves], 1.0)
+        self.moves += [replace(move, D=D) for move, D in zip(moves, copies, strict=True)]
 
     @contextmanager
     def watching(self, buckets: Sequence[Bucket]) -> Iterator[None]:

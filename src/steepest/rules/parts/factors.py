@@ -7,6 +7,7 @@ eigenvectors ``Q_L`` and ``Q_R``. A side that the state does not hold is the ide
 from __future__ import annotations
 
 import warnings
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from steepest.linalg.singular import shared_eigenvectors
 from steepest.linalg.solvers import SOLVERS, choose, reordered
 from steepest.linalg.symmetric import accumulate_gram
 from steepest.rule import Slots, State
+
+F = TypeVar("F", bound="Factors")
 
 SIDES = (("L", -2), ("R", -1))
 """Each side's name in the state, and the dimension of ``G`` that it is a covariance of."""
@@ -74,12 +77,10 @@ class Factors:
     def accumulate(self, G: Tensor, beta: float | Tensor) -> None:
         """Take a gradient into the covariances: ``L ← β L + (1-β) G Gᵀ``, ``R ← β R + (1-β) Gᵀ G``."""
         self.gradient = G
-        both = isinstance(beta, Tensor) and "L" in self.state and "R" in self.state
-        scaled = G * (1 - beta) if both else None  # once for both sides
         if "L" in self.state:
-            accumulate_gram(self.state["L"], G, beta, scaled=scaled)
+            accumulate_gram(self.state["L"], G, beta)
         if "R" in self.state:
-            accumulate_gram(self.state["R"], G.mT, beta, scaled=None if scaled is None else scaled.mT)
+            accumulate_gram(self.state["R"], G.mT, beta)
 
     def project(self, G: Tensor) -> Tensor:
         """``Q_Lᵀ G Q_R``."""

@@ -8,6 +8,7 @@ docs/first-steps.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from steepest.kernels.precision import INTERPRETED
 from steepest.rule import State, Step
 from steepest.stack.undo import undoing
 
+ZERO = 1e-300
+"""For a decay of zero, which has no logarithm: its powers vanish all the same."""
+
 
 def adam(
     g: Tensor,
@@ -24,12 +28,12 @@ def adam(
     t: Tensor,
     betas: tuple[float, float],
     eps: float,
+    lost: Tensor | None = None,
     *,
     correct_bias: bool = True,
     nesterov: bool = False,
     momentum_floor: bool = False,
     noise_floor: float = 0.0,
-    lost: Tensor | None = None,
 ) -> Tensor:
     """Take ``g [B, m, n]`` into ``exp_avg`` and ``exp_avg_sq``, in place, and return Adam's direction ``[B, m, n]``.
 
@@ -42,13 +46,13 @@ def adam(
         t: ``[B, 1, 1]``, updates so far, this one included.
         betas: decay of the two moments.
         eps: keeps the division finite where a gradient is zero.
+        lost: see `steepest.rule.Step`; the moments of these matrices stay as they are.
         correct_bias: divide the moments by what an average from zero lacks.
         nesterov: look one step ahead in the numerator (Dozat, 2016).
         momentum_floor: v̂ counts as no less than the squared numerator, so that no entry exceeds 1. For a steady
             gradient it changes nothing; right after a basis has turned, v̂ belongs to other directions, and it matters.
         noise_floor: τ. With d = sqrt(v̂) and τ_t = τ / t^(3/2) the denominator becomes ``d + τ_t² mean(v̂)/d``, as in a
             Wiener filter: entries far below τ_t times the root mean square vanish quadratically, the rest is untouched.
-        lost: see `steepest.rule.Step`; the moments of these matrices stay as they are.
     """
     if (INTERPRETED or not g.is_cpu) and kernels.adam_pays(g, state["exp_avg"], state["exp_avg_sq"]):
         from steepest.kernels.adam import adam as fused  # on a GPU: the same in one pass or two
@@ -69,24 +73,20 @@ def adam(
     rate, decay = (1 - beta1, beta2) if lost is None else (Step(t, lost=lost).rate(1 - beta1), lost.clamp(min=beta2))
     m = state["exp_avg"].lerp_(g, rate)
     v = state["exp_avg_sq"].mul_(decay).addcmul_(g, g, value=1 - beta2)
-    if correct_bias:
-        v = v / correction(beta2, t)
-        if nesterov:
-            m = m * (beta1 / correction(beta1, t + 1)) + g * ((1 - beta1) / correction(beta1, t))
-        else:
-            m = m / correction(beta1, t)
-    elif nesterov:
-        m = m.lerp(g, 1 - beta1)
+    c1, c2 = corrections(*betas, t) if correct_bias else (None, None)
+    if nesterov:
+        old, new = (beta1, 1 - beta1) if c1 is None else (beta1 / correction(beta1, t + 1), (1 - beta1) / c1)
+        m, c1 = m * old + g * new, None
+    # It isn't m that is divided by c1: what m is divided by is multiplied by it, and d is c1 sqrt(v̂).
+    square = v if c2 is None else v / c2 if c1 is None else v * (c1.square() / c2)
     if momentum_floor:
-        square = m.square()
-        v = torch.maximum(v, square, out=square)
-    d = v.sqrt()
-    if noise_floor == 0:
-        return m / d.add_(eps)
-    floor = noise_floor**2 / (t * t * t) * v.mean(dim=(-2, -1), keepdim=True)  # [B, 1, 1]
-    ahead = d + eps
-    torch.addcmul(floor + torch.finfo(g.dtype).tiny, d, ahead, out=ahead)  # d (d + eps) + τ_t² mean(v̂); 0/0 is 0
-    return d.mul_(m).div_(ahead)
+        least = m.square()
+        square = torch.maximum(square, least, out=least)
+    mean = square.mean(dim=(-2, -1), keepdim=True) if noise_floor > 0 else None  # [B, 1, 1]
+    d = square.sqrt() if square is v else square.sqrt_()
+    if mean is not None:
+        d.addcdiv_(mean * t.pow(-3) + 1e-30, d, value=noise_floor**2)  # where all is 0, m / d is 0 / inf
+    return torch.div(m, d.add_(eps) if c1 is None else d.add_(c1, alpha=eps), out=d)
 
 
 def correction(beta: float, t: Tensor) -> Tensor:
@@ -97,7 +97,13 @@ def correction(beta: float, t: Tensor) -> Tensor:
     >>> correction(0.9, torch.tensor([1.0, 2.0]))
     tensor([0.1000, 0.1900])
     """
-    return -torch.expm1(t * math.log(beta)) if beta > 0 else torch.ones_like(t)
+    return -torch.expm1(t * math.log(beta or ZERO))
+
+
+def corrections(beta1: float, beta2: float, t: Tensor) -> Sequence[Tensor]:
+    """The same for two decays, in as many operations."""
+    logs = [math.log(beta1 or ZERO), math.log(beta2 or ZERO)]
+    return torch._foreach_neg(torch._foreach_expm1(torch._foreach_mul([t, t], logs)))
 
 
 def corrected_beta(beta: float, t: Tensor) -> Tensor:
@@ -106,7 +112,7 @@ def corrected_beta(beta: float, t: Tensor) -> Tensor:
     >>> corrected_beta(0.5, torch.tensor([1.0, 2.0]))
     tensor([0.0000, 0.3333])
     """
-    return 1 - (1 - beta) / correction(beta, t)
+    return torch.rsub(torch.expm1(t * math.log(beta or ZERO)).reciprocal(), 1, alpha=beta - 1)
 
 
 def clip_rms(D: Tensor, limit: float) -> Tensor:

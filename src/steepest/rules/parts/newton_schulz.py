@@ -43,9 +43,9 @@ class NewtonSchulz(Rule, ABC):
             return {"ns_dtype": "float16"}
         return {"ns_dtype": "bfloat16" if agreed(half and all(map(bfloat16_pays, devices))) else "float32"}
 
-    def polar(self, M: Tensor, step: Step) -> Tensor:
-        """The polar factor of ``M [B, m, n]`` by the table that the options name; zero where "exact" finds none."""
-        O = polar_factor(M, self.ns, eps=self.eps, dtype=iteration_dtype(M, self.ns_dtype))
+    def polar(self, M: Tensor, step: Step, scale: float = 1.0) -> Tensor:
+        """``scale`` times the polar factor of ``M [B, m, n]`` by the options' table; zero where "exact" finds none."""
+        O = polar_factor(M, self.ns, eps=self.eps, dtype=iteration_dtype(M, self.ns_dtype), scale=scale)
         return step.found(O, 0.0) if self.ns == "exact" else O
 
 

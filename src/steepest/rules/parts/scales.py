@@ -49,4 +49,4 @@ def with_norm(D: Tensor, norm: Tensor | float) -> Tensor:
                 [[0., 0.]]])
     """
     old = frobenius(D)
-    return torch.where(old > negligible_norm(D.dtype), D / old * norm, 0)
+    return torch.where(old > negligible_norm(D.dtype), D * (norm / old), 0)
