@@ -19,7 +19,7 @@ from steepest.lab.workloads.workload import Workload, load_workload
 
 # Files that tests share and those in benchmarks/ are imported by name.
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("benchmarks", "benchmarks/experiments")]
 
 QUICK_TASK = """
 import time

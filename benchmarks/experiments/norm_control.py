@@ -1,7 +1,7 @@
 """Do steps or weights of constant norm train better? Three ways, as hooks around optimizers as they are.
 
-    python benchmarks/norm_control.py --fresh                   # all: 4 learning rates each, then the best with 3 seeds
-    python benchmarks/norm_control.py --fresh soap soap+rms     # some
+    python benchmarks/experiments/norm_control.py --fresh                # all: 4 rates each, then the best with 3 seeds
+    python benchmarks/experiments/norm_control.py --fresh soap soap+rms  # some
 
 Of each hidden matrix W, whose optimizer steps along D, 300 steps on `stdlib`:
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from sweeps import started
 from torch import Tensor, nn
 
 from steepest.engine.optimizer import Optimizer
@@ -34,7 +34,10 @@ from steepest.lab.workloads.workload import load_workload
 from steepest.linalg.polar import polar_factor
 from steepest.rules.parts.scales import SCALES
 
-RESULTS = Path(__file__).parent / "results" / "norm_control.json"
+sys.path.append(str(Path(__file__).parents[1]))
+from sweeps import started
+
+RESULTS = Path(__file__).parents[1] / "results" / "norm_control.json"
 STEPS, SEEDS = 300, (0, 1, 2)
 ANGLES = (1.25e-2, 2.5e-2, 5e-2, 1e-1, 2e-1)
 RATES = {
