@@ -266,7 +266,7 @@ def measured(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def suited(results: Mapping[str, Any]) -> list[Row]:
-    """A row for each workload of the suite, from its trials in which all rates of an optimizer move together."""
+    """A row for each workload of the suite: the rate tuned there, between its neighbours, all of whose rates moved."""
     losses = {
         (trial.workload, json.dumps(trial.settings, sort_keys=True)): trial.loss
         for trial in rows_from_json(results, str(SUITE))
@@ -274,12 +274,13 @@ def suited(results: Mapping[str, Any]) -> list[Row]:
     }
     rows = []
     for workload in results["workloads"]:
-        best: dict[str, Best | None] = {}
-        for name in OPTIMIZERS:
-            settings = {index: scaled(preset(name), 2.0**index).settings() for index in range(-12, 13)}
+        best: dict[str, Best | None] = dict.fromkeys(OPTIMIZERS)
+        for name in results["cells"]["tuned"].keys() & OPTIMIZERS.keys():
+            start, tuned = preset(name), results["cells"]["tuned"][name][workload["name"]]["settings"]["options"]["lr"]
+            k = round(math.log2(tuned / start.lr))
+            settings = {index: scaled(start, 2.0**index).settings() for index in (k - 1, k, k + 1)}
             keys = {index: (workload["name"], json.dumps(one, sort_keys=True)) for index, one in settings.items()}
-            tried = {index: losses[key] for index, key in keys.items() if key in losses}
-            best[name] = best_rate(tried, preset(name).lr) if tried else None
+            best[name] = best_rate({index: losses[key] for index, key in keys.items() if key in losses}, start.lr)
         rows.append(Row(f"`{workload['name']}`, {workload['steps']} steps", best))
     return rows
 
