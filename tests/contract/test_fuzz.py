@@ -184,6 +184,8 @@ class AnySequence(Training):
         choices.pop("basis_dtype", None)  # which may change
         name = sorted(choices)[option % len(choices)]
         values = [value for value in choices[name] if value != options[name]]
+        if not values:  # K-FAC's bias has one, where parameters are bare
+            return
         new = {name: values[value % len(values)]}
         self.look()
         if not all(name != "rule" and self.lays_out_alike(twin, options, new) for twin in group.twins):
