@@ -93,7 +93,7 @@ def expect_agreement(name: str) -> None:
 
 
 some_graphs_fail = pytest.mark.filterwarnings(
-    "ignore:compile=True.*KeyError" if torch.__version__ < (2, 13) else "error"
+    "ignore:compile=True.*KeyError" if torch.__version__ < (2, 13) else "error::UserWarning"
 )
 """Older Inductors fail on the graphs of SOAP's family on a CPU."""
 

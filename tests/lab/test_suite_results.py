@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from suites_made_up import STEPS, loss, made_up, run_on_paper
 
 from steepest.lab.shared.contenders import preset
@@ -15,7 +16,7 @@ from steepest.lab.suite import tables
 from steepest.lab.suite.log import rows_from_json
 from steepest.lab.suite.report import page
 from steepest.lab.suite.results import as_json, dumps
-from steepest.lab.suite.text import cell_text, headline, notes
+from steepest.lab.suite.text import by_workload, cell_text, headline, notes
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "suite.json"
@@ -213,7 +214,15 @@ def test_pages_without_a_place_for_tables_are_refused(finished, text, tmp_path, 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_tables_of_the_documentation_are_those_of_the_results(path) -> None:
     text = path.read_text(encoding="utf-8")
-    if RESULTS.exists():
-        assert tables.filled(text, json.loads(RESULTS.read_text(encoding="utf-8"))) == text
-    else:
-        assert tables.BEGIN not in text
+    assert tables.filled(text, json.loads(RESULTS.read_text(encoding="utf-8"))) == text
+
+
+def test_workloads_have_a_line_each_in_80_columns(capsys) -> None:
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    table = by_workload(results, "tuned").transposed().for_console()
+    console = Console(width=80)
+    assert console.measure(table).maximum <= 80
+    console.print(table)
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == list(results["summary"]["tuned"])
+    assert [line.split()[0] for line in lines] == [workload["name"] for workload in results["workloads"]]

@@ -26,6 +26,15 @@ class Table(NamedTuple):
         titles = [title.replace("\n", " ") for title in self.head]
         return [dict(zip(titles, row, strict=True)) for row in self.rows]
 
+    def transposed(self) -> Table:
+        """Return the table with rows for columns.
+
+        >>> Table(["", "a", "b"], [["x", "1", "2"]]).transposed()
+        Table(head=['', 'x'], rows=[['a', '1'], ['b', '2']], labels=1)
+        """
+        head, *rows = map(list, zip(self.head, *self.rows, strict=True))
+        return Table(head, rows)
+
     def for_console(self, gap: int = 1, bold_first: bool = False) -> rich.table.Table:
         """Return the table for rich's console, with ``gap`` spaces more than one between columns; labels are folded."""
         shown = rich.table.Table(

@@ -207,8 +207,8 @@ def _conclude(runner: Runner, request: Request, console: Console, interrupted: b
         if results["summary"][column]:
             console.print(f"\n[bold]{title}[/]")
             console.print(means(results, column).for_console(gap=2))
-            cells = by_workload(results, column).for_console()
-            if console.measure(cells).minimum <= console.width:  # the leaderboard has them in any case
+            cells = by_workload(results, column).transposed().for_console()
+            if console.measure(cells).maximum <= console.width:  # the leaderboard has them in any case
                 console.print(cells)
     for note in notes(results):
         console.print(f"[dim]{escape(note)}[/]", highlight=False)

@@ -59,7 +59,7 @@ def by_workload(results: Results, column: str) -> Table:
     rows = [
         [label, *(cell_text(results, column, label, name) for name in names)] for label in results["summary"][column]
     ]
-    return Table(["contender", *names], rows)
+    return Table(["", *names], rows)
 
 
 def _means(results: Results, row: Mapping[str, Any]) -> list[str]:

@@ -102,6 +102,8 @@ def correction(beta: float, t: Tensor) -> Tensor:
 
 def corrections(beta1: float, beta2: float, t: Tensor) -> Sequence[Tensor]:
     """The same for two decays, in as many operations."""
+    if torch.compiler.is_compiling():  # it fuses them itself, and Inductor 2.13 fails on these lists
+        return correction(beta1, t), correction(beta2, t)
     logs = [math.log(beta1 or ZERO), math.log(beta2 or ZERO)]
     return torch._foreach_neg(torch._foreach_expm1(torch._foreach_mul([t, t], logs)))
 
