@@ -392,3 +392,12 @@ def test_the_engine_is_timed_on_many_small_matrices(tmp_path, monkeypatch):
 @pytest.mark.parametrize("other", ["count", "peers"])
 def test_the_engine_is_timed_alone(other, tmp_path):
     assert f"--engine: measures the engine alone; leave out --{other}" in bench("--engine", f"--{other}").output
+
+
+def test_the_page_has_the_engines_times_that_were_measured():
+    root = Path(__file__).parents[2]
+    rows = json.loads((root / "benchmarks/results/bench_engine.json").read_text())["rows"]
+    base, page = rows[0]["matrices"], (root / "docs/benchmarks.md").read_text()
+    for row in rows:
+        ratios = [*(row["matrices"][count] / base[count] for count in base), row["by_one_group"]]
+        assert f"| {row['optimizer']} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |" in page

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from steepest.lab.bench.entrants import Entrant
+from steepest.lab.bench.entrants import Entrant, Make
 from steepest.lab.shared.table import Table
 
 SHAPES = ((8, 8), (8, 16), (16, 8), (16, 16))
@@ -21,7 +22,7 @@ IN_GROUPS = 300
 """The number of matrices that are stepped in one group, and in as many groups, too."""
 WARMUP = 3
 BASELINE = "torch AdamW(foreach)"
-PEERS: Mapping[str, Callable[[Any], torch.optim.Optimizer]] = {
+PEERS: Mapping[str, Make] = {
     BASELINE: lambda params: torch.optim.AdamW(params, foreach=True),
     "torch AdamW(fused)": lambda params: torch.optim.AdamW(params, fused=True),
 }
@@ -32,6 +33,7 @@ NOTE = (
 )
 
 Row = dict[str, Any]
+Name = TypeVar("Name", bound=Hashable)
 
 
 def measure(entrants: Sequence[Entrant], device: torch.device, steps: int) -> list[Row]:
@@ -42,10 +44,12 @@ def measure(entrants: Sequence[Entrant], device: torch.device, steps: int) -> li
     makes = {**PEERS, **{entrant.label: entrant.make for entrant in entrants}}
     rows: dict[str, Row] = {name: {"optimizer": name, "matrices": {}} for name in makes}
     for count in COUNTS:
-        for name, found in _times(makes, count, grouped=False, device=device, steps=steps).items():
+        for name, found in _times(makes, count, device, steps).items():
             rows[name]["matrices"][count] = found
-    for name, found in _times(makes, IN_GROUPS, grouped=True, device=device, steps=steps).items():
-        rows[name]["groups"] = found
+    in_groups = {(name, True): partial(_in_groups, make) for name, make in makes.items()}
+    times = _times({**{(name, False): make for name, make in makes.items()}, **in_groups}, IN_GROUPS, device, steps)
+    for name, row in rows.items():
+        row["groups"], row["by_one_group"] = times[name, True], times[name, True] / times[name, False]
     return list(rows.values())
 
 
@@ -60,17 +64,15 @@ def table(rows: Sequence[Row]) -> Table:
         cells = [row["optimizer"]]
         for count in COUNTS:
             cells += [f"{row['matrices'][count]:.2f}", f"{row['matrices'][count] / base[count]:.2f}"]
-        lines.append([*cells, f"{row['groups']:.2f}", f"{row['groups'] / row['matrices'][IN_GROUPS]:.2f}"])
+        lines.append([*cells, f"{row['groups']:.2f}", f"{row['by_one_group']:.2f}"])
     return Table([*head, f"{IN_GROUPS} groups\nms", "\nratio"], lines)
 
 
-def _times(
-    makes: Mapping[str, Callable[[Any], torch.optim.Optimizer]],
-    count: int,
-    grouped: bool,
-    device: torch.device,
-    steps: int,
-) -> dict[str, float]:
+def _in_groups(make: Make, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    return make([{"params": [p]} for p in params])
+
+
+def _times(makes: Mapping[Name, Make], count: int, device: torch.device, steps: int) -> dict[Name, float]:
     """Return the median milliseconds of a step of each optimizer; they step in turn."""
     generator = torch.Generator().manual_seed(0)
     optimizers = {}
@@ -78,8 +80,8 @@ def _times(
         params = [nn.Parameter(torch.zeros(SHAPES[i % len(SHAPES)], device=device)) for i in range(count)]
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator).to(device)
-        optimizers[name] = make([{"params": [p]} for p in params] if grouped else params)
-    seconds: dict[str, list[float]] = {name: [] for name in makes}
+        optimizers[name] = make(params)
+    seconds: dict[Name, list[float]] = {name: [] for name in makes}
     clock = time.perf_counter if device.type == "cuda" else time.thread_time
     for step in range(WARMUP + steps):
         for name, optimizer in optimizers.items():
