@@ -212,12 +212,23 @@ def test_what_the_documentation_says_of_them_is_so() -> None:
     counted = {key: more for key, (more, counts) in found.items() if counts}
     assert {key: round(100 * more, 1) for key, more in counted.items() if more < 0} == {
         ("muon+cautious", "lstm"): -0.9,
+        ("muon+palm", "lstm"): -1.5,
         ("kl-soap", "lstm"): -0.5,
+        ("kl-soap-f10", "mlp"): -5.1,
+        ("normuon-0.9", "mlp"): -2.9,
+        ("normuon-0.99", "mlp"): -5.6,
     }
-    sphere = [more for (name, _), more in counted.items() if name.endswith("+ball")]
-    assert (len(sphere), round(min(sphere), 2), round(max(sphere), 2)) == (6, 0.15, 0.26)
-    worse = {key for key, more in counted.items() if more > 0 and not key[0].endswith("+ball")}
-    assert worse == {("muon+lookahead", "photo"), ("soap+one-sided", "photo")}
+    for name, low, high in (("+ball", 0.15, 0.26), ("adamuon", 0.01, 0.18)):
+        everywhere = [more for (variant, _), more in counted.items() if variant.endswith(name)]
+        assert len(everywhere) == (6 if name == "+ball" else 3)
+        assert (round(min(everywhere), 2), round(max(everywhere), 2)) == (low, high)
+    worse = {key for key, more in counted.items() if more > 0 and not key[0].endswith(("+ball", "adamuon"))}
+    assert worse == {
+        *((name, "photo") for name in ("muon+lookahead", "soap+one-sided", "soap-0.95", "soap+palm")),
+        *((name, workload) for name in ("kl-soap-f10", "moso", "soap+polar") for workload in ("lstm", "photo")),
+        ("muon-0.95", "lstm"),
+    }
+    assert all(found["moso", workload][0] > 0 for workload in benchmark.WORKLOADS)
     assert all(found["soap+one-sided", workload][0] > 0 for workload in benchmark.WORKLOADS)
 
 
