@@ -1,12 +1,12 @@
 """Muon: momentum, orthogonalized.
 
     M ← μ M + (1-μ) G
-    D = scale · polar(μ M + (1-μ) G), where polar(U Σ Vᵀ) = U Vᵀ            without Nesterov: scale · polar(M)
+    D = scale · polar(μ M + (1-μ) G)            without Nesterov: scale · polar(M)
 
 K. Jordan et al., https://kellerjordan.github.io/posts/muon (2024). Checked against its author's numbers in
 tests/reference/test_muon.py. NorMuon and AdaMuon do more with the polar factor, and share all the rest.
 
-  G, D  [B, m, n]  gradients and directions
+  G, D  [B, m, n]  gradients and directions      polar(U Σ Vᵀ) = U Vᵀ
   M     [B, m, n]  momentum                      state: momentum_buffer
 """
 

@@ -61,8 +61,9 @@ def run(request: Request, console: Console) -> None:
     """
     if request.lines and not request.count:
         raise BadInput("--lines: says by what --count counts, so it needs --count")
-    if request.engine and (request.count or request.peers):
-        raise BadInput(f"--engine: measures the engine alone; leave out --{'count' if request.count else 'peers'}")
+    for option in ("count", "peers", "shapes", "depth", "warmup") if request.engine else ():
+        if getattr(request, option) != getattr(Request, option):
+            raise BadInput(f"--engine: measures the engine alone, on shapes of its own; leave out --{option}")
     if request.count:
         for name in request.shapes.split(","):
             shapes = shape_set(name.strip().lower(), request.depth)
