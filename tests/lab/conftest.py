@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("benchmarks", "benchmarks/experiments")]
 
 QUICK_TASK = """
-import time
+import os, pathlib, time
 import torch
 from torch import nn
 from steepest.lab import Workload
@@ -31,6 +31,7 @@ class Quick(Workload):
     steps = 4
 
     def model(self):
+        pathlib.Path(__file__).with_suffix("." + str(os.getpid())).touch()
         return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
 
     def batch(self, generator):
@@ -57,7 +58,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
 
 @pytest.fixture
 def quick_task(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a workload file; its steps take ``pause`` seconds."""
+    """Writes a workload file; its steps take ``pause`` seconds, and its models leave the numbers of their processes."""
 
     def write(pause: float = 0.0) -> Path:
         path = tmp_path / "quick_task.py"

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
+from steepest.lab.race.pool import Pool
 from steepest.lab.race.training import train
 from steepest.lab.race.trial import Record, Trial
 from steepest.lab.shared.contenders import parse_contenders
 from steepest.lab.workloads.workload import load_workload
 
 
-class Here:
+class Here(Pool):
     """A pool that trains in this process, one trial after the other."""
-
-    def __init__(self, workers: int, bars: Any) -> None:
-        self.bars = bars
 
     def run(self, trials: Iterable[Trial], ended: Callable[[Trial, Record], None]) -> None:
         for trial in trials:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import alive, processes
 from typer.testing import CliRunner
 
 from steepest.cli import app
@@ -189,11 +190,6 @@ def run_and_kill(command: list[str], until: Callable[[], bool], seconds: float =
     return status
 
 
-def running(task: Path) -> bool:
-    """Return whether a process runs a race on the task, or a trial."""
-    return str(task) in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-
-
 MARKS_ITS_START = """
     def batch(self, generator):
         import pathlib, sys
@@ -210,10 +206,11 @@ def test_the_trial_of_a_killed_race_ends_by_itself(quick_task: Callable[..., Pat
     race = real_race(task, out, "--seeds", "1", "--workers", "1", "--steps", "10000")
     assert run_and_kill(race, mark.exists) == -signal.SIGKILL
     assert mark.exists()
+    assert processes(task)
     deadline = time.monotonic() + 60
-    while running(task) and time.monotonic() < deadline:
+    while alive(task) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not running(task)
+    assert not alive(task)
     assert records(out) == {}
 
 
@@ -233,7 +230,7 @@ def test_killed_with_its_trials_in_processes(quick_task: Callable[..., Path], tm
     assert kept.items() <= records(out).items()
     assert len(records(out)) == 2 * kills + 1
     assert learnt(out) == learnt(tmp_path / "straight")
-    assert not running(task)
+    assert not alive(task)
 
 
 # No room.

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import steepest
 from steepest.cli import app
 from steepest.lab.race.meters import state_bytes
+from steepest.lab.race.pool import Pool
 from steepest.lab.race.training import Schedule, train
 from steepest.lab.race.trial import Trial
 from steepest.lab.shared import peers
@@ -190,11 +191,8 @@ def test_a_library_that_is_broken_is_named(stand_in, model, tmp_path) -> None:
         preset("pytorch_optimizer.soap").check(model)
 
 
-class Nothing:
+class Nothing(Pool):
     """A pool that is interrupted before its first run."""
-
-    def __init__(self, workers, bars) -> None:
-        pass
 
     def run(self, trials, ended) -> None:
         raise KeyboardInterrupt

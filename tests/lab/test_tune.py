@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import steepest
 from steepest.cli import app
+from steepest.lab.race.pool import Pool
 from steepest.lab.race.training import train
 from steepest.lab.race.trial import Record
 from steepest.lab.shared.contenders import preset
@@ -32,15 +33,12 @@ def bowl(trial, lr=0.04, others=0.04):
     )
 
 
-class OnPaper:
+class OnPaper(Pool):
     """A pool whose runs end as ``ending`` says: at a loss, or as a reason for failure. After ``stop`` comes Ctrl-C."""
 
     ending = staticmethod(bowl)
     stop = math.inf
     ran: list = []  # noqa: RUF012
-
-    def __init__(self, workers, bars) -> None:
-        self.bars = bars
 
     def run(self, trials, ended) -> None:
         for trial in trials:

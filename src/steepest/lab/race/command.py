@@ -61,8 +61,8 @@ def run(request: Request, console: Console) -> int:
     runs = Runs(plan)
     try:
         bars = ProgressBars(console, sum(plan.distances), "seconds" if plan.seconds else "steps")
-        with bars.display:
-            races.race(plan, Pool(request.workers, bars), store, runs)
+        with bars.display, Pool(request.workers, bars) as pool:
+            races.race(plan, pool, store, runs)
     except KeyboardInterrupt:
         runs.interrupted = True
     _conclude(runs, workload, request, console)

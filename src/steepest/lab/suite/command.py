@@ -76,7 +76,7 @@ def run(request: Request, console: Console) -> int:
     runner = Runner(suite, Pool(request.workers, bars), stores, budget, finished)
     status = 0
     try:
-        with bars.display:
+        with bars.display, runner.pool:
             runner.run()
     except KeyboardInterrupt:
         status = INTERRUPTED

@@ -60,8 +60,8 @@ def run(request: Request, console: Console) -> int:
     console.print(f"[bold]steepest tune[/]: {on}", highlight=False)
     bars, interrupted = ProgressBars(console, None, "settings"), False
     try:
-        with bars.display:
-            search.run(Pool(1, bars), store)
+        with bars.display, Pool(1, bars) as pool:
+            search.run(pool, store)
     except KeyboardInterrupt:
         interrupted = True
     if search.tried:
