@@ -11,7 +11,8 @@ with a schedule of its own, until the target lies between two of them. Where it 
 the length.
 
 *One setting for all* (`equivalent_length`, `choose`). A loss on a workload is worth the length that AdamW needs for
-it. The one setting is the rate of the walks' lattice with the best geometric mean of these lengths over all workloads.
+it. The one setting is the rate, of all that were tried with the preset's other settings, that has the best geometric
+mean of these lengths over all workloads.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ WALK = 5
 """Most of them that the walk over learning rates takes."""
 RATE_STEP = 4.0
 """Factor between neighbouring learning rates of the walk."""
+HALF_STEPS = (RATE_STEP**0.5, RATE_STEP**-0.5)
+"""Factors from the walk's best rate to the two that are tried beside it."""
 SEEDS = 3
 """Seeds of each run that is compared with another."""
 LADDER = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
@@ -138,7 +141,7 @@ def _plan(start: Contender, trials: int) -> Generator[Contender, float, None]:
         walk[k] = yield scaled(start, RATE_STEP**k)
     tried = [Tried(scaled(start, RATE_STEP**k), loss) for k, loss in walk.items()]
     middle = best_of(tried).contender
-    for factor in (RATE_STEP**0.5, RATE_STEP**-0.5):
+    for factor in HALF_STEPS:
         setting = scaled(middle, factor)
         tried.append(Tried(setting, (yield setting)))
     middle = best_of(tried).contender
@@ -147,18 +150,18 @@ def _plan(start: Contender, trials: int) -> Generator[Contender, float, None]:
         tried.append(Tried(setting, (yield setting)))
 
 
-def walked(losses: Sequence[float]) -> int:
-    """Return how many of the first trials were steps of the walk.
+def rates_only(losses: Sequence[float]) -> int:
+    """Return how many of the first trials differ in the rate alone: the walk, and the half steps beside its best one.
 
-    >>> walked([2.0, 3.0, 2.5, 1.9, 2.1])
-    3
+    >>> rates_only([2.0, 3.0, 2.5, 1.9, 2.1, 1.8, 1.7, 2.0])
+    5
     """
     walk: dict[int, float] = {}
     for loss in losses[:WALK]:
         if (k := next_exponent(walk)) is None:
             break
         walk[k] = loss
-    return len(walk)
+    return len(walk) + len(HALF_STEPS)
 
 
 def next_exponent(walk: Mapping[int, float]) -> int | None:

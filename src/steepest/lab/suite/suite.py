@@ -166,14 +166,14 @@ class Suite:
     def choice(self, start: Contender) -> tuple[Contender | None, list[tuple[Task, Contender]]]:
         """Return the contender's one setting for all tasks, or None and the trials to run before it is known."""
         tasks = {task.name: task for task in self.tasks_of(start)}
-        lattice: dict[float, Contender] = {}
+        by_rate: dict[float, Contender] = {}
         for task in tasks.values():
             tried, further = self.tuning(task, start)
             if further:
                 return None, []
-            walk = tried[: protocol.walked([trial.loss for trial in tried])]
-            lattice |= {trial.contender.lr: trial.contender for trial in walk}
-        settings = [lattice[rate] for rate in sorted(lattice)]
+            count = protocol.rates_only([trial.loss for trial in tried])
+            by_rate |= {trial.contender.lr: trial.contender for trial in tried[:count]}
+        settings = [by_rate[rate] for rate in sorted(by_rate)]
         best, missing = protocol.choose([self._lengths(setting, tasks.values()) for setting in settings], list(tasks))
         return None if missing else settings[best], [(tasks[name], settings[best]) for name in missing]
 
@@ -251,8 +251,10 @@ class Suite:
         )
 
     def _step_time(self, task: Task, trials: Sequence[Trial], base: Sequence[Trial]) -> float | None:
-        """Return the time of a step of these trials as a share of the baseline's."""
+        """Return the time of a step of these trials as a share of the baseline's, on the same machine if on any."""
         ours, theirs = self._timed(task, trials), self._timed(task, base)
+        if shared := {row.machine for row in ours} & {row.machine for row in theirs}:
+            ours, theirs = ([row for row in rows if row.machine in shared] for rows in (ours, theirs))
         if not ours or not theirs:
             return None
         if any(row.own_passes for row in ours):
