@@ -227,6 +227,8 @@ def test_what_the_documentation_says_of_them_is_so() -> None:
         *((name, "photo") for name in ("muon+lookahead", "soap+one-sided", "soap-0.95", "soap+palm")),
         *((name, workload) for name in ("kl-soap-f10", "moso", "soap+polar") for workload in ("lstm", "photo")),
         ("muon-0.95", "lstm"),
+        ("kl-soap-0.95", "lstm"),
+        ("kl-soap-0.99", "photo"),
     }
     assert all(found["moso", workload][0] > 0 for workload in benchmark.WORKLOADS)
     assert all(found["soap+one-sided", workload][0] > 0 for workload in benchmark.WORKLOADS)
