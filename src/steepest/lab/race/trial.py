@@ -60,7 +60,7 @@ class Record:
     """Bytes of the tensors that the optimizer holds at once: in its first step, or as its state at the end."""
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
-    """CPU time of the whole process, from the start of Python on."""
+    """CPU time of the process of the trial, with all that it loads."""
     poisoned: int = 0
     """How many gradients were poisoned."""
     skipped: int | None = None

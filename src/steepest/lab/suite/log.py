@@ -40,7 +40,7 @@ class Row:
     own_passes: bool = False
     """Whether the optimizer works during the model's passes, so that both times are its own."""
     cpu_seconds: float = 0.0
-    """CPU time of the whole process, from the start of Python on."""
+    """CPU time of the process of the trial, with all that it loads."""
     machine: str = ""
     failure: str = ""
     """Why there is no record; empty if there is one. Failed runs are tried again in the next call."""

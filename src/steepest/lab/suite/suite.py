@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import fmean, median, mode
 from typing import Literal, NamedTuple
 
 from steepest.lab.race.trial import Trial
@@ -251,10 +251,10 @@ class Suite:
         )
 
     def _step_time(self, task: Task, trials: Sequence[Trial], base: Sequence[Trial]) -> float | None:
-        """Return the time of a step of these trials as a share of the baseline's, on the same machine if on any."""
+        """Return the time of a step of these trials as a share of the baseline's, on one machine if any ran both."""
         ours, theirs = self._timed(task, trials), self._timed(task, base)
-        if shared := {row.machine for row in ours} & {row.machine for row in theirs}:
-            ours, theirs = ([row for row in rows if row.machine in shared] for rows in (ours, theirs))
+        if shared := [row.machine for row in ours if row.machine in {other.machine for other in theirs}]:
+            ours, theirs = ([row for row in rows if row.machine == mode(shared)] for rows in (ours, theirs))
         if not ours or not theirs:
             return None
         if any(row.own_passes for row in ours):
