@@ -14,7 +14,7 @@ from steepest.cli import app
 from steepest.lab.race.pool import Pool
 from steepest.lab.race.training import train
 from steepest.lab.race.trial import Record
-from steepest.lab.suite import command
+from steepest.lab.suite import command, protocol
 from steepest.lab.suite.running import parse_budget
 
 TINY = """
@@ -102,7 +102,7 @@ def test_a_tiny_suite_is_trained(suite, tmp_path, loaded, monkeypatch) -> None:
     for column in ("tuned", "one_setting"):
         assert results["summary"][column].keys() == {"adamw", "soap-f5"}
         assert results["summary"][column]["soap-f5"]["workloads"] == 1
-        assert 0.25 <= results["summary"][column]["soap-f5"]["steps"] <= 2
+        assert protocol.LADDER[0] <= results["summary"][column]["soap-f5"]["steps"] <= 2
         assert results["summary"][column]["soap-f5"]["time"] > 0
     assert "Tuned on each workload" in result.output
     assert "<svg" in (tmp_path / "out" / "suite.html").read_text()

@@ -128,7 +128,7 @@ def test_weight_decay_is_tried_where_the_preset_has_none() -> None:
 # Comparison.
 
 
-@given(st.lists(LOSSES, min_size=7, max_size=7), st.floats(0.1, 9.0))
+@given(st.lists(LOSSES, min_size=len(protocol.LADDER), max_size=len(protocol.LADDER)), st.floats(0.1, 9.0))
 def test_the_ladder_brackets_the_target_with_few_runs(losses, target) -> None:
     table, run = dict(zip(protocol.LADDER, losses, strict=True)), {}
     while (share := next_length(run, target)) is not None:

@@ -36,7 +36,7 @@ HALF_STEPS = (RATE_STEP**0.5, RATE_STEP**-0.5)
 """Factors from the walk's best rate to the two that are tried beside it."""
 SEEDS = 3
 """Seeds of each run that is compared with another."""
-LADDER = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
+LADDER = (0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 """Lengths of runs, as shares of the workload's."""
 BASELINE_LENGTHS = (0.7, 1.0, 1.4, 2.0)
 """Lengths that the baseline runs, so that others can be compared with what it reaches in their time."""
