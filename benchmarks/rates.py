@@ -260,13 +260,14 @@ def measured(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
         best = Best(line["lr"], line["loss"], line["low"], line["high"])
         found.setdefault(cell_of(line), dict.fromkeys(OPTIMIZERS))[line["optimizer"]] = best
     return [
-        Row(f"language model, width {cell.width}, depth {cell.depth}, {cell.steps} steps", found[cell])
+        Row(f"width {cell.width}, depth {cell.depth}, {cell.steps} steps", found[cell])
         for cell in sorted(found, key=lambda cell: (cell.steps, cell.depth, cell.width))
     ]
 
 
-def suited(results: Mapping[str, Any]) -> list[Row]:
+def suited(results: Mapping[str, Any], names: Iterable[str] = OPTIMIZERS) -> list[Row]:
     """A row for each workload of the suite: the rate tuned there, between its neighbours, all of whose rates moved."""
+    names = dict.fromkeys(names)
     losses = {
         (trial.workload, json.dumps(trial.settings, sort_keys=True)): trial.loss
         for trial in rows_from_json(results, str(SUITE))
@@ -274,10 +275,12 @@ def suited(results: Mapping[str, Any]) -> list[Row]:
     }
     rows = []
     for workload in results["workloads"]:
-        best: dict[str, Best | None] = dict.fromkeys(OPTIMIZERS)
-        for name in results["cells"]["tuned"].keys() & OPTIMIZERS.keys():
-            start, tuned = preset(name), results["cells"]["tuned"][name][workload["name"]]["settings"]["options"]["lr"]
-            k = round(math.log2(tuned / start.lr))
+        best: dict[str, Best | None] = dict.fromkeys(names)
+        for name in results["cells"]["tuned"].keys() & names:
+            if (cell := results["cells"]["tuned"][name].get(workload["name"])) is None:
+                continue  # it can't train this one
+            start = preset(name)
+            k = round(math.log2(cell["settings"]["options"]["lr"] / start.lr))
             settings = {index: scaled(start, 2.0**index).settings() for index in (k - 1, k, k + 1)}
             keys = {index: (workload["name"], json.dumps(one, sort_keys=True)) for index, one in settings.items()}
             best[name] = best_rate({index: losses[key] for index, key in keys.items() if key in losses}, start.lr)
@@ -291,9 +294,8 @@ def _steps(results: Mapping[str, Any], name: str) -> int:
     return steps
 
 
-def tables(content: Mapping[str, Any]) -> str:
-    """The page's table of best rates."""
-    rows = [*measured(content["best"]), *(suited(json.loads(SUITE.read_text())) if SUITE.exists() else ())]
+def table(rows: Sequence[Row], ends: bool = False) -> str:
+    """A table of best rates; ``ends`` adds a line with the median of each ratio and the lowest and highest."""
     shown, others = [OPTIMIZERS[name].title for name in OPTIMIZERS], [name for name in OPTIMIZERS if name != "adamw"]
     lines = ["| | " + " | ".join(f"{title}'s best" for title in shown)]
     lines[0] += " | " + " | ".join(f"{OPTIMIZERS[name].title} / AdamW" for name in others) + " |"
@@ -305,12 +307,10 @@ def tables(content: Mapping[str, Any]) -> str:
             *(_ratio(row.ratio(name)) for name in others),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    known = {name: [ratio for row in rows if (ratio := row.ratio(name)) is not None] for name in others}
-    middle = [
-        f"**{_ratio(median(known[name]))}** ({_ratio(min(known[name]))} to {_ratio(max(known[name]))})"
-        for name in others
-    ]
-    lines.append("| **median (range)** |" + " |" * len(shown) + " " + " | ".join(middle) + " |")
+    if ends:
+        known = [[ratio for row in rows if (ratio := row.ratio(name)) is not None] for name in others]
+        middle = [f"**{_ratio(median(of))}** ({_ratio(min(of))} to {_ratio(max(of))})" for of in known]
+        lines.append("| **median (range)** |" + " |" * len(shown) + " " + " | ".join(middle) + " |")
     return "\n".join(lines)
 
 
@@ -320,17 +320,44 @@ def _best(best: Best | None) -> str:
 
 
 def _ratio(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.1f}"
+    return "–" if ratio is None else f"{ratio:.1f}" if ratio >= 0.1 else f"{ratio:.1g}"
 
 
-MARKS = ("<!-- rates:begin -->", "<!-- rates:end -->")
+def all_ratios(results: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Each optimizer's best rates by AdamW's over the workloads of the suite, for those of ours that it has."""
+    names = [name for name in results["cells"]["tuned"] if "." not in name]  # others' have the name of their library
+    rows = suited(results, names)
+    return {
+        name: sorted(ratio for row in rows if (ratio := row.ratio(name)) is not None)
+        for name in names
+        if name != "adamw"
+    }
+
+
+def table_of_all(results: Mapping[str, Any]) -> str:
+    """The page's table of what each optimizer's best rates are by AdamW's."""
+    lines = ["| | median | range | within a factor 2 of the median |", "|---|--:|--:|--:|"]
+    for name, ratios in sorted(all_ratios(results).items(), key=lambda item: median(item[1])):
+        middle = median(ratios)
+        near = sum(middle / 2 <= ratio <= middle * 2 for ratio in ratios)
+        ends = f"{_ratio(ratios[0])} to {_ratio(ratios[-1])}"
+        lines.append(f"| `{name}` | {_ratio(middle)} | {ends} | {near} of {len(ratios)} |")
+    return "\n".join(lines)
 
 
 def with_tables(page: str, content: Mapping[str, Any]) -> str:
     """The page with what stands between its marks replaced."""
-    before, _, rest = page.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    return f"{before}{MARKS[0]}\n{tables(content)}\n{MARKS[1]}{after}"
+    suite = json.loads(SUITE.read_text())
+    found = {
+        "rates": table(measured(content["best"])),
+        "workloads": table(suited(suite), ends=True),
+        "ratios": table_of_all(suite),
+    }
+    for name, text in found.items():
+        before, begin, rest = page.partition(f"<!-- {name}:begin -->\n")
+        _, end, after = rest.partition(f"\n<!-- {name}:end -->")
+        page = f"{before}{begin}{text}{end}{after}"
+    return page
 
 
 def plot(lines: Sequence[Mapping[str, Any]]) -> None:

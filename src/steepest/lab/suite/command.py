@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from steepest.lab.race.checks import check_contender, check_workload
 from steepest.lab.race.console import ProgressBars
@@ -200,6 +201,11 @@ def _write(runner: Runner, request: Request) -> dict[str, Any]:
     return results
 
 
+def fits(console: Console, table: Table) -> bool:
+    """Return whether no column of a table is cut."""
+    return console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width
+
+
 def _conclude(runner: Runner, request: Request, console: Console, interrupted: bool) -> None:
     """Print the tables and write the results."""
     results = _write(runner, request)
@@ -208,7 +214,7 @@ def _conclude(runner: Runner, request: Request, console: Console, interrupted: b
             console.print(f"\n[bold]{title}[/]")
             console.print(means(results, column).for_console(gap=2))
             cells = by_workload(results, column).transposed().for_console()
-            if console.measure(cells).maximum <= console.width:  # the leaderboard has them in any case
+            if fits(console, cells):  # the leaderboard has them in any case
                 console.print(cells)
     for note in notes(results):
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
