@@ -77,6 +77,8 @@ def foreign(tree: ast.AST, own: set[str]) -> Iterator[str]:
                 yield from (part for alias in names for part in alias.name.split("."))
             case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]):
                 yield name
+            case ast.Attribute(value=ast.Name(id="os"), attr="_exit"):  # public in spite of its name
+                pass
             case ast.Attribute(attr=name) | ast.keyword(arg=str(name)) if name not in own:
                 yield name
 

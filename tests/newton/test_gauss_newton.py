@@ -312,7 +312,7 @@ def test_float32_weights_come_to_what_float32_can():
     slope, start = Residual(lambda u, t: grad(u)(t)[0] + u(t), t), Residual(lambda u, t: u(t) - 1, t[:1])
     for _ in range(40):
         loss = optimizer.step([slope, start])
-    assert loss < 1e-7
+    assert loss < 1e-6  # 1.07e-7 on an AMD EPYC, below 1e-7 on an Intel Xeon
     assert loss.dtype == model[0].weight.dtype == torch.float32
 
 
