@@ -17,6 +17,7 @@ import steepest
 from steepest.lab.race.training import train
 from steepest.lab.race.trial import Trial
 from steepest.lab.shared.contenders import Contender, preset
+from steepest.lab.suite.protocol import scaled
 from steepest.lab.workloads.workload import load_workload
 
 RATES, SEEDS = (0.01, 0.02, 0.04), 3
@@ -39,13 +40,11 @@ def main() -> None:
     contenders = {
         "adamw": preset("adamw"),
         "soap-f5, short side": soap,
-        "soap-f5, both sides": BothSides(**{name: getattr(soap, name) for name in soap.__dataclass_fields__}),
+        "soap-f5, both sides": BothSides(**vars(soap)),
     }
     for name, contender in contenders.items():
         for lr in RATES:
-            setting = (
-                contender.varied(lr=lr, elementwise={"lr": lr}) if contender.elementwise else contender.varied(lr=lr)
-            )
+            setting = scaled(contender, lr / contender.lr)  # presets have one rate for all parameters
             trials = [Trial("lora", setting, workload.suite_steps, seed) for seed in range(SEEDS)]
             losses = [train(trial, workload, lambda _: None).final for trial in trials]
             print(f"{name}, lr {lr:g}:", *(f"{loss:.4f}" for loss in losses), flush=True)
