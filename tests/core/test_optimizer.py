@@ -7,6 +7,8 @@ import torch
 
 import steepest
 from steepest.engine.optimizer import Optimizer
+from steepest.rule import Elementwise
+from steepest.rules import RULES
 from steepest.stack.stagger import stagger_offsets
 
 
@@ -321,3 +323,30 @@ def test_the_way_of_a_refreshing_step_is_short():
         sys.setprofile(None)
     assert 20 < len(calls) <= 130
     assert len(set(calls)) <= 16
+
+
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if issubclass(rule, Elementwise)])
+def test_short_vectors_are_stepped_together_as_each_would_be_alone(rule):
+    """They fill no whole vector registers; one has taken fewer steps than the others, one lies strided in memory."""
+
+    def vectors():
+        generator = torch.Generator().manual_seed(0)
+        made = [torch.randn(n, generator=generator) for n in (3, 16, 24, 37)]
+        made += [torch.randn(7, 6, generator=generator)[:, ::2], torch.randn((), generator=generator)]
+        return [torch.nn.Parameter(x) for x in made]
+
+    def train(params, numbers):
+        optimizer = steepest.Optimizer(params, rule, lr=0.1, weight_decay=0.1)
+        for step in range(4):
+            for p, number in zip(params, numbers, strict=True):
+                generator = torch.Generator().manual_seed(100 * step + number)
+                missing = step == 1 and number == 2
+                p.grad = None if missing else torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        return [(p.detach(), optimizer.state[p]) for p in params]
+
+    alone = [train([p], [number])[0] for number, p in enumerate(vectors())]
+    for (p, state), (one, own) in zip(train(vectors(), range(6)), alone, strict=True):
+        assert torch.equal(p, one)
+        assert state.keys() == own.keys()
+        assert all(torch.equal(state[name], own[name]) for name in state)

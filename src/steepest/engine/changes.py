@@ -40,7 +40,7 @@ class Seen:
         self.options = [(list(group), list(group.values())) for group in groups]
         self.params = [p for group in groups for p in group["params"]]
         self.kinds = [(p.shape, p.dtype, p.device) for p in self.params]
-        self.names = [None if names is None else list(names) for names in _names(groups)]
+        self.names = [None if (names := group.get("param_names")) is None else list(names) for group in groups]
         self.sizes = [len(group["params"]) for group in groups]
         self.keys = list(state)
         self.entries = _entries(state)
@@ -54,7 +54,7 @@ class Seen:
         for n, (group, then, (names, values)) in enumerate(zip(groups, self.groups, self.options, strict=True)):
             if len(group) != len(values) or not all(map(is_, group.values(), values)) or group is not then:
                 old = dict(zip(names, values, strict=True)) if group is then else {}
-                changed[n] = {k for k in group.keys() | old.keys() if group.get(k, ABSENT) is not old.get(k, ABSENT)}
+                changed[n] = {k for k, x in group.items() if x is not old.get(k, ABSENT)} | (old.keys() - group.keys())
             rate = group.get("lr")  # a tensor may be filled in place; asking for its value waits for an accelerator
             if isinstance(rate, Tensor) and rate.is_cpu and not _is_rate(rate):
                 changed.setdefault(n, set()).add("lr")
@@ -73,7 +73,7 @@ class Seen:
             and all(map(is_, params, self.params))
             and [(p.shape, p.dtype, p.device) for p in params] == self.kinds
             and [len(group["params"]) for group in groups] == self.sizes
-            and _names(groups) == self.names
+            and [group.get("param_names") for group in groups] == self.names
         )
 
     def dims(self, groups: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -103,11 +103,6 @@ class Seen:
 def _is_rate(x: Tensor) -> bool:
     """Return whether a tensor on the host holds one learning rate; complex numbers can't be compared."""
     return x.numel() == 1 and not x.is_complex() and 0 <= float(x) < math.inf
-
-
-def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str] | None]:
-    """Return each group's list of names; None for a group without one."""
-    return [group.get("param_names") for group in groups]
 
 
 def _entries(state: Mapping[Any, Any]) -> list[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -57,8 +58,8 @@ def step_elementwise(roster: Roster, groups: Sequence[Mapping[str, Any]], grads:
         finite = norms < safe_norm(norms.dtype)
         if holders is not None:
             finite = holders.all(finite)
-        skipped = skipped + (~finite).sum()
         waits = attempts.at_hand(finite)
+        skipped = skipped + (finite.tolist().count(False) if waits else (~finite).sum())
         alike: dict[Any, list[tuple[Entry, Tensor]]] = {}
         for entry, good in zip(entries, finite.tolist() if waits else finite, strict=True):
             number = roster.numbers[entry.index]
@@ -130,18 +131,9 @@ def _apply(
         states = [storage.restored(state) for state in states]
         if finite is not None:  # what is infinite has no code
             grads = [torch.where(good, grad, 0) for good, grad in zip(finite, grads, strict=True)]
-    padded = [_in_whole_lanes(e.stepped, grad, state) for e, grad, state in zip(entries, grads, states, strict=True)]
-    rule.apply(
-        [W for W, _, _ in padded],
-        [grad for _, grad, _ in padded],
-        [state for _, _, state in padded],
-        learning_rate(group, entries[0].stepped),
-        group["weight_decay"],
-    )
-    for (W, _, moved), entry, state in zip(padded, entries, states, strict=True):
-        if W is not entry.stepped:
-            for x, target in [(W, entry.stepped), *((moved[name], state[name]) for name in state)]:
-                target.copy_(x[: target.numel()].view(target.shape) if x.dim() else x)
+    with in_whole_lanes([entry.stepped for entry in entries], grads, states) as (weights, padded, moments):
+        rule.apply(weights, padded, moments, learning_rate(group, entries[0].stepped), group["weight_decay"])
+    for entry, state in zip(entries, states, strict=True):
         if storage is not None and state.keys() != entry.state.keys():
             _store(storage, state, entry)
     if undo is not None:
@@ -161,17 +153,48 @@ def _store(storage: Storage, state: State, entry: Entry) -> None:
         storage.store(changed, stored, entry.state["step"], place)
 
 
-def _in_whole_lanes(W: Tensor, grad: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-    """Return the tensors padded to whole vector registers on a CPU; unchanged if they fill them, or elsewhere.
+@contextmanager
+def in_whole_lanes(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]
+) -> Iterator[tuple[list[Tensor], list[Tensor], list[State]]]:
+    """Yield the tensors to step: on a CPU, those that don't fill whole vector registers as one vector, padded.
 
     torch's fused functions round a remainder differently from whole registers. A shard would then differ in its last
-    bits from the same part of the whole parameter.
+    bits from the same part of the whole parameter. Weights and state are copied back at the end.
+
+    Args:
+        weights: tensors of one dtype and device.
+        grads: of the same shapes and dtype.
+        states: of one rule, so that all have the same names; tensors of these shapes, and the number ``step``.
     """
-    short = -W.numel() % LANES
-    if not short or W.device.type != "cpu":
-        return W, grad, state
+    short: dict[float, list[int]] = {}
+    for i, W in enumerate(weights):
+        if W.is_cpu and W.numel() % LANES:
+            count = states[i]["step"].item() if attempts.at_hand(W) else i
+            short.setdefault(count, []).append(i)
+    apart = {i for members in short.values() for i in members}
+    rest = [i for i in range(len(weights)) if i not in apart]
+    stepped = [weights[i] for i in rest], [grads[i] for i in rest], [states[i] for i in rest]
+    moments = [name for name in states[0] if name != "step"]
+    back: list[tuple[Tensor, list[Tensor]]] = []
+    for first, *others in short.values():
+        members = [first, *others]
+        padding = weights[first].new_zeros(-sum(weights[i].numel() for i in members) % LANES)
+        changed = [[weights[i] for i in members], *([states[i][name] for i in members] for name in moments)]
+        W, *state = (_joined(tensors, padding) for tensors in changed)
+        back += zip((W, *state), changed, strict=True)
+        stepped[0].append(W)
+        stepped[1].append(_joined([grads[i] for i in members], padding))
+        stepped[2].append({"step": states[first]["step"], **dict(zip(moments, state, strict=True))})
+    yield stepped
+    for vector, tensors in back:
+        parts = vector.split_with_sizes([*map(torch.numel, tensors), -sum(map(torch.numel, tensors)) % LANES])
+        torch._foreach_copy_(tensors, [part.view(x.shape) for part, x in zip(parts, tensors, strict=False)])
+    for first, *others in short.values():
+        for i in others:
+            states[i]["step"].copy_(states[first]["step"])
 
-    def padded(x: Tensor) -> Tensor:
-        return torch.cat([x.reshape(-1), x.new_zeros(short)])
 
-    return padded(W), padded(grad), {name: x if name == "step" else padded(x) for name, x in state.items()}
+def _joined(tensors: Sequence[Tensor], padding: Tensor) -> Tensor:
+    """Return tensors as one vector that ends with the padding."""
+    return torch.cat([*(x.reshape(-1) for x in tensors), padding])

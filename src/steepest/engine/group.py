@@ -109,6 +109,8 @@ def plain_options(group: Mapping[str, Any], changed: Collection[str] | None = No
     Traceback (most recent call last):
     ValueError: amsgrad='no': must be a bool
     """
+    if changed == {"lr"}:  # under a schedule at every step
+        return {"lr": GroupOptions.kind("lr").read("lr", group.get("lr"))}
     for name, remedy in ALIASES.items():
         if name in group:
             raise ValueError(f"{name}={group[name]!r}: counts only where a group is made; {remedy}")

@@ -275,11 +275,12 @@ class Optimizer(Diagnosed):
                 check_rule(number, groups[number], roster.laid)
         for number, plain in [(n, plain_options(groups[n], names)) for n, names in changed.items()]:
             groups[number].update(plain)
-        if not same_parameters or any(changed_form(roster.laid, groups[n], names) for n, names in changed.items()):
+        rules = {n: names for n, names in changed.items() if names != {"lr"}}  # of which a schedule changes nothing
+        if not same_parameters or any(changed_form(roster.laid, groups[n], names) for n, names in rules.items()):
             self._lay_out_anew()
             self._show()
             return
-        roster.read_options(groups, changed)
+        roster.read_options(groups, rules)
         self._seen.note(groups, changed)
         if not same_state:
             roster.take_in(groups, self.state)

@@ -146,8 +146,9 @@ def _drop_nonfinite(stack: Stack, G: Tensor, live: list[bool]) -> Lost | None:
     norms = torch.linalg.vector_norm(G, dim=(-2, -1))
     if not attempts.at_hand(G):
         return lost_among([stack], norms, live)[0]
-    for slot, good in enumerate((norms < safe_norm(G.dtype)).tolist()):  # False for NaN
-        if live[slot] and not good:
+    limit = safe_norm(G.dtype)
+    for slot, norm in enumerate(norms.tolist()):
+        if live[slot] and not norm < limit:  # NaN is not, either
             live[slot] = False
             stack.skipped += 1
     return None
@@ -185,7 +186,7 @@ def _update(stack: Stack, run: Run, inputs: Inputs, statistics: Statistics | Non
             undo()
         return D
 
-    stack.clock[slots] += 1
+    stack.clock[slots].add_(1)
     if inputs.lost is None:
         t.add_(1)
     if steady and run.way.cuda_graph:

@@ -59,10 +59,13 @@ def accumulate_gram(
     Y = X if weights is None else X * weights
     if isinstance(beta, Tensor) and scale != 1:  # of which the product itself knows nothing
         Y = X * (scale if weights is None else scale * weights)
-    for start, stop in _blocks(K.shape[-1]) if _in_blocks(X) else [(0, K.shape[-1])]:
-        block, rows, columns = K[:, start:stop, :stop], Y[:, start:stop], X[:, :stop].mT
+    blocks = _blocks(K.shape[-1]) if _in_blocks(X) else [(0, K.shape[-1])]
+    for start, stop in blocks:
+        block, rows, columns = K, Y, X.mT
+        if len(blocks) > 1:
+            block, rows, columns = K[:, start:stop, :stop], Y[:, start:stop], columns[..., :stop]
         if isinstance(beta, Tensor):
-            torch.lerp(rows @ columns, block, beta.to(K.dtype), out=block)
+            torch.lerp(torch.bmm(rows, columns), block, beta.to(K.dtype), out=block)
         else:
             block.baddbmm_(rows, columns, beta=beta, alpha=(1 - beta) * scale)
         if start:

@@ -31,8 +31,8 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
 
     What is done is a number of steps, or of seconds in a race over time. Then the learning rate follows the time, too.
     """
+    rehearse(workload, trial.contender)  # and what a process keeps for all its steps is made before memory is counted
     peak = peak_memory(workload, trial.contender)
-    rehearse(workload, trial.contender)
     torch.manual_seed(trial.seed)
     model = workload.model()
     poison = Poison(trial.poison, trial.seed)

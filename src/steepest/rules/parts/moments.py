@@ -8,13 +8,16 @@ docs/first-steps.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from steepest import kernels
 from steepest.kernels.precision import INTERPRETED
+from steepest.linalg import attempts
 from steepest.rule import State, Step
 from steepest.stack.undo import undoing
 
@@ -73,12 +76,12 @@ def adam(
     rate, decay = (1 - beta1, beta2) if lost is None else (Step(t, lost=lost).rate(1 - beta1), lost.clamp(min=beta2))
     m = state["exp_avg"].lerp_(g, rate)
     v = state["exp_avg_sq"].mul_(decay).addcmul_(g, g, value=1 - beta2)
-    c1, c2 = corrections(*betas, t) if correct_bias else (None, None)
+    c1, c2, ratio = corrections(*betas, t) if correct_bias else (None, None, None)
     if nesterov:
         old, new = (beta1, 1 - beta1) if c1 is None else (beta1 / correction(beta1, t + 1), (1 - beta1) / c1)
         m, c1 = m * old + g * new, None
     # It isn't m that is divided by c1: what m is divided by is multiplied by it, and d is c1 sqrt(v̂).
-    square = v if c2 is None else v / c2 if c1 is None else v * (c1.square() / c2)
+    square = v if c2 is None else v / c2 if c1 is None or ratio is None else v * ratio
     if momentum_floor:
         least = m.square()
         square = torch.maximum(square, least, out=least)
@@ -100,14 +103,44 @@ def correction(beta: float, t: Tensor) -> Tensor:
     return -torch.expm1(t * math.log(beta or ZERO))
 
 
+Result = TypeVar("Result", Tensor, Sequence[Tensor])
+
+
+def once_per_count(compute: Callable[..., Result]) -> Callable[..., Result]:
+    """Have a function of decays and of counts ``t`` compute once, on a CPU, for all stacks with the same count.
+
+    Nearly always that is all stacks and all matrices, and a few numbers would take as long as a product of small ones.
+    What it returns has one entry, which broadcasts like ``t``, and mustn't be changed in place.
+    """
+
+    @lru_cache(maxsize=64)
+    def known(t: float, dtype: torch.dtype, dims: int, *betas: float) -> Result:
+        return compute(*betas, torch.full((1,) * dims, t, dtype=dtype, device="cpu"))
+
+    @wraps(compute)
+    def lookup(*args: Any) -> Result:
+        *betas, t = args
+        if attempts.at_hand(t) and not (INTERPRETED or torch.compiler.is_compiling()):
+            counts = t.flatten().tolist()
+            if counts.count(counts[0]) == len(counts):
+                return known(counts[0], t.dtype, t.dim(), *betas)
+        return compute(*args)
+
+    return lookup
+
+
+@once_per_count
 def corrections(beta1: float, beta2: float, t: Tensor) -> Sequence[Tensor]:
-    """The same for two decays, in as many operations."""
+    """``c1 = 1 - beta1^t``, ``c2 = 1 - beta2^t``, and c1² / c2."""
     if torch.compiler.is_compiling():  # it fuses them itself, and Inductor 2.13 fails on these lists
-        return correction(beta1, t), correction(beta2, t)
-    logs = [math.log(beta1 or ZERO), math.log(beta2 or ZERO)]
-    return torch._foreach_neg(torch._foreach_expm1(torch._foreach_mul([t, t], logs)))
+        c1, c2 = correction(beta1, t), correction(beta2, t)
+    else:
+        logs = [math.log(beta1 or ZERO), math.log(beta2 or ZERO)]
+        c1, c2 = torch._foreach_neg(torch._foreach_expm1(torch._foreach_mul([t, t], logs)))
+    return c1, c2, c1.square() / c2
 
 
+@once_per_count
 def corrected_beta(beta: float, t: Tensor) -> Tensor:
     """The decay ``1 - (1-β)/(1-β^t)`` that makes an average from zero unbiased at every step; 0 at t = 1.
 
