@@ -131,8 +131,8 @@ def _apply(
         states = [storage.restored(state) for state in states]
         if finite is not None:  # what is infinite has no code
             grads = [torch.where(good, grad, 0) for good, grad in zip(finite, grads, strict=True)]
-    with in_whole_lanes([entry.stepped for entry in entries], grads, states) as (weights, padded, moments):
-        rule.apply(weights, padded, moments, learning_rate(group, entries[0].stepped), group["weight_decay"])
+    with _in_whole_lanes([entry.stepped for entry in entries], grads, states) as stepped:
+        rule.apply(*stepped, learning_rate(group, entries[0].stepped), group["weight_decay"])
     for entry, state in zip(entries, states, strict=True):
         if storage is not None and state.keys() != entry.state.keys():
             _store(storage, state, entry)
@@ -154,10 +154,10 @@ def _store(storage: Storage, state: State, entry: Entry) -> None:
 
 
 @contextmanager
-def in_whole_lanes(
+def _in_whole_lanes(
     weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]
 ) -> Iterator[tuple[list[Tensor], list[Tensor], list[State]]]:
-    """Yield the tensors to step: on a CPU, those that don't fill whole vector registers as one vector, padded.
+    """Yield the tensors to step: on a CPU, those that don't fill whole vector registers are one vector, with zeros.
 
     torch's fused functions round a remainder differently from whole registers. A shard would then differ in its last
     bits from the same part of the whole parameter. Weights and state are copied back at the end.
@@ -167,7 +167,7 @@ def in_whole_lanes(
         grads: of the same shapes and dtype.
         states: of one rule, so that all have the same names; tensors of these shapes, and the number ``step``.
     """
-    short: dict[float, list[int]] = {}
+    short: dict[float, list[int]] = {}  # by the count of updates, which a vector has in common
     for i, W in enumerate(weights):
         if W.is_cpu and W.numel() % LANES:
             count = states[i]["step"].item() if attempts.at_hand(W) else i
@@ -176,7 +176,7 @@ def in_whole_lanes(
     rest = [i for i in range(len(weights)) if i not in apart]
     stepped = [weights[i] for i in rest], [grads[i] for i in rest], [states[i] for i in rest]
     moments = [name for name in states[0] if name != "step"]
-    back: list[tuple[Tensor, list[Tensor]]] = []
+    back: list[tuple[Tensor, list[Tensor]]] = []  # vectors, and what they stand for
     for first, *others in short.values():
         members = [first, *others]
         padding = weights[first].new_zeros(-sum(weights[i].numel() for i in members) % LANES)
