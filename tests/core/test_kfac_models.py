@@ -223,3 +223,35 @@ def test_a_model_is_looked_through_once(monkeypatch):
         steepest.KFAC(nn.Sequential(*(nn.Linear(3, 3) for _ in range(size))))
         counts.append(len(looks))
     assert counts[0] == counts[1]
+
+
+class Adapter(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lora_A = torch.nn.Linear(12, 3, bias=False)
+        self.lora_B = torch.nn.Linear(3, 12, bias=False)
+
+    def forward(self, x):
+        return x + self.lora_B(self.lora_A(x))
+
+
+def test_without_a_basis_of_one_side_ekfac_is_k_fac_in_eigenbases():
+    """Routing leaves the long sides of LoRA's factors without one; second moments would need both."""
+
+    def train(rule, **options):
+        torch.manual_seed(0)
+        model = Adapter()
+        opt = steepest.for_model(
+            model, rule, lr=0.1, damping_form="relative", precondition_frequency=2, settle=0, **options
+        )
+        for _ in range(6):
+            opt.zero_grad()
+            model(torch.randn(8, 12)).square().mean().backward()
+            opt.step()
+        return [(W.detach(), opt.state[W]) for W in model.parameters()]
+
+    for (W, state), (V, other), side in zip(train("ekfac"), train("kfac", form="eigen"), "BA", strict=True):
+        assert {name for name in state if name.startswith("Q_")} == {f"Q_{side}"}
+        assert torch.equal(W, V)
+        assert torch.equal(state["S"], other["S"])
+        assert state["S"].std() > 0

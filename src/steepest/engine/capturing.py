@@ -273,9 +273,9 @@ class CapturingOptimizer(Optimizer, ABC):
         curvature.listening = due
 
     def _bases(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return a weight's bases ``Q_A [G, n, n]``, ``Q_B [G, m, m]``, if it is under EKFAC and has some."""
+        """Return a weight's bases ``Q_A [G, n, n]``, ``Q_B [G, m, m]``, if it is under EKFAC and has both."""
         state = self.state.get(weight, {})
-        if "Q_A" not in state or not bool(state["clock"].all()):
+        if not {"Q_A", "Q_B"} <= state.keys() or not bool(state["clock"].all()):
             return None
         return tuple(Q.view(-1, *Q.shape[-2:]) for Q in (state["Q_A"], state["Q_B"]))
 
