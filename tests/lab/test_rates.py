@@ -190,14 +190,16 @@ def test_the_documentation_advises_what_was_measured() -> None:
     assert ratios.keys() - near["muon"] == {"stdlib", "pinn"}  # what it says of these:
     assert "for language models in short runs 4x first, for physics-informed networks x/2" in advised[0]
     assert all(said / 2 <= ratios[task].ratio("muon") <= said * 2 for task, said in (("stdlib", 4), ("pinn", 0.5)))
-    assert [round(ratios[task].ratio("muon") or 0, 1) for task in ("stdlib", "pinn")] == [5.7, 0.4]
+    assert [round(ratios[task].ratio("muon") or 0, 1) for task in ("stdlib", "pinn")] == [5.6, 0.4]
     assert len(ratios) == 10
-    starts = {"soap-f5": 1, "soap-f10": 1, "kl-soap-f4": 1, "shampoo": 1, "muon": 2, "normuon": 2, "lion": 0.25}
+    starts = {"soap-f5": 1, "soap-f10": 1, "kl-soap-f4": 1, "muon": 2, "normuon": 2, "adamuon": 4, "dion2": 4}
     medians = {name: median(found) for name, found in benchmark.all_ratios(SUITE).items()}
-    assert {name: 2.0 ** round(math.log2(middle)) for name, middle in medians.items()} == starts
+    assert {name: 2.0 ** round(math.log2(medians[name])) for name in starts} == starts
+    assert round(medians["shampoo"], 1) == 1.5
+    assert 0.1 < medians["lion"] < 0.4  # "a third to a tenth"
 
 
-ADVISED = {"moso": "a quarter of", "dion": "four times", "dion2": "eight times"}
+ADVISED = {"moso": "a quarter of AdamW's", "dion": "four times AdamW's", "dion2": "eight in short runs"}
 
 
 @pytest.mark.parametrize(("name", "words"), ADVISED.items())
@@ -206,8 +208,8 @@ def test_the_page_on_optimizers_starts_where_sweeps_were_best(name, words) -> No
     lr, adamw = (
         min(sweeps[of]["trials"], key=lambda trial: trial["final_loss"])["options"]["lr"] for of in (name, "adamw")
     )
-    multiple = {0.25: "a quarter of", 2: "twice", 4: "four times", 8: "eight times"}[2 ** round(math.log2(lr / adamw))]
-    assert multiple == words
+    multiple = {0.25: "a quarter", 2: "twice", 4: "four", 8: "eight"}[2 ** round(math.log2(lr / adamw))]
+    assert words.startswith(multiple)
     section = (ROOT / "docs/which-optimizer.md").read_text().split("## What a learning rate means")[1]
     row = next(line for line in section.splitlines() if line.startswith(f"| `{name}`"))
-    assert f"| {words} AdamW's" in row
+    assert words in row.split(" | ")[-1]
