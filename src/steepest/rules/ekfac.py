@@ -5,8 +5,8 @@
 
 George et al., arXiv:1806.03884, with K-FAC's factored damping: of S = λ_B λ_Aᵀ it makes the product of λ_B + √d mean
 λ_B and λ_A + √d mean λ_A. The authors add a number, damping_form="absolute". All else is form="eigen" of
-`steepest.rules.kfac`, which has the legend. So is S where max_precond_dim leaves a side without a basis, as it does with
-the long sides of LoRA's factors.
+`steepest.rules.kfac`, which has the legend. So is S where max_precond_dim leaves a side without a basis, as it does
+with the long sides of LoRA's factors.
 """
 
 from __future__ import annotations
