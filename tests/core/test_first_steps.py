@@ -108,9 +108,9 @@ def test_a_first_refresh_is_at_most_three_later_ones(rule, m, n):
     assert {part.size for part in first.parts if part.kind == "eigh"} == {min(m, n)}
 
 
-def left_of_a_quadratic(condition, **options):
+def left_of_a_quadratic(condition, seed, **options):
     """What is left of a rotated quadratic after 400 steps, with a learning rate that falls to 0."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     U, V = (torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q for d in (24, 16))
     a, b = (torch.logspace(0, -math.log10(condition) / 2, d, dtype=torch.float64) for d in (24, 16))
     A, B = ((U * a) @ U.T).float(), ((V * b) @ V.T).float()
@@ -126,5 +126,9 @@ def left_of_a_quadratic(condition, **options):
 
 @pytest.mark.parametrize("condition", [1e8, 1e12])
 def test_the_noise_floor_costs_nothing_where_small_entries_count(condition):
-    """A constant floor leaves hundreds to tens of thousands of times as much. Rounding alone makes a factor of 2."""
-    assert left_of_a_quadratic(condition) < 10 * left_of_a_quadratic(condition, noise_floor=0.0)
+    """A constant floor leaves hundreds to tens of thousands of times as much. Rounding alone makes a factor of 4."""
+    ratios = [
+        left_of_a_quadratic(condition, seed) / left_of_a_quadratic(condition, seed, noise_floor=0.0)
+        for seed in range(4)
+    ]
+    assert math.prod(ratios) ** (1 / 4) < 10
