@@ -59,9 +59,10 @@ def step_elementwise(roster: Roster, groups: Sequence[Mapping[str, Any]], grads:
         if holders is not None:
             finite = holders.all(finite)
         waits = attempts.at_hand(finite)
-        skipped = skipped + (finite.tolist().count(False) if waits else (~finite).sum())
+        each: Sequence[Any] = finite.tolist() if waits else finite.unbind()
+        skipped = skipped + (each.count(False) if waits else (~finite).sum())
         alike: dict[Any, list[tuple[Entry, Tensor]]] = {}
-        for entry, good in zip(entries, finite.tolist() if waits else finite, strict=True):
+        for entry, good in zip(entries, each, strict=True):
             number = roster.numbers[entry.index]
             rule, alone = roster.rules[number], 0
             if Storage.of(rule) is not None:  # one at a time, because what is restored takes memory
@@ -157,7 +158,7 @@ def _store(storage: Storage, state: State, entry: Entry) -> None:
 def _in_whole_lanes(
     weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]
 ) -> Iterator[tuple[list[Tensor], list[Tensor], list[State]]]:
-    """Yield the tensors to step: on a CPU, those that don't fill whole vector registers are one vector, with zeros.
+    """Yield the tensors to step; on a CPU, one padded vector stands for those that don't fill whole vector registers.
 
     torch's fused functions round a remainder differently from whole registers. A shard would then differ in its last
     bits from the same part of the whole parameter. Weights and state are copied back at the end.
@@ -167,7 +168,7 @@ def _in_whole_lanes(
         grads: of the same shapes and dtype.
         states: of one rule, so that all have the same names; tensors of these shapes, and the number ``step``.
     """
-    short: dict[float, list[int]] = {}  # by the count of updates, which a vector has in common
+    short: dict[float, list[int]] = {}  # by the count of updates, because a vector has one count
     for i, W in enumerate(weights):
         if W.is_cpu and W.numel() % LANES:
             count = states[i]["step"].item() if attempts.at_hand(W) else i
@@ -188,8 +189,9 @@ def _in_whole_lanes(
         stepped[2].append({"step": states[first]["step"], **dict(zip(moments, state, strict=True))})
     yield stepped
     for vector, tensors in back:
-        parts = vector.split_with_sizes([*map(torch.numel, tensors), -sum(map(torch.numel, tensors)) % LANES])
-        torch._foreach_copy_(tensors, [part.view(x.shape) for part, x in zip(parts, tensors, strict=False)])
+        lengths = [x.numel() for x in tensors]
+        parts = vector[: sum(lengths)].split_with_sizes(lengths)
+        torch._foreach_copy_(tensors, [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)])
     for first, *others in short.values():
         for i in others:
             states[i]["step"].copy_(states[first]["step"])

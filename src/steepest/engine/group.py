@@ -109,7 +109,7 @@ def plain_options(group: Mapping[str, Any], changed: Collection[str] | None = No
     Traceback (most recent call last):
     ValueError: amsgrad='no': must be a bool
     """
-    if changed == {"lr"}:  # under a schedule at every step
+    if changed == {"lr"}:  # as a schedule changes it at every step, and all else was checked before
         return {"lr": GroupOptions.kind("lr").read("lr", group.get("lr"))}
     for name, remedy in ALIASES.items():
         if name in group:

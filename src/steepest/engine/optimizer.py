@@ -275,12 +275,13 @@ class Optimizer(Diagnosed):
                 check_rule(number, groups[number], roster.laid)
         for number, plain in [(n, plain_options(groups[n], names)) for n, names in changed.items()]:
             groups[number].update(plain)
-        rules = {n: names for n, names in changed.items() if names != {"lr"}}  # of which a schedule changes nothing
-        if not same_parameters or any(changed_form(roster.laid, groups[n], names) for n, names in rules.items()):
+        # Neither rules nor the layout of state depend on the learning rate, which schedules change at every step.
+        others = {n: names for n, names in changed.items() if names != {"lr"}}
+        if not same_parameters or any(changed_form(roster.laid, groups[n], names) for n, names in others.items()):
             self._lay_out_anew()
             self._show()
             return
-        roster.read_options(groups, rules)
+        roster.read_options(groups, others)
         self._seen.note(groups, changed)
         if not same_state:
             roster.take_in(groups, self.state)

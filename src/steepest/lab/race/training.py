@@ -31,7 +31,7 @@ def train(trial: Trial, workload: Workload, progress: Callable[[dict[str, Any]],
 
     What is done is a number of steps, or of seconds in a race over time. Then the learning rate follows the time, too.
     """
-    rehearse(workload, trial.contender)  # and what a process keeps for all its steps is made before memory is counted
+    rehearse(workload, trial.contender)  # first, because memory that a process keeps for all its steps does not count
     peak = peak_memory(workload, trial.contender)
     torch.manual_seed(trial.seed)
     model = workload.model()

@@ -107,10 +107,11 @@ Result = TypeVar("Result", Tensor, Sequence[Tensor])
 
 
 def once_per_count(compute: Callable[..., Result]) -> Callable[..., Result]:
-    """Have a function of decays and of counts ``t`` compute once, on a CPU, for all stacks with the same count.
+    """Have a function of decays and of counts ``t`` compute its result once, on a CPU, for all stacks with one count.
 
-    Nearly always that is all stacks and all matrices, and a few numbers would take as long as a product of small ones.
-    What it returns has one entry, which broadcasts like ``t``, and mustn't be changed in place.
+    All matrices nearly always have the same count, and on small networks these few numbers would take as long as a
+    product of matrices. Tensors that the function returns have one entry, which broadcasts like ``t``. They must not be
+    changed in place.
     """
 
     @lru_cache(maxsize=64)
